@@ -1,0 +1,56 @@
+"""Boxes carried between the augmented views of one image (Sec. 3.4, alignment).
+
+A view is made from the original image by an affine map, given as a ``(3, 3)`` matrix that acts on
+column vectors ``(x, y, 1)`` of continuous pixel coordinates (the first pixel covers ``[0, 1]``).
+All boxes are xyxy in absolute pixels of the view that is named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def between_views(source: Tensor, target: Tensor) -> Tensor:
+    """Matrix that carries coordinates of the source view to the target view.
+
+    Args:
+        source, target: ``(3, 3)`` matrices, original image -> view.
+
+    Returns:
+        ``(3, 3)`` matrix, source view -> target view: ``target @ inverse(source)``.
+
+    Raises:
+        ValueError: if the source view cannot be inverted (it has no area).
+    """
+    # Under autocast a matrix product would lose the coordinates' last digits.
+    with torch.autocast(source.device.type, enabled=False):
+        inverse, info = torch.linalg.inv_ex(source)
+        if source.device.type == "cpu" and info.item() != 0:
+            raise ValueError(f"this view's matrix cannot be inverted: {source.tolist()}")
+        return target @ inverse
+
+
+def warp_boxes(boxes: Tensor, matrix: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Axis-aligned hulls of the boxes after an affine map, clipped to the target view.
+
+    Args:
+        boxes: ``(N, 4)`` xyxy, absolute pixels of the source view.
+        matrix: ``(3, 3)`` affine, source view -> target view.
+        image_size: ``(height, width)`` of the target view in pixels.
+
+    Returns:
+        ``(N, 4)`` xyxy, absolute pixels of the target view. For flips, scales and translations the
+        hull is the box itself; for rotations and shears it contains the mapped box. A box that
+        falls outside of the view becomes one without area on its border.
+    """
+    matrix = matrix.to(boxes)
+    x = boxes[:, [0, 2, 0, 2]]
+    y = boxes[:, [1, 1, 3, 3]]
+    # Written out and not as a matrix product, which autocast would do in half precision.
+    mapped_x = matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]
+    mapped_y = matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]
+    height, width = image_size
+    x1, x2 = mapped_x.clamp(0, width).aminmax(dim=1)
+    y1, y2 = mapped_y.clamp(0, height).aminmax(dim=1)
+    return torch.stack([x1, y1, x2, y2], dim=1)
