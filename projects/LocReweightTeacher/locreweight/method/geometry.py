@@ -44,7 +44,9 @@ def warp_boxes(boxes: Tensor, matrix: Tensor, image_size: tuple[int, int]) -> Te
         hull is the box itself; for rotations and shears it contains the mapped box. A box that
         falls outside of the view becomes one without area on its border.
     """
-    matrix = matrix.to(boxes)
+    # Half precision cannot hold pixel coordinates, and whole numbers cannot hold the matrix.
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    boxes, matrix = boxes.to(dtype), matrix.to(boxes.device, dtype)
     x = boxes[:, [0, 2, 0, 2]]
     y = boxes[:, [1, 1, 3, 3]]
     # Written out and not as a matrix product, which autocast would do in half precision.

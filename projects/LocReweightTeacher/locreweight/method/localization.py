@@ -39,8 +39,8 @@ def localization_quality(
         scale: factor for studies of the score's range; 1 is the paper's.
 
     Returns:
-        ``(...)`` scores, strictly between 0 and ``0.5 * scale``: 1 pixel of doubt or a thousand,
-        more variance in any coordinate never raises it.
+        ``(...)`` scores, strictly between 0 and ``0.5 * scale``; more variance in any coordinate
+        never raises it.
     """
     variance = at_least_float32(log_variance).clamp(-limit, limit).exp()
     # 1 - sigmoid(x) = sigmoid(-x), without the cancellation. float32 underflows to zero beyond

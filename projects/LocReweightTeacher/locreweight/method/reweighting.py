@@ -85,11 +85,14 @@ def reliability_weighted_cross_entropy(
         return weighted.sum() / max(len(labels), 1)
     # Sums over masks, not over selected rows: selecting would wait for the device.
     return sum(
-        (weighted * chosen).sum() / chosen.sum().clamp(min=1) for chosen in (foreground, ~foreground)
+        (weighted * chosen).sum() / chosen.sum().clamp(min=1)
+        for chosen in (foreground, ~foreground)
     )
 
 
-def quality_weighted_box_loss(loss: Tensor, quality: Tensor, num_foreground: int | Tensor) -> Tensor:
+def quality_weighted_box_loss(
+    loss: Tensor, quality: Tensor, num_foreground: int | Tensor
+) -> Tensor:
     """The student's unsupervised box loss (Eq. 11, LER).
 
     Args:
@@ -101,4 +104,6 @@ def quality_weighted_box_loss(loss: Tensor, quality: Tensor, num_foreground: int
         Scalar; an exact zero that keeps the graph when there is no foreground proposal.
     """
     weighted = at_least_float32(loss) * quality.detach()[:, None]
+    if isinstance(num_foreground, Tensor):
+        return weighted.sum() / num_foreground.clamp(min=1)
     return weighted.sum() / max(num_foreground, 1)

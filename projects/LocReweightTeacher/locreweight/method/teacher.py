@@ -48,6 +48,9 @@ def update_teacher(teacher: nn.Module, student: nn.Module, keep_rate: float) -> 
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
+    if keep_rate == 1.0:
+        # Not an interpolation either: 0 * inf would let a student that goes wrong through.
+        return
 
     averaged = [name for name, tensor in targets.items() if tensor.is_floating_point()]
     if averaged:

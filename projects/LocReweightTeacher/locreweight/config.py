@@ -1,0 +1,160 @@
+"""Every config key that this project adds to Detectron2's, with its default and what it means."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
+
+from .errors import UsageError
+
+
+def add_locreweight_config(cfg: CfgNode) -> None:
+    """Add this project's keys to a Detectron2 config, in place."""
+    _add_training_keys(cfg)
+    _add_model_keys(cfg)
+    _add_data_keys(cfg)
+
+
+def _add_training_keys(cfg: CfgNode) -> None:
+    cfg.SEMI = CfgNode()
+    # Iterations on labeled images only, before the teacher starts to label. With at least
+    # SOLVER.MAX_ITER of them training is supervised from end to end.
+    cfg.SEMI.BURN_IN_ITERS = 2000
+    # Share of itself that the teacher keeps in each update; reached by a ramp (method/teacher.py).
+    cfg.SEMI.EMA_KEEP_RATE = 0.9996
+    # A detection of the teacher is a pseudo-label if its class probability exceeds this.
+    cfg.SEMI.PSEUDO_LABEL_THRESHOLD = 0.8
+    # beta of Eq. 3: weight of all losses on unlabeled images.
+    cfg.SEMI.UNSUPERVISED_WEIGHT = 4.0
+    # LER (Eq. 11). Off: all pseudo-labels count alike in the unsupervised box loss.
+    cfg.SEMI.LER = True
+    # PRC (Eq. 14). Off: Detectron2's own classification loss on the pseudo-labels.
+    cfg.SEMI.PRC = True
+    # Factor on the localization quality wherever it is a weight, for studies of its range (0, 0.5).
+    cfg.SEMI.QUALITY_SCALE = 1.0
+    # Losses of the region proposal network on pseudo-labels, each with its switch.
+    cfg.SEMI.RPN_OBJECTNESS_LOSS = True
+    cfg.SEMI.RPN_BOX_LOSS = True
+    # Eq. 10, 11 and 14 divide by the number of foreground (background) proposals. True: divide by
+    # the number of all sampled proposals instead, as Detectron2 does.
+    cfg.SEMI.NORMALIZE_BY_SAMPLED = False
+
+    # SOLVER.IMS_PER_BATCH counts the labeled images of one iteration over all GPUs, as in any
+    # Detectron2 config; this counts the unlabeled ones.
+    cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 16
+    # What SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling) or "bfloat16".
+    cfg.SOLVER.AMP.DTYPE = "float16"
+
+
+def _add_model_keys(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "SemiSupervisedRCNN"
+    cfg.MODEL.ROI_HEADS.NAME = "LocalizationAwareROIHeads"
+    # What the box branch predicts and Eq. 4 models: True: offsets of the two corners over the
+    # proposal's width and height; False: Detectron2's (dx, dy, dw, dh). Both are multiplied with
+    # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS (corners: with its first two numbers).
+    cfg.MODEL.ROI_BOX_HEAD.CORNER_CODING = True
+    # The predicted log-variance is bounded to [-limit, limit].
+    cfg.MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT = 7.0
+    # Detectron2's key, for the unsupervised box loss (Eq. 11), in the units of the box coding.
+    cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
+
+
+def _add_data_keys(cfg: CfgNode) -> None:
+    # Data sets are named by what Detectron2 has registered, or by where they lie:
+    #   "coco:<annotations.json>:<image folder>"   "voc:<folder>:<split>"   "folder:<image folder>"
+    # DATASETS.TRAIN is labeled, DATASETS.UNLABELED needs no annotations (those there are ignored).
+    cfg.DATASETS.UNLABELED = ()
+    # Share of DATASETS.TRAIN, in percent, that is used with its labels; the rest joins the
+    # unlabeled images. Drawn by DATASETS.SPLIT_SEED alone: the same in every process and run.
+    cfg.DATASETS.LABELED_PERCENT = 100.0
+    cfg.DATASETS.SPLIT_SEED = 1
+    # Class names of "voc:" data sets, in the order of the model's classes. Empty: VOC's twenty.
+    cfg.DATASETS.CLASS_NAMES = ()
+    # An unlabeled image that is among the labeled ones is an error; True leaves it out instead.
+    cfg.DATASETS.EXCLUDE_LABELED = False
+    # A NaN, infinite or inverted labeled box is an error; True leaves it out instead.
+    cfg.DATASETS.DROP_BAD_BOXES = False
+
+    # How views are made (data/recipes.py): "SoftTeacherRecipe", "UnbiasedTeacherRecipe", or the
+    # name of your own in RECIPE_REGISTRY. Sizes and flips follow Detectron2's INPUT keys.
+    cfg.INPUT.RECIPE = "SoftTeacherRecipe"
+
+
+def load_config(config_file: str, options: list[str]) -> CfgNode:
+    """Detectron2's defaults, this project's keys, a file and ``KEY VALUE`` pairs, in that order.
+
+    Raises:
+        UsageError: for a missing file, an unknown key or a value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_locreweight_config(cfg)
+    known = _key_paths(cfg)
+    try:
+        if config_file:
+            if not Path(config_file).is_file():
+                raise UsageError(f"config file {config_file!r} does not exist")
+            cfg.merge_from_file(config_file)
+        if len(options) % 2:
+            raise UsageError(f"options come in pairs, KEY VALUE; got {options}")
+        cfg.merge_from_list(options)
+    except KeyError as error:
+        raise UsageError(_unknown_key_message(str(error), known)) from error
+    except AssertionError as error:
+        raise UsageError(_unknown_key_message(str(error), known)) from error
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"config value of the wrong type: {error}") from error
+    return cfg
+
+
+def _key_paths(node: CfgNode, prefix: str = "") -> list[str]:
+    paths = []
+    for key, value in node.items():
+        paths += _key_paths(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else []
+        paths.append(prefix + key)
+    return paths
+
+
+def _unknown_key_message(error: str, known: list[str]) -> str:
+    key = error.strip("'\"").rsplit(": ", 1)[-1]
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"unknown config key {key}{hint}"
+
+
+def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
+    """The config for this number of GPUs, by Detectron2's own rule, burn-in included.
+
+    With ``SOLVER.REFERENCE_WORLD_SIZE`` set, images per GPU stay the same: batch and learning rate
+    grow with the number of GPUs, everything counted in iterations shrinks by it. With 0 the config
+    holds as written, whatever the number of GPUs.
+
+    Raises:
+        UsageError: if a batch cannot be shared equally among the GPUs.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    for size in (reference, world_size) if reference else (world_size,):
+        for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED"):
+            images = cfg.SOLVER[key]
+            # On the way to another number of GPUs only the reference has to divide the batch.
+            if images % size and (size == reference or not reference):
+                raise UsageError(
+                    f"SOLVER.{key} = {images} cannot be shared equally by {size} GPUs; make it a "
+                    f"multiple of {size}, for example {max(size, round(images / size) * size)}"
+                )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    if scaled is not cfg:
+        scale = world_size / reference
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * scale)
+        scaled.SEMI.BURN_IN_ITERS = round(cfg.SEMI.BURN_IN_ITERS / scale)
+        if frozen:
+            scaled.freeze()
+    if scaled.SOLVER.IMS_PER_BATCH < 1:
+        raise UsageError("SOLVER.IMS_PER_BATCH must be at least one labeled image per GPU")
+    return scaled

@@ -1,0 +1,145 @@
+"""What is wrong with annotations, found before training and not in the middle of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+from detectron2.structures import BoxMode
+
+from ..errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # of many faults alike, how many a message names
+
+
+def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
+    """Records whose boxes can be trained on.
+
+    Boxes without area or wholly outside of their image teach nothing and are left out, with a
+    warning. NaN, infinite and inverted boxes say that the annotations are not what they seem.
+
+    Args:
+        records: in Detectron2's standard format, boxes in absolute pixels of the original image.
+        drop_bad: leave NaN, infinite and inverted boxes out too, and do not raise.
+
+    Raises:
+        UsageError: names the images with such boxes.
+    """
+    faults: dict[str, list[str]] = {"empty": [], "outside": [], "bad": []}
+    checked = []
+    for record in records:
+        kept = []
+        for annotation in record.get("annotations", []):
+            fault = _box_fault(annotation, record)
+            if fault is None:
+                kept.append(annotation)
+            else:
+                faults[fault].append(f"{record['file_name']}: {annotation.get('bbox')}")
+        checked.append(record | {"annotations": kept})
+    if faults["bad"] and not drop_bad:
+        raise UsageError(
+            f"{len(faults['bad'])} boxes are NaN, infinite or inverted: {_some(faults['bad'])}. "
+            "Repair them, or leave them out with DATASETS.DROP_BAD_BOXES True"
+        )
+    for fault, words in (
+        ("empty", "have no area"),
+        ("outside", "lie outside of their image"),
+        ("bad", "are NaN, infinite or inverted"),
+    ):
+        if faults[fault]:
+            logger.warning(
+                "left out %d boxes that %s: %s", len(faults[fault]), words, _some(faults[fault])
+            )
+    return checked
+
+
+def check_images_exist(records: list[dict]) -> None:
+    """Every image file is there.
+
+    Raises:
+        UsageError: names some that are not.
+    """
+    missing = [r["file_name"] for r in records if not os.path.isfile(r["file_name"])]
+    if missing:
+        raise UsageError(f"{len(missing)} of {len(records)} images are missing: {_some(missing)}")
+
+
+def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
+    """All annotated data sets have the model's number of classes, under the same names.
+
+    Args:
+        class_names: data set -> its class names in order.
+        num_classes: ``MODEL.ROI_HEADS.NUM_CLASSES``.
+
+    Raises:
+        UsageError: names the data set and the classes.
+    """
+    for dataset, names in class_names.items():
+        if len(names) != num_classes:
+            raise UsageError(
+                f"{dataset} has {len(names)} classes {_some(names)}, the model {num_classes}; set "
+                f"MODEL.ROI_HEADS.NUM_CLASSES {len(names)}"
+            )
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise UsageError(f"{dataset} names these classes more than once: {_some(repeated)}")
+    for (first, names), (other, other_names) in zip(
+        list(class_names.items())[:-1], list(class_names.items())[1:], strict=True
+    ):
+        if names != other_names:
+            raise UsageError(
+                f"{first} and {other} do not name the same classes in the same order: "
+                f"{_some(names)} and {_some(other_names)}"
+            )
+
+
+def without_overlap(labeled: list[dict], unlabeled: list[dict], *, exclude: bool) -> list[dict]:
+    """The unlabeled records, none of which is an image of the labeled ones.
+
+    Args:
+        labeled, unlabeled: records; images are the same if their files are.
+        exclude: leave common images out, and do not raise.
+
+    Raises:
+        UsageError: names some of the common images.
+    """
+    known = {_identity(record) for record in labeled}
+    common = [r["file_name"] for r in unlabeled if _identity(r) in known]
+    if not common:
+        return unlabeled
+    if not exclude:
+        raise UsageError(
+            f"{len(common)} unlabeled images are labeled as well: {_some(common)}. Take them out of "
+            "the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
+        )
+    logger.info("left out %d unlabeled images that are labeled", len(common))
+    return [r for r in unlabeled if _identity(r) not in known]
+
+
+def _identity(record: dict) -> str:
+    return str(Path(record["file_name"]).resolve())
+
+
+def _box_fault(annotation: dict, record: dict) -> str | None:
+    box = annotation.get("bbox")
+    try:
+        x1, y1, x2, y2 = BoxMode.convert(list(box), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        finite = all(math.isfinite(value) for value in (x1, y1, x2, y2))
+    except (TypeError, ValueError, AssertionError):
+        return "bad"
+    if not finite or x2 < x1 or y2 < y1:
+        return "bad"
+    if x2 == x1 or y2 == y1:
+        return "empty"
+    width, height = record.get("width", math.inf), record.get("height", math.inf)
+    return "outside" if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0 else None
+
+
+def _some(faults: list[str]) -> str:
+    shown = ", ".join(str(fault) for fault in faults[:_SHOWN])
+    return shown + (", ..." if len(faults) > _SHOWN else "")

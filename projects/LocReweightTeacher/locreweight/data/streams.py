@@ -1,0 +1,192 @@
+"""Two endless streams, labeled and unlabeled images, in one loader.
+
+What a sample is follows from (seed, stream, position in the stream) alone: which image, and what
+the augmentations draw. So it does not matter how many loader workers or processes there are, and
+a run can go on from any iteration without replaying the ones before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.data.common import DatasetFromList
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .mapper import UnreadableImage, ViewMapper
+from .views import UnlabeledSample
+
+logger = logging.getLogger(__name__)
+
+# An unreadable unlabeled image is replaced by another; so many in a row mean a broken data set.
+MAX_REPLACEMENTS = 20
+
+
+class Stream(IntEnum):
+    """Which of the two streams; the number enters the random seed."""
+
+    LABELED = 0
+    UNLABELED = 1
+
+
+class Position(NamedTuple):
+    """A place in a stream; it says everything of the sample there."""
+
+    stream: Stream
+    index: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on in one iteration."""
+
+    labeled: list[dict]
+    unlabeled: list[UnlabeledSample]
+
+    @property
+    def file_names(self) -> list[str]:
+        """All images in the batch, to name them when something goes wrong."""
+        return [x["file_name"] for x in self.labeled] + [x.file_name for x in self.unlabeled]
+
+
+class StreamDataset(Dataset):
+    """The samples of both streams, by position."""
+
+    def __init__(
+        self, labeled: list[dict], unlabeled: list[dict], mapper: ViewMapper, seed: int
+    ) -> None:
+        """
+        Args:
+            labeled, unlabeled: records; kept in one serialized block each, which worker processes
+                share and do not copy.
+            mapper: makes the views.
+            seed: of both streams, the same in every process.
+        """
+        self._records = {
+            Stream.LABELED: DatasetFromList(labeled, copy=False),
+            Stream.UNLABELED: DatasetFromList(unlabeled, copy=False),
+        }
+        self._mapper = mapper
+        self._seed = seed
+
+    def __getitem__(self, position: Position) -> list[dict] | UnlabeledSample:
+        """The labeled views, or the unlabeled sample, at a position.
+
+        Raises:
+            UnreadableImage: for a labeled image, or when unlabeled images keep being unreadable.
+        """
+        with _seeded(self._seed, *position):
+            if position.stream is Stream.LABELED:
+                return self._mapper.labeled(self.record(position))
+            return self._first_readable(position)
+
+    def record(self, position: Position) -> dict:
+        """The record at a position; each epoch shows every record once, in a new order."""
+        records = self._records[position.stream]
+        epoch, offset = divmod(position.index, len(records))
+        order = _epoch_order(self._seed, position.stream, epoch, len(records))
+        return records[int(order[offset])]
+
+    def _first_readable(self, position: Position) -> UnlabeledSample:
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                return self._mapper.unlabeled(self.record(position))
+            except UnreadableImage as error:
+                logger.warning("skipped an unlabeled image: %s", error)
+                last_error = error
+                other = np.random.randint(len(self._records[position.stream]))
+                position = Position(position.stream, other)
+        raise UnreadableImage(
+            f"{MAX_REPLACEMENTS} unlabeled images in a row, at last: {last_error}"
+        )
+
+
+# Two epochs of each stream: a batch can reach over the end of one.
+@lru_cache(maxsize=2 * len(Stream))
+def _epoch_order(seed: int, stream: Stream, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch]).permutation(size).astype(np.int32)
+
+
+class BatchSchedule(Sampler[list[Position]]):
+    """The positions of one process's share of each batch, iteration after iteration, endlessly."""
+
+    def __init__(
+        self,
+        *,
+        labeled_batch: int,
+        unlabeled_batch: int,
+        burn_in: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            labeled_batch, unlabeled_batch: images of one iteration over all processes; multiples
+                of ``world_size``.
+            burn_in: number of iterations at first that take labeled images only.
+            start: the iteration to begin with.
+            rank, world_size: this process and the number of all.
+        """
+        self._batch = {Stream.LABELED: labeled_batch, Stream.UNLABELED: unlabeled_batch}
+        self._begins = {Stream.LABELED: 0, Stream.UNLABELED: burn_in}
+        self._start = start
+        self._rank = rank
+        self._world_size = world_size
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        iteration = self._start
+        while True:
+            yield [p for stream in Stream for p in self._share(stream, iteration)]
+            iteration += 1
+
+    def _share(self, stream: Stream, iteration: int) -> list[Position]:
+        turn = iteration - self._begins[stream]
+        if turn < 0:
+            return []
+        share = self._batch[stream] // self._world_size
+        first = turn * self._batch[stream] + self._rank * share
+        return [Position(stream, index) for index in range(first, first + share)]
+
+
+def build_loader(
+    dataset: StreamDataset, schedule: BatchSchedule, num_workers: int
+) -> DataLoader[Batch]:
+    """A loader of :class:`Batch` for one process; its workers make whole batches ahead."""
+    return DataLoader(
+        dataset,
+        batch_sampler=schedule,
+        num_workers=num_workers,
+        collate_fn=_collate,
+    )
+
+
+def _collate(samples: list[list[dict] | UnlabeledSample]) -> Batch:
+    return Batch(
+        labeled=[view for sample in samples if isinstance(sample, list) for view in sample],
+        unlabeled=[sample for sample in samples if isinstance(sample, UnlabeledSample)],
+    )
+
+
+@contextlib.contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Seeds what augmentations may draw from, and puts it back: the process may be the trainer's."""
+    saved = np.random.get_state(), random.getstate(), torch.get_rng_state()
+    state = np.random.SeedSequence(key).generate_state(3)
+    np.random.seed(state[0])
+    random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
+    try:
+        yield
+    finally:
+        np.random.set_state(saved[0])
+        random.setstate(saved[1])
+        torch.set_rng_state(saved[2])

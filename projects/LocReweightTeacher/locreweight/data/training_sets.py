@@ -1,0 +1,111 @@
+"""The labeled and the unlabeled images of a run, read and checked."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
+from detectron2.utils import comm
+
+from ..errors import UsageError
+from .checks import check_boxes, check_classes, check_images_exist, without_overlap
+from .datasets import register
+from .splits import split_indices
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """Records in Detectron2's standard format; the unlabeled ones have a ``file_name`` only."""
+
+    labeled: list[dict]
+    unlabeled: list[dict]
+    class_names: list[str]
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Make all data sets of the config known to Detectron2.
+
+    Raises:
+        UsageError: for an unknown name, a missing file or folder.
+    """
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED, *cfg.DATASETS.TEST]
+    register(names, cfg.DATASETS.CLASS_NAMES)
+
+
+def load_training_sets(cfg: CfgNode) -> TrainingSets:
+    """Read, check and split ``DATASETS.TRAIN`` and ``DATASETS.UNLABELED``.
+
+    Raises:
+        UsageError: for anything in them that the user has to put right.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
+    annotated = [record for name in cfg.DATASETS.TRAIN for record in _load(name)]
+    class_names = _checked_class_names(cfg)
+    labeled, rest = _split(cfg, annotated)
+    labeled = check_boxes(labeled, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
+    check_images_exist(labeled)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        labeled = filter_images_with_only_crowd_annotations(labeled)
+    if not labeled:
+        raise UsageError(
+            f"no image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on"
+            " (DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves images without one out)"
+        )
+    others = [record for name in cfg.DATASETS.UNLABELED for record in _load(name)]
+    unlabeled = [{"file_name": r["file_name"]} for r in [*rest, *others]]
+    unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
+    _check_enough_unlabeled(cfg, unlabeled)
+    if comm.is_main_process():
+        print_instances_class_histogram(labeled, class_names)
+        logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))
+    return TrainingSets(labeled, unlabeled, class_names)
+
+
+def _load(name: str) -> list[dict]:
+    records = DatasetCatalog.get(name)
+    if not records:
+        raise UsageError(f"the data set {name} has no images")
+    return records
+
+
+def _checked_class_names(cfg: CfgNode) -> list[str]:
+    # A "coco:" data set knows its classes once it was read, as DATASETS.TEST has to be for this.
+    for name in cfg.DATASETS.TEST:
+        if not hasattr(MetadataCatalog.get(name), "thing_classes"):
+            _load(name)
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    class_names = {n: list(MetadataCatalog.get(n).get("thing_classes", [])) for n in names}
+    for name, classes in class_names.items():
+        if not classes:
+            raise UsageError(f"{name} has no annotations; name it in DATASETS.UNLABELED")
+    check_classes(class_names, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    return class_names[cfg.DATASETS.TRAIN[0]]
+
+
+def _split(cfg: CfgNode, annotated: list[dict]) -> tuple[list[dict], list[dict]]:
+    try:
+        labeled, rest = split_indices(
+            len(annotated), cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED
+        )
+    except ValueError as error:
+        raise UsageError(f"DATASETS.LABELED_PERCENT: {error}") from error
+    return [annotated[i] for i in labeled], [annotated[i] for i in rest]
+
+
+def _check_enough_unlabeled(cfg: CfgNode, unlabeled: list[dict]) -> None:
+    mutual_learning = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
+    if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
+        raise UsageError(
+            "there are no unlabeled images to learn from: name some in DATASETS.UNLABELED, use less "
+            "of the labels with DATASETS.LABELED_PERCENT, and let SOLVER.IMS_PER_BATCH_UNLABELED be "
+            "positive; or train on labels alone with SEMI.BURN_IN_ITERS >= SOLVER.MAX_ITER"
+        )

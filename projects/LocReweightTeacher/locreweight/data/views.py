@@ -1,0 +1,68 @@
+"""A view: an augmented image that knows how it was made from the original one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """One augmented view of an image.
+
+    Attributes:
+        image: ``(3, H, W)`` uint8, channels in the order of ``INPUT.FORMAT``.
+        matrix: ``(3, 3)`` float64, original pixel coordinates -> those of this view.
+    """
+
+    image: Tensor
+    matrix: Tensor
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """``(height, width)`` in pixels."""
+        return self.image.shape[1], self.image.shape[2]
+
+
+@dataclass(frozen=True)
+class UnlabeledSample:
+    """The two views of one unlabeled image."""
+
+    file_name: str
+    weak: View
+    strong: View
+
+
+def matrix_of(transforms: T.TransformList, image_size: tuple[int, int]) -> Tensor:
+    """The affine map that a list of recorded transforms does to coordinates.
+
+    It is read off from where the transforms send three corners of the image, so that any new
+    augmentation is covered as long as it is affine; the fourth corner checks that it is.
+
+    Args:
+        transforms: recorded on an image of this size.
+        image_size: ``(height, width)`` of the original image in pixels.
+
+    Returns:
+        ``(3, 3)`` float64 matrix, original image -> view, for ``(x, y, 1)`` columns.
+
+    Raises:
+        ValueError: if the transforms are not affine.
+    """
+    height, width = image_size
+    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], dtype=np.float64)
+    origin, right, down, opposite = np.asarray(transforms.apply_coords(corners.copy()))
+    x_axis, y_axis = (right - origin) / width, (down - origin) / height
+    expected = right + down - origin
+    if not np.allclose(opposite, expected, atol=1e-2):
+        raise ValueError(
+            f"the transforms are not affine: they send the corner {(width, height)} to "
+            f"{opposite.tolist()} and not to {expected.tolist()}: {transforms}"
+        )
+    matrix = np.eye(3)
+    matrix[:2] = np.stack([x_axis, y_axis, origin], axis=1)
+    return torch.from_numpy(matrix)
