@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections import Counter
-from pathlib import Path
 
 from detectron2.structures import BoxMode
 
@@ -114,15 +113,15 @@ def without_overlap(labeled: list[dict], unlabeled: list[dict], *, exclude: bool
         return unlabeled
     if not exclude:
         raise UsageError(
-            f"{len(common)} unlabeled images are labeled as well: {_some(common)}. Take them out of "
-            "the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
+            f"{len(common)} unlabeled images are labeled as well: {_some(common)}. Take them "
+            "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
         )
     logger.info("left out %d unlabeled images that are labeled", len(common))
     return [r for r in unlabeled if _identity(r) not in known]
 
 
 def _identity(record: dict) -> str:
-    return str(Path(record["file_name"]).resolve())
+    return os.path.realpath(record["file_name"])
 
 
 def _box_fault(annotation: dict, record: dict) -> str | None:

@@ -37,7 +37,7 @@ class ViewMapper:
             )
         self.recipe = recipe
         self.image_format = image_format
-        # Detectron2's own mapper does the labeled images; it augments in RGB here (augmentations.py).
+        # Detectron2's own mapper, but in RGB: augmentations.py says why.
         self._labeled_mappers = [
             DatasetMapper(is_train=True, augmentations=view, image_format="RGB")
             for view in recipe.labeled

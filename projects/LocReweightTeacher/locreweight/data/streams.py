@@ -178,7 +178,7 @@ def _collate(samples: list[list[dict] | UnlabeledSample]) -> Batch:
 
 @contextlib.contextmanager
 def _seeded(*key: int) -> Iterator[None]:
-    """Seeds what augmentations may draw from, and puts it back: the process may be the trainer's."""
+    """Seeds what augmentations draw from, and puts it back: this may be the trainer's process."""
     saved = np.random.get_state(), random.getstate(), torch.get_rng_state()
     state = np.random.SeedSequence(key).generate_state(3)
     np.random.seed(state[0])

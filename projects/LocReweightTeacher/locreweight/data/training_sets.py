@@ -105,7 +105,7 @@ def _check_enough_unlabeled(cfg: CfgNode, unlabeled: list[dict]) -> None:
     mutual_learning = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
     if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
         raise UsageError(
-            "there are no unlabeled images to learn from: name some in DATASETS.UNLABELED, use less "
-            "of the labels with DATASETS.LABELED_PERCENT, and let SOLVER.IMS_PER_BATCH_UNLABELED be "
-            "positive; or train on labels alone with SEMI.BURN_IN_ITERS >= SOLVER.MAX_ITER"
+            "there are no unlabeled images to learn from: name some in DATASETS.UNLABELED or use "
+            "less of the labels with DATASETS.LABELED_PERCENT, with SOLVER.IMS_PER_BATCH_UNLABELED "
+            "above 0; or train on labels alone with SEMI.BURN_IN_ITERS >= SOLVER.MAX_ITER"
         )

@@ -1,0 +1,89 @@
+"""Average precision of a model on the test sets of a config."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
+from detectron2.utils import comm
+from torch import nn
+
+from ..data.checks import check_classes
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
+    """Evaluate on all ``DATASETS.TEST``; to be called on all processes.
+
+    Returns:
+        On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent, for Pascal VOC
+        ``"voc_11_point"`` beside it; with several test sets one such dictionary for each name.
+        Elsewhere the same without content.
+
+    Raises:
+        UsageError: if a data set's classes are not the model's.
+    """
+    results = OrderedDict()
+    for name in cfg.DATASETS.TEST:
+        loader = build_detection_test_loader(cfg, name)
+        classes = {name: list(MetadataCatalog.get(name).thing_classes)}
+        check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        results[name] = inference_on_dataset(model, loader, _build_evaluator(cfg, name)) or {}
+        if comm.is_main_process():
+            print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else dict(results)
+
+
+def main_metric(cfg: CfgNode) -> str:
+    """Under which name the AP of the first test set is logged; it decides which teacher is best."""
+    return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+
+
+class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
+    """VOC's own AP of 2007, under a name that leaves COCO's beside it."""
+
+    def evaluate(self) -> dict | None:
+        results = super().evaluate()
+        return results and {"voc_11_point": results["bbox"]}
+
+
+def _build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
+    metadata = MetadataCatalog.get(name)
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    if not hasattr(metadata, "json_file"):
+        # Written anew each time: a cached conversion outlives the annotations that it was made of.
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        json_file = os.path.join(folder, f"ground_truth_{digest}.json")
+        if comm.is_main_process():
+            convert_to_coco_json(name, json_file, allow_cached=False)
+        comm.synchronize()
+        metadata.json_file = json_file
+    coco = COCOEvaluator(name, tasks=("bbox",), output_dir=folder)
+    if metadata.get("evaluator_type") != "pascal_voc":
+        return coco
+    return DatasetEvaluators([coco, ElevenPointEvaluator(name)])
+
+
+@torch.no_grad()
+def evaluate_both(cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool) -> dict:
+    """The teacher's results, and the student's under ``"student"``.
+
+    Args:
+        cfg: names the test sets.
+        teacher, student: modules of which the student may be wrapped for several GPUs.
+        alike: the two have the same weights (in burn-in): evaluate once.
+    """
+    results = evaluate(cfg, teacher)
+    return {**results, "student": results if alike else evaluate(cfg, student)}

@@ -1,0 +1,58 @@
+"""Hooks of the trainer that Detectron2 does not have."""
+
+from __future__ import annotations
+
+import logging
+
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import BestCheckpointer
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableBestCheckpointer(BestCheckpointer):
+    """Detectron2's, but a resumed run remembers the best result so far."""
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class PseudoLabelWatch(HookBase):
+    """Warns once when unlabeled images teach nothing, and says how far they are from it."""
+
+    def __init__(self, threshold: float, patience: int = 500) -> None:
+        """
+        Args:
+            threshold: score that a detection must exceed to become a pseudo-label.
+            patience: iterations of mutual learning without one before the warning.
+        """
+        self._threshold = threshold
+        self._patience = patience
+        self._without = 0
+        self._highest = 0.0
+        self._done = False
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        found, iteration = latest.get("pseudo_labels/per_image", (0.0, -1))
+        if self._done or iteration != self.trainer.iter:  # burn-in measures nothing
+            return
+        if found > 0:
+            self._done = True
+            return
+        self._without += 1
+        self._highest = max(self._highest, latest["pseudo_labels/highest_score"][0])
+        if self._without >= self._patience:
+            self._done = True
+            logger.warning(
+                "no detection of the teacher has become a pseudo-label in %d iterations, so "
+                "unlabeled images teach no objects: the highest score was %.3f, "
+                "SEMI.PSEUDO_LABEL_THRESHOLD is %.2f. Lower it, or give the teacher more to start "
+                "from: a longer SEMI.BURN_IN_ITERS, pretrained MODEL.WEIGHTS, more labels",
+                self._without,
+                self._highest,
+                self._threshold,
+            )

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Train a detector from few labeled and many unlabeled images, resume, or evaluate.
+
+The command line is Detectron2's own (``--help`` shows it):
+
+    python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml
+    python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --resume
+    python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+
+import locreweight.modeling  # noqa: F401  (registers the model)
+from locreweight.config import load_config
+from locreweight.data.training_sets import register_datasets
+from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
+from locreweight.errors import UsageError
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config, with loggers, seeds and data sets ready."""
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    register_datasets(cfg)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, name="locreweight")
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict:
+    """One process of the run."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = build_model(cfg)
+        held = load_for_evaluation(cfg, model)
+        logging.getLogger("locreweight").info("evaluating %s of %s", held, cfg.MODEL.WEIGHTS)
+        return evaluate(cfg, model)
+    trainer = SemiSupervisedTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except UsageError as error:
+        sys.exit(f"error: {error}")
