@@ -17,10 +17,11 @@ import sys
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.config import load_config
+from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
 from locreweight.errors import UsageError
@@ -29,8 +30,10 @@ from locreweight.errors import UsageError
 def setup(args: argparse.Namespace) -> CfgNode:
     """The frozen config, with loggers, seeds and data sets ready."""
     cfg = load_config(args.config_file, args.opts)
+    if not args.eval_only:
+        cfg = scale_to_world_size(cfg, comm.get_world_size())
     cfg.freeze()
-    register_datasets(cfg)
+    register_datasets(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, name="locreweight")
     return cfg

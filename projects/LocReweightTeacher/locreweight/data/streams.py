@@ -72,7 +72,8 @@ class StreamDataset(Dataset):
         """
         self._records = {
             Stream.LABELED: DatasetFromList(labeled, copy=False),
-            Stream.UNLABELED: DatasetFromList(unlabeled, copy=False),
+            # Detectron2 cannot serialize nothing.
+            Stream.UNLABELED: DatasetFromList(unlabeled, copy=False) if unlabeled else [],
         }
         self._mapper = mapper
         self._seed = seed

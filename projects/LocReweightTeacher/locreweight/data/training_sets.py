@@ -30,13 +30,19 @@ class TrainingSets:
     class_names: list[str]
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Make all data sets of the config known to Detectron2.
+def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
+    """Make the data sets of the config known to Detectron2.
+
+    Args:
+        cfg: names them.
+        training: those to train on as well; a model can be evaluated where they are not at hand.
 
     Raises:
         UsageError: for an unknown name, a missing file or folder.
     """
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED, *cfg.DATASETS.TEST]
+    names = [*cfg.DATASETS.TEST]
+    if training:
+        names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED]
     register(names, cfg.DATASETS.CLASS_NAMES)
 
 

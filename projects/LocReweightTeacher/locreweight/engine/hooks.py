@@ -7,6 +7,8 @@ import logging
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
 
+from .step import HIGHEST_SCORE
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +46,7 @@ class PseudoLabelWatch(HookBase):
             self._done = True
             return
         self._without += 1
-        self._highest = max(self._highest, latest["pseudo_labels/highest_score"][0])
+        self._highest = max(self._highest, latest[HIGHEST_SCORE][0])
         if self._without >= self._patience:
             self._done = True
             logger.warning(

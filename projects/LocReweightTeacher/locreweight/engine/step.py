@@ -21,6 +21,7 @@ from ..method.geometry import between_views, warp_boxes
 from ..modeling.detector import SemiSupervisedRCNN, TeacherView, UnlabeledOutput
 
 UNLABELED_SUFFIX = "_unlabeled"
+HIGHEST_SCORE = "pseudo_labels/highest_score"
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _metrics(
         "pseudo_labels/per_image": counts.mean(),
         "pseudo_labels/images_without": (counts == 0).float().mean(),
         "pseudo_labels/localization_quality": quality.mean(),
-        "pseudo_labels/highest_score": scores.max() if len(scores) else counts.new_zeros(()),
+        HIGHEST_SCORE: scores.max() if len(scores) else counts.new_zeros(()),
         "proposals/reliability_foreground": mean_where(reliability, foreground),
         "proposals/reliability_background": mean_where(reliability, ~foreground),
         "proposals/foreground_per_image": foreground.sum() / len(pseudo_labels),

@@ -28,7 +28,7 @@ from ..modeling.detector import SemiSupervisedRCNN
 from .checkpoint import TeacherCheckpointer, need_weights
 from .evaluation import evaluate_both, main_metric
 from .hooks import PseudoLabelWatch, ResumableBestCheckpointer
-from .step import StepResult, StepSettings, training_step
+from .step import HIGHEST_SCORE, StepResult, StepSettings, training_step
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,11 @@ class SemiSupervisedTrainer(TrainerBase):
         MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).set(thing_classes=self.sets.class_names)
 
         self.student: SemiSupervisedRCNN = build_model(cfg)
-        self.teacher: SemiSupervisedRCNN = build_model(cfg).eval().requires_grad_(False)
+        self.model = _distributed(self.student).train()
+        # Copied only now that all processes have the same student.
+        self.teacher: SemiSupervisedRCNN = build_model(cfg).eval()
         update_teacher(self.teacher, self.student, keep_rate=0.0)
         self.optimizer = build_optimizer(cfg, self.student)
-        self.model = _distributed(self.student)
-        self.model.train()
         self._amp_dtype = getattr(torch, cfg.SOLVER.AMP.DTYPE)
         # bfloat16 has the range of float32; only float16 needs its gradients scaled.
         self.grad_scaler = torch.amp.GradScaler(
@@ -173,6 +173,8 @@ class SemiSupervisedTrainer(TrainerBase):
                 f"{batch.file_names}"
             )
         averages = {name: _mean([e["values"][name] for e in everyone]) for name in names}
+        if HIGHEST_SCORE in names:
+            averages[HIGHEST_SCORE] = max(e["values"][HIGHEST_SCORE] for e in everyone)
         total = sum(averages[name] for name in result.losses)
         known = {name: value for name, value in averages.items() if not math.isnan(value)}
         slowest = max(e["data_time"] for e in everyone)
@@ -195,7 +197,8 @@ class SemiSupervisedTrainer(TrainerBase):
         return build_loader(dataset, schedule, cfg.DATALOADER.NUM_WORKERS)
 
     def _evaluate(self) -> dict:
-        burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
+        done = min(self.iter + 1, self.max_iter)  # at the end of training iter is max_iter
+        burning_in = done <= self.cfg.SEMI.BURN_IN_ITERS
         return evaluate_both(self.cfg, self.teacher, self.student, alike=burning_in)
 
     def state_dict(self) -> dict:

@@ -18,7 +18,8 @@ class CornerBoxTransform:
     """
 
     def __init__(self, weights: tuple[float, float] = (10.0, 10.0)) -> None:
-        self.weights = weights
+        # One for each coordinate: Detectron2 takes the number of coordinates from here.
+        self.weights = (*weights, *weights)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
         """Offsets from proposals to targets.
@@ -52,4 +53,4 @@ class CornerBoxTransform:
     def _unit(self, boxes: Tensor) -> Tensor:
         """``(N, 4)`` pixels that make one unit of offset."""
         width_height = (boxes[:, 2:] - boxes[:, :2]).float()
-        return (width_height / width_height.new_tensor(self.weights)).repeat(1, 2)
+        return width_height.repeat(1, 2) / width_height.new_tensor(self.weights)

@@ -1,0 +1,30 @@
+# Every target sets up what it needs in .venv; once that is done, this takes no time.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+export DETECTRON2 TORCH
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo
+	@echo "PYTHON=python3.11           the Python that .venv is made with"
+	@echo "DETECTRON2=<source>         a clone's directory, a wheel or a git URL"
+	@echo "TORCH=\"torch==... ...\"      another build of PyTorch, as arguments for pip"
+
+setup:  ## create or update .venv
+	@$(PYTHON) tools/setup_env.py
+
+quickstart:  ## install everything, then a small demonstration
+	@$(PYTHON) tools/setup_env.py --require-detectron2
+	$(PY) tools/quickstart.py
+
+test: setup  ## run all tests; those that need Detectron2 are left out without it
+	$(PY) -m pytest -q
+
+lint: setup  ## check style, format and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy

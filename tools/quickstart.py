@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""The main job in small: make a data set, train on it, print a table, draw pictures.
+
+    make quickstart        or        python tools/quickstart.py [KEY VALUE ...]
+
+Called again it goes on where it was stopped, or shows the results of what is finished.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "datasets"))
+
+from make_synthetic import make_dataset  # noqa: E402
+
+from draw_predictions import draw_folder  # noqa: E402  (beside this file)
+from locreweight.config import load_config  # noqa: E402
+from locreweight.data.datasets import load_folder  # noqa: E402
+from locreweight.data.training_sets import register_datasets  # noqa: E402
+from summarize import results_of, table  # noqa: E402
+
+CONFIG = "configs/quickstart.yaml"
+PICTURES = 12
+
+
+def main() -> None:
+    options = sys.argv[1:]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = ["MODEL.DEVICE", device, *options]
+
+    print("1/3  making the data set: 40 labeled images, 500 unlabeled, 200 to test on", flush=True)
+    make_dataset(ROOT / "datasets/synthetic", labeled=40, unlabeled=500, val=200, size=96, seed=0)
+
+    command = ["train_net.py", "--config-file", CONFIG, "--resume", *options]
+    print(f"2/3  training on {device}: python {' '.join(command)}", flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+    print("3/3  drawing", flush=True)
+    cfg = load_config(str(ROOT / CONFIG), options)
+    output = ROOT / cfg.OUTPUT_DIR
+    _draw(cfg, output)
+    print(f"\n{table(results_of(output))}\n")
+    print(f"detections     {output / 'detections'}")
+    print(f"pseudo-labels  {output / 'pseudo_labels'}")
+    print(f"curves         tensorboard --logdir {output}")
+    print(f"checkpoints    {output}: model_best.pth, model_final.pth (the teacher is `model`)")
+    print("to train anew, remove that folder; to train on your own data, see README.md")
+
+
+def _draw(cfg, output: Path) -> None:  # noqa: ANN001
+    cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
+    register_datasets(cfg, training=False)
+    for name, folder, threshold in (
+        ("detections", "datasets/synthetic/val", 0.5),
+        ("pseudo_labels", "datasets/synthetic/unlabeled", cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
+    ):
+        images = [record["file_name"] for record in load_folder(folder)]
+        draw_folder(cfg, images[:PICTURES], output / name, threshold)
+
+
+if __name__ == "__main__":
+    main()
