@@ -40,21 +40,21 @@ class SceneStyle:
     """How the scenes look, and so how hard they are. Pairs are ranges, low to high, inclusive."""
 
     classes: tuple[str, ...] = ("disc", "square", "triangle")  # from SHAPES
-    objects: tuple[int, int] = (1, 6)
-    extent: tuple[float, float] = (0.18, 0.5)  # longer side of the box / side of the image
+    objects: tuple[int, int] = (1, 4)
+    extent: tuple[float, float] = (0.25, 0.55)  # longer side of the box / side of the image
     aspect: tuple[float, float] = (0.75, 1.33)  # stretch before the rotation
     min_visibility: float = 0.5  # part of an object's area that is in the image and uncovered
     clutter_in_front: tuple[int, int] = (0, 1)
-    clutter_behind: tuple[int, int] = (1, 4)
+    clutter_behind: tuple[int, int] = (1, 3)
     clutter_extent: tuple[float, float] = (0.12, 0.4)
     palette: int = 4  # colours in an image, shared by objects and clutter
-    contrast: float = 70.0  # least distance of these from the background's mean, in BGR of 0..255
-    relief: tuple[float, float] = (5.0, 35.0)  # amplitude of the pieces' shading, of 0..255
+    contrast: float = 90.0  # least distance of these from the background's mean, in BGR of 0..255
+    relief: tuple[float, float] = (3.0, 20.0)  # amplitude of the pieces' shading, of 0..255
     rim: float = 0.75  # brightness of their edges, which parts pieces of the same colour
-    texture: tuple[float, float] = (5.0, 20.0)  # amplitude of the background's, of 0..255
-    gain: tuple[float, float] = (0.65, 1.15)
-    blur: tuple[float, float] = (0.3, 1.1)  # sigma in pixels
-    noise: tuple[float, float] = (2.0, 8.0)  # sigma, of 0..255
+    texture: tuple[float, float] = (3.0, 12.0)  # amplitude of the background's, of 0..255
+    gain: tuple[float, float] = (0.75, 1.15)
+    blur: tuple[float, float] = (0.2, 0.7)  # sigma in pixels
+    noise: tuple[float, float] = (1.0, 6.0)  # sigma, of 0..255
 
 
 @dataclass(frozen=True)

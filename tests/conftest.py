@@ -1,8 +1,7 @@
 """What all tests share: fixed seeds, and what happens to them without Detectron2.
 
-Files directly in `tests/` and those in `tests/method/` run without it; all other folders need it.
-Where it cannot be imported they are left out, and the summary says so. With REQUIRE_DETECTRON2=1
-its absence is a failure.
+What runs without it is named here; all else is left out where it cannot be imported, and the
+summary says so. With REQUIRE_DETECTRON2=1 its absence is a failure.
 """
 
 from __future__ import annotations
@@ -17,7 +16,13 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-WITHOUT_DETECTRON2 = {"method"}
+WITHOUT_DETECTRON2 = {
+    "method",
+    "test_layout.py",
+    "test_make_synthetic.py",
+    "test_setup_env.py",
+    "test_without_detectron2.py",
+}
 REQUIRED = os.environ.get("REQUIRE_DETECTRON2", "") not in ("", "0")
 LEFT_OUT = pytest.StashKey[list[Path]]()
 
@@ -61,10 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if not WHY_MISSING or not collection_path.is_relative_to(TESTS):
+    if not WHY_MISSING or TESTS not in collection_path.parents:
         return None
-    folder, *below = collection_path.relative_to(TESTS).parts or ("",)
-    if folder in WITHOUT_DETECTRON2 or not (below or collection_path.is_dir()):
+    if collection_path.relative_to(TESTS).parts[0] in WITHOUT_DETECTRON2:
         return None
     config.stash[LEFT_OUT].append(collection_path)
     return True
@@ -83,7 +87,7 @@ def pytest_terminal_summary(
     counts = {path.relative_to(TESTS): count_tests(path) for path in config.stash[LEFT_OUT]}
     if not any(counts.values()):
         return
-    parts = ", ".join(f"{folder} {count}" for folder, count in counts.items() if count)
+    parts = ", ".join(f"{path} {count}" for path, count in counts.items() if count)
     terminalreporter.section("without Detectron2", yellow=True)
     terminalreporter.line(f"Left out {sum(counts.values())} tests that need Detectron2: {parts}.")
     terminalreporter.line(f"It cannot be imported ({WHY_MISSING}).")

@@ -87,6 +87,26 @@ def draw(image: np.ndarray, instances: Instances, classes: list[str]) -> np.ndar
     return drawn.get_image()[:, :, ::-1]
 
 
+def montage(pictures: list[Path], columns: int = 4, height: int = 320) -> np.ndarray:
+    """Pictures side by side, in rows; BGR."""
+    cells = []
+    for picture in pictures:
+        image = cv2.imread(str(picture))
+        width = round(image.shape[1] * height / image.shape[0])
+        cells.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
+    rows = [cv2.hconcat(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    widest = max(row.shape[1] for row in rows)
+    white = (255, 255, 255)
+    return cv2.vconcat(
+        [
+            cv2.copyMakeBorder(
+                row, 0, 0, 0, widest - row.shape[1], cv2.BORDER_CONSTANT, value=white
+            )
+            for row in rows
+        ]
+    )
+
+
 def _class_names(cfg: CfgNode) -> list[str]:
     name = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
     if not hasattr(MetadataCatalog.get(name), "thing_classes"):
@@ -104,6 +124,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--count", type=int, default=20, help="draw so many images at most")
+    parser.add_argument("--montage", type=Path, help="write all pictures into this one, too")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
     try:
@@ -115,6 +136,8 @@ def main() -> None:
         pictures = draw_folder(cfg, images[: args.count], args.output, args.threshold)
     except UsageError as error:
         sys.exit(f"error: {error}")
+    if args.montage and pictures:
+        cv2.imwrite(str(args.montage), montage(pictures))
     print(f"{len(pictures)} pictures in {args.output}")
 
 

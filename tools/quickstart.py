@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "datasets"))
@@ -35,7 +36,7 @@ def main() -> None:
     options = ["MODEL.DEVICE", device, *options]
 
     print("1/3  making the data set: 40 labeled images, 500 unlabeled, 200 to test on", flush=True)
-    make_dataset(ROOT / "datasets/synthetic", labeled=40, unlabeled=500, val=200, size=96, seed=0)
+    make_dataset(ROOT / "datasets/synthetic", labeled=40, unlabeled=500, val=200, size=64, seed=0)
 
     command = ["train_net.py", "--config-file", CONFIG, "--resume", *options]
     print(f"2/3  training on {device}: python {' '.join(command)}", flush=True)
@@ -53,7 +54,7 @@ def main() -> None:
     print("to train anew, remove that folder; to train on your own data, see README.md")
 
 
-def _draw(cfg, output: Path) -> None:  # noqa: ANN001
+def _draw(cfg: CfgNode, output: Path) -> None:
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
     register_datasets(cfg, training=False)
     for name, folder, threshold in (

@@ -37,8 +37,9 @@ LOG = VENV / "setup.log"
 STAMP = VENV / "setup.json"
 
 OLDEST_PYTHON = (3, 10)
-# detectron2.model_zoo imports pkg_resources, which setuptools 82 dropped.
-BUILD_TOOLS = "pip>=22 wheel setuptools>=64,<81"
+# detectron2.model_zoo imports pkg_resources, which setuptools 82 dropped; PyTorch asks for 77.0.3,
+# and would bring the newest were it not met.
+BUILD_TOOLS = "pip>=22 wheel setuptools>=77.0.3,<81"
 TORCH = "torch==2.14.1 torchvision==0.29.1"
 DETECTRON2_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
 DETECTRON2 = "https://github.com/facebookresearch/detectron2.git"
@@ -67,8 +68,9 @@ HINTS = (
 )
 
 WITHOUT_DETECTRON2 = """\
-[setup] Detectron2 could not be had: {error}
-  Take it from elsewhere with DETECTRON2=<a clone's directory, a wheel, or a git URL>.
+[setup] Detectron2 could not be had from {source}
+  {error}
+  Take it from elsewhere with DETECTRON2=<a clone's directory, a wheel or a git URL>.
   All else is installed; the next call tries Detectron2 again and nothing else.\
 """
 
@@ -183,7 +185,7 @@ def detectron2_requirement(source: str) -> str:
     path = Path(source).expanduser().resolve()
     if (path / "setup.py").is_file() or (path.suffix == ".whl" and path.is_file()):
         return str(path)
-    raise SetupError(f"DETECTRON2={source}: neither a clone of Detectron2, nor a wheel, nor a URL")
+    raise SetupError(f"{path} is neither a clone of Detectron2 nor a wheel")
 
 
 def check_build_tools(requirement: str) -> None:
@@ -223,11 +225,11 @@ def install_detectron2(requirement: str) -> None:
     run(str(PYTHON), "-c", DETECTRON2_CHECK)
 
 
-def set_up() -> SetupError | None:
+def set_up() -> str:
     """Install whatever is not up to date.
 
     Returns:
-        why Detectron2 could not be had, or None. Whatever else fails is raised.
+        what to say of a Detectron2 that could not be had, or "". Whatever else fails is raised.
     """
     stamp = Stamp(STAMP)
     torch = stamp.choice("torch", "TORCH")
@@ -246,7 +248,7 @@ def set_up() -> SetupError | None:
         return stamp.steps.get(step) != wanted[step]
 
     if PYTHON.exists() and not any(map(outdated, wanted)):
-        return None
+        return ""
 
     ready_made = PYTHON.exists() and not STAMP.exists()
     make_venv(stamp)
@@ -258,7 +260,7 @@ def set_up() -> SetupError | None:
         with stamp.step("torch", wanted["torch"], message):
             pip(*shlex.split(torch or TORCH))
 
-    missing = None
+    failure = ""
     try:
         if outdated("detectron2"):
             requirement = detectron2_requirement(detectron2 or DETECTRON2)
@@ -268,13 +270,13 @@ def set_up() -> SetupError | None:
                 if detectron2 or not (ready_made and detectron2_works()):
                     install_detectron2(requirement)
     except SetupError as error:
-        missing = error
+        failure = WITHOUT_DETECTRON2.format(source=detectron2 or DETECTRON2, error=error)
 
     if outdated("package"):
         message = "this package and its dependencies (a minute or two)"
         with stamp.step("package", wanted["package"], message):
             pip("--no-build-isolation", "--editable", f"{ROOT}[dev]")
-    return missing
+    return failure
 
 
 def main() -> int:
@@ -290,14 +292,13 @@ def main() -> int:
                 f"this is Python {sys.version.split()[0]}; {version} or newer is needed.\n"
                 "  Choose another: make PYTHON=python3.11"
             )
-        missing = set_up()
+        failure = set_up()
     except SetupError as error:
         print(f"[setup] {error}", file=sys.stderr)
         return 1
-    if missing is not None:
-        print(WITHOUT_DETECTRON2.format(error=missing), file=sys.stderr)
-        return int(arguments.require_detectron2)
-    return 0
+    if failure:
+        print(failure, file=sys.stderr)
+    return int(bool(failure) and arguments.require_detectron2)
 
 
 if __name__ == "__main__":

@@ -375,3 +375,11 @@ def test_box_loss_of_half_precision_is_computed_in_float32(dtype, autocast):
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         for given in ((loss, quality), (loss.float(), quality.float())):
             assert_close(quality_weighted_box_loss(*given, 50), expected, rtol=0, atol=0)
+
+
+def test_weights_of_another_shape_are_an_error_and_not_broadcast():
+    logits, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"reliability is \(4, 1\), labels \(4,\)"):
+        reliability_weighted_cross_entropy(logits, labels, torch.ones(4, 1))
+    with pytest.raises(ValueError, match=r"quality is \(1,\), loss \(4, 4\)"):
+        quality_weighted_box_loss(torch.ones(4, 4), torch.ones(1), 4)

@@ -222,3 +222,12 @@ def test_modules_that_differ_are_refused_and_the_teacher_is_left_untouched(make_
     assert_holds(teacher, before)
     assert all(parameter.requires_grad for parameter in teacher.parameters())
     assert_close(teacher.linear.weight.grad, gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_a_rate_outside_of_its_range_is_an_error(rate):
+    teacher, student = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    before = teacher.weight.clone()
+    with pytest.raises(ValueError, match="keep_rate"):
+        update_teacher(teacher, student, rate)
+    assert torch.equal(teacher.weight, before)

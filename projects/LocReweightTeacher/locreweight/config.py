@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
@@ -92,22 +93,27 @@ def load_config(config_file: str, options: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_locreweight_config(cfg)
     known = _key_paths(cfg)
+    if config_file and not Path(config_file).is_file():
+        raise UsageError(f"config file {config_file!r} does not exist")
+    if len(options) % 2:
+        raise UsageError(f"options come in pairs, KEY VALUE; got {options}")
+    for key in options[::2]:
+        if key not in known:
+            raise UsageError(_unknown_key_message(key, known))
     try:
         if config_file:
-            if not Path(config_file).is_file():
-                raise UsageError(f"config file {config_file!r} does not exist")
             cfg.merge_from_file(config_file)
-        if len(options) % 2:
-            raise UsageError(f"options come in pairs, KEY VALUE; got {options}")
         cfg.merge_from_list(options)
     except KeyError as error:
         raise UsageError(_unknown_key_message(str(error), known)) from error
-    except AssertionError as error:
-        raise UsageError(_unknown_key_message(str(error), known)) from error
+    except (AssertionError, AttributeError, OSError, TypeError, yaml.YAMLError) as error:
+        # Not YAML, not a mapping, made for another version, or its _BASE_ is not there.
+        raise UsageError(f"cannot read the config file {config_file!r}: {error}") from error
     except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"config value of the wrong type: {error}") from error
+        raise UsageError(
+            f"config value of the wrong type: {error}. Fractions need their point (10.0, not 10), "
+            "lists their brackets and quotes (['a'], not a)"
+        ) from error
     return cfg
 
 

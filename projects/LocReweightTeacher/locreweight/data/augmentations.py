@@ -72,7 +72,7 @@ class RandomGeometry(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         height, width = image.shape[:2]
-        draw = np.random.choice([self._translation, self._rotation, self._shear])
+        draw = (self._translation, self._rotation, self._shear)[np.random.randint(3)]
         to_origin = np.array([[1, 0, -width / 2], [0, 1, -height / 2], [0, 0, 1]])
         return AffineTransform(
             np.linalg.inv(to_origin) @ draw(width, height) @ to_origin, self.fill
@@ -83,7 +83,7 @@ class RandomGeometry(T.Augmentation):
         return np.array([[1, 0, x * width], [0, 1, y * height], [0, 0, 1]])
 
     def _rotation(self, width: int, height: int) -> np.ndarray:
-        angle = math.radians(self._rand_range(-self.max_rotation, self.max_rotation))
+        angle = math.radians(np.random.uniform(-self.max_rotation, self.max_rotation))
         cos, sin = math.cos(angle), math.sin(angle)
         return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
@@ -100,7 +100,7 @@ class OneColorOperation(T.Augmentation):
     """One colour operation out of nine, of random strength (the list of Soft Teacher)."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        strength = self._rand_range(0.1, 1.9)  # of an enhancement; 1 is the identity
+        strength = np.random.uniform(0.1, 1.9)  # of an enhancement; 1 is the identity
         operations: list[Callable[[Image.Image], Image.Image]] = [
             lambda img: img,
             ImageOps.autocontrast,
@@ -129,7 +129,7 @@ class ColorJitter(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         factors = np.random.uniform(1 - self.strength, 1 + self.strength, size=3)
-        shift = self._rand_range(-self.hue, self.hue)
+        shift = np.random.uniform(-self.hue, self.hue)
         operations = [
             lambda img: ImageEnhance.Brightness(img).enhance(factors[0]),
             lambda img: ImageEnhance.Contrast(img).enhance(factors[1]),
@@ -159,7 +159,7 @@ class GaussianBlur(T.Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        sigma = self._rand_range(self.min_sigma, self.max_sigma)
+        sigma = np.random.uniform(self.min_sigma, self.max_sigma)
         return T.PILColorTransform(lambda img: img.filter(ImageFilter.GaussianBlur(sigma)))
 
 
@@ -179,7 +179,7 @@ class EraseTransform(T.Transform):
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         img = img.copy()
         for x1, y1, x2, y2 in self.patches:
-            img[y1:y2, x1:x2] = self.fill
+            img[y1:y2, x1:x2] = np.round(self.fill)
         return img
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:

@@ -20,7 +20,8 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
     """Records whose boxes can be trained on.
 
     Boxes without area or wholly outside of their image teach nothing and are left out, with a
-    warning. NaN, infinite and inverted boxes say that the annotations are not what they seem.
+    warning. Boxes that are not four numbers, NaN, infinite or inverted say that the annotations
+    are not what they seem.
 
     Args:
         records: in Detectron2's standard format, boxes in absolute pixels of the original image.
@@ -42,13 +43,14 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
         checked.append(record | {"annotations": kept})
     if faults["bad"] and not drop_bad:
         raise UsageError(
-            f"{len(faults['bad'])} boxes are NaN, infinite or inverted: {_some(faults['bad'])}. "
-            "Repair them, or leave them out with DATASETS.DROP_BAD_BOXES True"
+            f"{len(faults['bad'])} boxes are malformed, NaN, infinite or inverted: "
+            f"{_some(faults['bad'])}. Repair them, or leave them out with "
+            "DATASETS.DROP_BAD_BOXES True"
         )
     for fault, words in (
         ("empty", "have no area"),
         ("outside", "lie outside of their image"),
-        ("bad", "are NaN, infinite or inverted"),
+        ("bad", "are malformed, NaN, infinite or inverted"),
     ):
         if faults[fault]:
             logger.warning(
@@ -125,12 +127,13 @@ def _identity(record: dict) -> str:
 
 
 def _box_fault(annotation: dict, record: dict) -> str | None:
-    box = annotation.get("bbox")
     try:
-        x1, y1, x2, y2 = BoxMode.convert(list(box), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        x1, y1, x2, y2 = BoxMode.convert(
+            list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
+        )
         finite = all(math.isfinite(value) for value in (x1, y1, x2, y2))
-    except (TypeError, ValueError, AssertionError):
-        return "bad"
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError):
+        return "bad"  # not four numbers
     if not finite or x2 < x1 or y2 < y1:
         return "bad"
     if x2 == x1 or y2 == y1:

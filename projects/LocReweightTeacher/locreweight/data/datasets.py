@@ -177,13 +177,13 @@ def _coco_problem(json_file: str) -> str | None:
 def _voc_record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
     file = folder / "Annotations" / f"{image_id}.xml"
     try:
-        tree = ElementTree.parse(file)
+        root = ElementTree.parse(file).getroot()
         return {
             "file_name": str(folder / "JPEGImages" / f"{image_id}.jpg"),
             "image_id": image_id,
-            "height": int(_text(tree, "size/height")),
-            "width": int(_text(tree, "size/width")),
-            "annotations": [_voc_object(node, class_index) for node in tree.findall("object")],
+            "height": int(_text(root, "size/height")),
+            "width": int(_text(root, "size/width")),
+            "annotations": [_voc_object(node, class_index) for node in root.findall("object")],
         }
     except FileNotFoundError as error:
         raise UsageError(f"the annotation {file} does not exist") from error
@@ -210,7 +210,7 @@ def _voc_object(node: ElementTree.Element, class_index: dict[str, int]) -> dict:
     }
 
 
-def _text(node: ElementTree.Element | ElementTree.ElementTree, path: str) -> str:
+def _text(node: ElementTree.Element, path: str) -> str:
     text = node.findtext(path)
     if text is None:
         raise ValueError(f"it has no <{path}>")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import filter_empty_instances, read_image
+from PIL import Image
 
 from ..errors import UsageError
 from .recipes import Recipe, build_recipe
@@ -33,7 +34,7 @@ class ViewMapper:
         """
         if image_format not in ("RGB", "BGR"):
             raise UsageError(
-                f"INPUT.FORMAT must be RGB or BGR for colour operations, {image_format}"
+                f"INPUT.FORMAT must be RGB or BGR for colour operations, not {image_format}"
             )
         self.recipe = recipe
         self.image_format = image_format
@@ -60,7 +61,8 @@ class ViewMapper:
         Raises:
             UnreadableImage: names the file.
         """
-        samples = [self._readable(record, mapper) for mapper in self._labeled_mappers]
+        with _reading(record["file_name"]):
+            samples = [mapper(record) for mapper in self._labeled_mappers]
         for sample in samples:
             sample["image"] = self._ordered(sample["image"])
             sample["instances"] = filter_empty_instances(sample["instances"])
@@ -75,7 +77,8 @@ class ViewMapper:
         Raises:
             UnreadableImage: names the file.
         """
-        image = self._readable(record, lambda r: read_image(r["file_name"], format="RGB"))
+        with _reading(record["file_name"]):
+            image = read_image(record["file_name"], format="RGB")
         weak, weak_transforms = _augment(image, self.recipe.weak)
         if self.recipe.strong_on_weak:
             strong, strong_transforms = _augment(weak, self.recipe.strong)
@@ -88,15 +91,6 @@ class ViewMapper:
             weak=View(self._tensor(weak), matrix_of(weak_transforms, size)),
             strong=View(self._tensor(strong), matrix_of(strong_transforms, size)),
         )
-
-    def _readable(self, record: dict, read: Callable[[dict], object]):  # noqa: ANN202
-        try:
-            return read(copy.copy(record))
-        except (OSError, SyntaxError, ValueError) as error:
-            # Pillow raises each of these for files that it cannot decode.
-            raise UnreadableImage(
-                f"cannot read the image {record['file_name']}: {error}. Repair or remove it"
-            ) from error
 
     def _tensor(self, image: np.ndarray) -> torch.Tensor:
         return self._ordered(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
@@ -111,3 +105,15 @@ def _augment(
     augmented = T.AugInput(image)
     transforms = T.AugmentationList(augmentations)(augmented)
     return augmented.image, transforms
+
+
+@contextlib.contextmanager
+def _reading(file_name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow raises each of these for files that it cannot decode; the last for damaged
+        # headers, which promise images of absurd sizes.
+        raise UnreadableImage(
+            f"cannot read the image {file_name}: {error}. Repair or remove it"
+        ) from error

@@ -16,6 +16,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils.registry import Registry
 
+from ..errors import UsageError
 from .augmentations import (
     ColorJitter,
     Fill,
@@ -49,7 +50,17 @@ class Recipe:
 
 
 def build_recipe(cfg: CfgNode) -> Recipe:
-    """The recipe that ``INPUT.RECIPE`` names."""
+    """The recipe that ``INPUT.RECIPE`` names.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    known = [name for name, _ in RECIPE_REGISTRY]
+    if cfg.INPUT.RECIPE not in known:
+        raise UsageError(
+            f"unknown INPUT.RECIPE {cfg.INPUT.RECIPE!r}; known are {', '.join(known)}, and what "
+            "you register in RECIPE_REGISTRY"
+        )
     return RECIPE_REGISTRY.get(cfg.INPUT.RECIPE)(cfg)
 
 

@@ -41,7 +41,7 @@ class Position(NamedTuple):
     """A place in a stream; it says everything of the sample there."""
 
     stream: Stream
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class StreamDataset(Dataset):
     def record(self, position: Position) -> dict:
         """The record at a position; each epoch shows every record once, in a new order."""
         records = self._records[position.stream]
-        epoch, offset = divmod(position.index, len(records))
+        epoch, offset = divmod(position.number, len(records))
         order = _epoch_order(self._seed, position.stream, epoch, len(records))
         return records[int(order[offset])]
 
@@ -155,7 +155,7 @@ class BatchSchedule(Sampler[list[Position]]):
             return []
         share = self._batch[stream] // self._world_size
         first = turn * self._batch[stream] + self._rank * share
-        return [Position(stream, index) for index in range(first, first + share)]
+        return [Position(stream, number) for number in range(first, first + share)]
 
 
 def build_loader(

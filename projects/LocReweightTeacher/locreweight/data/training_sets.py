@@ -61,10 +61,11 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     check_images_exist(labeled)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         labeled = filter_images_with_only_crowd_annotations(labeled)
-    if not labeled:
+    # Whether images without one were left out or not: a detector of nothing is not meant.
+    if not any(a.get("iscrowd", 0) == 0 for record in labeled for a in record["annotations"]):
         raise UsageError(
-            f"no image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on"
-            " (DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves images without one out)"
+            f"no labeled image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on: its "
+            "annotations are missing or left out, or DATASETS.LABELED_PERCENT drew none of them"
         )
     others = [record for name in cfg.DATASETS.UNLABELED for record in _load(name)]
     unlabeled = [{"file_name": r["file_name"]} for r in [*rest, *others]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -39,7 +40,7 @@ class TeacherCheckpointer(DetectionCheckpointer):
 
     held = ""  # what the last file that was read holds, in words
 
-    def _load_model(self, checkpoint: dict):  # noqa: ANN202
+    def _load_model(self, checkpoint: dict) -> Any:
         weights = checkpoint["model"]
         detector = any(_BOX_KEY in key for key in weights)
         if _holds_variance(weights):

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.checks import check_classes
+from ..errors import UsageError
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
@@ -33,13 +34,15 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
         Elsewhere the same without content.
 
     Raises:
-        UsageError: if a data set's classes are not the model's.
+        UsageError: if a data set has no annotations or its classes are not the model's.
     """
     results = OrderedDict()
     for name in cfg.DATASETS.TEST:
         loader = build_detection_test_loader(cfg, name)
-        classes = {name: list(MetadataCatalog.get(name).thing_classes)}
-        check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        classes = list(MetadataCatalog.get(name).get("thing_classes", []))
+        if not classes:
+            raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")
+        check_classes({name: classes}, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         results[name] = inference_on_dataset(model, loader, _build_evaluator(cfg, name)) or {}
         if comm.is_main_process():
             print_csv_format(results[name])

@@ -15,6 +15,15 @@ logger = logging.getLogger(__name__)
 class ResumableBestCheckpointer(BestCheckpointer):
     """Detectron2's, but a resumed run remembers the best result so far."""
 
+    def _best_checking(self) -> None:
+        latest = self.trainer.storage.latest().get(self._val_metric)
+        if latest is None or (self.best_metric is not None and latest[0] <= self.best_metric):
+            super()._best_checking()  # says why nothing is saved
+        elif self._update_best(*latest):
+            # Detectron2 saves first and notes the new best afterwards: it would not be in the file.
+            self._checkpointer.save(self._file_prefix)
+            logger.info("best %s so far: %.3f", self._val_metric, self.best_metric)
+
     def state_dict(self) -> dict:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
@@ -29,7 +38,7 @@ class PseudoLabelWatch(HookBase):
         """
         Args:
             threshold: score that a detection must exceed to become a pseudo-label.
-            patience: iterations of mutual learning without one before the warning.
+            patience: iterations of mutual learning in a row without one before the warning.
         """
         self._threshold = threshold
         self._patience = patience
@@ -43,7 +52,7 @@ class PseudoLabelWatch(HookBase):
         if self._done or iteration != self.trainer.iter:  # burn-in measures nothing
             return
         if found > 0:
-            self._done = True
+            self._without, self._highest = 0, 0.0
             return
         self._without += 1
         self._highest = max(self._highest, latest[HIGHEST_SCORE][0])

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import cat
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data.streams import Batch
 from ..data.views import UnlabeledSample, View
@@ -70,6 +71,11 @@ class StepResult:
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
 
+    @property
+    def total(self) -> Tensor:
+        """``L = L_s + beta * L_u`` (Eq. 3)."""
+        return torch.stack(list(self.losses.values())).sum()
+
 
 def training_step(
     student: nn.Module, teacher: SemiSupervisedRCNN, batch: Batch, settings: StepSettings
@@ -98,7 +104,9 @@ def training_step(
 
     labels = cat([p.gt_classes for p in output.proposals])
     reliability = second_look(teacher, seen, output, batch.unlabeled, labels)
-    roi_heads = getattr(student, "module", student).roi_heads
+    detector = student.module if isinstance(student, DistributedDataParallel) else student
+    assert isinstance(detector, SemiSupervisedRCNN)
+    roi_heads = detector.roi_heads
     unlabeled_losses = output.rpn_losses | roi_heads.box_predictor.unsupervised_losses(
         output.predictions,
         output.proposals,

@@ -145,7 +145,7 @@ class SemiSupervisedTrainer(TrainerBase):
         self._log(result, batch, data_time)
 
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(sum(result.losses.values())).backward()
+        self.grad_scaler.scale(result.total).backward()
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         self._update_teacher()
@@ -204,6 +204,9 @@ class SemiSupervisedTrainer(TrainerBase):
     def state_dict(self) -> dict:
         """What resuming needs beside the weights of student and teacher."""
         return super().state_dict() | {
+            # The last iteration done: Detectron2 counts on once training is over, which is when
+            # the last evaluation saves its teacher if it is the best.
+            "iteration": min(self.iter, self.max_iter - 1),
             "optimizer": self.optimizer.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
         }

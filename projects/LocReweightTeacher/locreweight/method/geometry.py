@@ -25,10 +25,10 @@ def between_views(source: Tensor, target: Tensor) -> Tensor:
     """
     # Under autocast a matrix product would lose the coordinates' last digits.
     with torch.autocast(source.device.type, enabled=False):
-        inverse, info = torch.linalg.inv_ex(source)
-        if source.device.type == "cpu" and info.item() != 0:
-            raise ValueError(f"this view's matrix cannot be inverted: {source.tolist()}")
-        return target @ inverse
+        try:
+            return target @ torch.linalg.inv(source)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"this view's matrix cannot be inverted: {source.tolist()}") from error
 
 
 def warp_boxes(boxes: Tensor, matrix: Tensor, image_size: tuple[int, int]) -> Tensor:

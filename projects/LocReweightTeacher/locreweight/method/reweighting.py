@@ -76,7 +76,12 @@ def reliability_weighted_cross_entropy(
     Returns:
         Scalar: foreground mean plus background mean. The mean of an empty set is an exact zero that
         keeps the graph, so that every process of a distributed run takes part in the backward pass.
+
+    Raises:
+        ValueError: if ``reliability`` is not of the shape of ``labels``.
     """
+    if reliability.shape != labels.shape:
+        raise ValueError(f"reliability is {tuple(reliability.shape)}, labels {tuple(labels.shape)}")
     weighted = reliability.detach() * F.cross_entropy(
         at_least_float32(logits), labels, reduction="none"
     )
@@ -84,10 +89,11 @@ def reliability_weighted_cross_entropy(
     if per_sampled_proposal:
         return weighted.sum() / max(len(labels), 1)
     # Sums over masks, not over selected rows: selecting would wait for the device.
-    return sum(
+    means = [
         (weighted * chosen).sum() / chosen.sum().clamp(min=1)
         for chosen in (foreground, ~foreground)
-    )
+    ]
+    return means[0] + means[1]
 
 
 def quality_weighted_box_loss(
@@ -102,7 +108,12 @@ def quality_weighted_box_loss(
 
     Returns:
         Scalar; an exact zero that keeps the graph when there is no foreground proposal.
+
+    Raises:
+        ValueError: if ``quality`` is not one number for each row of ``loss``.
     """
+    if quality.shape != loss.shape[:1]:
+        raise ValueError(f"quality is {tuple(quality.shape)}, loss {tuple(loss.shape)}")
     weighted = at_least_float32(loss) * quality.detach()[:, None]
     if isinstance(num_foreground, Tensor):
         return weighted.sum() / num_foreground.clamp(min=1)

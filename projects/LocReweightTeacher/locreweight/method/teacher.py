@@ -41,8 +41,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, keep_rate: float) -> 
         keep_rate: in [0, 1]; 0 copies the student, 1 leaves the teacher alone.
 
     Raises:
-        ValueError: if names or shapes of the two differ; nothing has been changed then.
+        ValueError: if names or shapes of the two differ, or for a rate outside of [0, 1]; nothing
+            has been changed then.
     """
+    if not 0.0 <= keep_rate <= 1.0:
+        raise ValueError(f"keep_rate must lie in [0, 1], got {keep_rate}")
     targets, sources = _named_tensors(teacher), _named_tensors(student)
     _check_alike(targets, sources)
     for parameter in teacher.parameters():

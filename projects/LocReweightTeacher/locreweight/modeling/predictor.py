@@ -94,7 +94,8 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
     def forward(self, x: Tensor) -> BoxPredictions:
         """``(R, ...)`` features of the proposals -> their predictions."""
         x = x.flatten(start_dim=1)
-        return BoxPredictions(*super().forward(x), self.log_variance(x))
+        scores, deltas = super().forward(x)
+        return BoxPredictions(scores, deltas, self.log_variance(x))
 
     # -- labeled images ---------------------------------------------------------------------------
 
@@ -153,12 +154,13 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
                 reliability,
                 per_sampled_proposal=self.normalize_by_sampled,
             )
-        return {
+        losses = {
             "loss_cls": loss_cls,
             "loss_box_reg": quality_weighted_box_loss(
                 box_loss, weights[boxes.rows], self._normalizer(boxes, labels)
             ),
         }
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
     def reliability(self, predictions: BoxPredictions, labels: Tensor) -> Tensor:
         """``(R,)`` reliability of proposals with these labels, seen by this model (Eq. 12, 13)."""

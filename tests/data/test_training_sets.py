@@ -1,0 +1,199 @@
+"""From the config to the images of a run."""
+
+import logging
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetMapper
+from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc
+
+from locreweight.config import load_config
+from locreweight.data.splits import split_indices
+from locreweight.data.training_sets import load_training_sets, register_datasets
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """(json file, name) of ten labeled images."""
+    json_file, images = make_coco(tmp_path / "labeled", images=10)
+    return json_file, f"coco:{json_file}:{images}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The name of three images without labels."""
+    return f"folder:{make_folder(tmp_path / 'unlabeled', images=3)}"
+
+
+def load(*options, train, unlabeled=()):
+    names = ["DATASETS.TRAIN", str(tuple(train)), "DATASETS.UNLABELED", str(tuple(unlabeled))]
+    classes = ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES))]
+    cfg = load_config("", [*names, *classes, *options])
+    register_datasets(cfg)
+    return load_training_sets(cfg)
+
+
+def files(records):
+    return [record["file_name"] for record in records]
+
+
+def boxes(record):
+    return [[float(value) for value in a["bbox"]] for a in record["annotations"]]
+
+
+def test_labeled_and_unlabeled_come_from_their_keys(coco, folder):
+    sets = load(train=[coco[1]], unlabeled=[folder])
+    assert len(sets.labeled) == 10
+    assert all(record["annotations"] for record in sets.labeled)
+    assert len(sets.unlabeled) == 3
+    assert sets.class_names == list(CLASSES)
+
+
+def test_several_data_sets_are_one_after_the_other(tmp_path, coco, folder):
+    voc = f"voc:{make_voc(tmp_path / 'voc', images=2)}:trainval"
+    others = f"folder:{make_folder(tmp_path / 'others', images=2)}"
+    sets = load(
+        *("DATASETS.CLASS_NAMES", str(CLASSES)),
+        train=[coco[1], voc],
+        unlabeled=[folder, others],
+    )
+    assert [file[-4:] for file in files(sets.labeled)] == [".png"] * 10 + [".jpg"] * 2
+    assert len(sets.unlabeled) == 5
+
+
+@pytest.mark.parametrize("percent", ["0.1", "30.0", "80.0"])
+def test_what_is_not_used_with_labels_is_used_without(coco, folder, percent):
+    every = files(load(train=[coco[1]], unlabeled=[folder]).labeled)
+    sets = load("DATASETS.LABELED_PERCENT", percent, train=[coco[1]], unlabeled=[folder])
+    labeled, rest = split_indices(10, float(percent), 1)
+    assert files(sets.labeled) == [every[i] for i in labeled]
+    assert files(sets.unlabeled)[:-3] == [every[i] for i in rest]
+
+
+def test_unlabeled_records_have_nothing_but_a_file(tmp_path, coco):
+    json_file, images = make_coco(tmp_path / "other", images=4)
+    sets = load(
+        *("DATASETS.LABELED_PERCENT", "50.0"),
+        train=[coco[1]],
+        unlabeled=[f"coco:{json_file}:{images}"],
+    )
+    assert len(sets.unlabeled) == 9
+    assert all(set(record) == {"file_name"} for record in sets.unlabeled)
+
+
+def test_an_unlabeled_coco_file_needs_no_annotations(tmp_path, coco):
+    json_file, images = make_coco(tmp_path / "other", images=4)
+    edit_json(json_file, lambda content: content.pop("annotations") and None)
+    assert len(load(train=[coco[1]], unlabeled=[f"coco:{json_file}:{images}"]).unlabeled) == 4
+
+
+def test_seeds_of_the_split_differ_and_that_of_the_run_does_not_matter(coco, folder):
+    def labeled(*options):
+        shares = ("DATASETS.LABELED_PERCENT", "40.0")
+        return files(load(*shares, *options, train=[coco[1]], unlabeled=[folder]).labeled)
+
+    assert labeled("DATASETS.SPLIT_SEED", "2") != labeled()
+    assert labeled("SEED", "2") == labeled()
+
+
+def test_images_without_boxes_stay_unless_the_config_says_otherwise(coco, folder):
+    def empty(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]
+
+    edit_json(coco[0], empty)
+    kept, filtered = (
+        load("DATALOADER.FILTER_EMPTY_ANNOTATIONS", value, train=[coco[1]], unlabeled=[folder])
+        for value in ("False", "True")
+    )
+    assert len(kept.labeled) == 10
+    assert set(files(kept.labeled)) - set(files(filtered.labeled)) == {kept.labeled[2]["file_name"]}
+
+
+def set_boxes(*given):
+    """An edit that gives the first annotations these xywh boxes."""
+
+    def edit(content):
+        for annotation, box in zip(content["annotations"], given, strict=False):
+            annotation["bbox"] = box
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ([5, 5, 0, 9], "have no area"),
+        ([5, 5, 9, 0], "have no area"),
+        ([64, 5, 9, 9], "lie outside of their image"),
+        ([5, 70, 9, 9], "lie outside of their image"),
+        ([-9, 5, 9, 9], "lie outside of their image"),
+        ([5, -20, 9, 9], "lie outside of their image"),
+    ],
+)
+def test_useless_boxes_are_left_out_with_a_warning_and_others_kept(
+    coco, folder, caplog, box, words
+):
+    before = load(train=[coco[1]], unlabeled=[folder])
+    edit_json(coco[0], set_boxes(box))
+    with caplog.at_level(logging.WARNING):
+        after = load(train=[coco[1]], unlabeled=[folder])
+    assert boxes(after.labeled[0]) == boxes(before.labeled[0])[1:]
+    assert [boxes(r) for r in after.labeled[1:]] == [boxes(r) for r in before.labeled[1:]]
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert words in warning
+    assert files(after.labeled)[0] in warning
+
+
+NAN, INFINITY = float("nan"), float("inf")
+BAD_BOXES = [
+    [NAN, 5, 9, 9],
+    [5, INFINITY, 9, 9],
+    [5, 5, INFINITY, 9],
+    [5, 5, -3, 9],
+    [5, 5, 9, -3],
+    [5, 5, 9],
+    [5, 5, 9, 9, 9, 9],
+    [None] * 4,
+    ["5", "5", "9", "9"],
+]
+
+
+@pytest.mark.parametrize("box", BAD_BOXES, ids=str)
+def test_bad_boxes_are_left_out_where_the_config_says_so(coco, folder, caplog, box):
+    edit_json(coco[0], set_boxes(box))
+    drop = ("DATASETS.DROP_BAD_BOXES", "True")
+    sets = load(*drop, train=[coco[1]], unlabeled=[folder])
+    assert [len(record["annotations"]) for record in sets.labeled] == [1] + [2] * 9
+    assert files(sets.labeled)[0] in caplog.text
+
+
+def test_a_box_partly_outside_is_clipped_in_training(coco, folder):
+    edit_json(coco[0], set_boxes([-10, 20, 30, 100]))
+    record = load(train=[coco[1]], unlabeled=[folder]).labeled[0]
+    sample = DatasetMapper(is_train=True, augmentations=[], image_format="RGB")(record)
+    assert sample["instances"].gt_boxes.tensor[0].tolist() == [0, 20, 20, 64]
+
+
+def test_common_images_are_left_out_where_the_config_says_so(tmp_path, coco, folder):
+    images = tmp_path / "labeled" / "images"
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "same.png").symlink_to(images / "0000.png")
+    make_folder(linked / "more", images=2)
+    exclude = ("DATASETS.EXCLUDE_LABELED", "True")
+    sets = load(*exclude, train=[coco[1]], unlabeled=[folder, f"folder:{linked}"])
+    assert len(sets.unlabeled) == 5
+    assert str(linked / "same.png") not in files(sets.unlabeled)
+
+
+def test_supervised_training_needs_no_unlabeled_images(coco):
+    options = ("SEMI.BURN_IN_ITERS", "100", "SOLVER.MAX_ITER", "100")
+    assert load(*options, train=[coco[1]]).unlabeled == []
+
+
+def test_the_split_does_not_touch_the_generators(coco, folder):
+    np.random.seed(3)
+    expected = np.random.rand()
+    np.random.seed(3)
+    load("DATASETS.LABELED_PERCENT", "50.0", train=[coco[1]], unlabeled=[folder])
+    assert np.random.rand() == expected

@@ -1,0 +1,329 @@
+"""Trainings of a few iterations: the two phases, what they log, and where they stop."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+
+from locreweight.engine import trainer as trainer_module
+from locreweight.engine.step import training_step
+from tests.engine.tiny_training import (
+    build_trainer,
+    copy_of,
+    recorded_training,
+    same,
+    training_config,
+)
+
+SUPERVISED = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+UNLABELED = {f"{name}_unlabeled" for name in SUPERVISED}
+BURN_IN, MAX_ITER, KEEP_RATE = 2, 6, 0.6
+
+
+@pytest.fixture(scope="module")
+def run(datasets, tmp_path_factory):
+    """One training with an evaluation on the way: the trainer afterwards, and its record."""
+    settings = {
+        "DATASETS.TEST": datasets["DATASETS.TEST"],
+        "SEMI.BURN_IN_ITERS": BURN_IN,
+        "SEMI.EMA_KEEP_RATE": KEEP_RATE,
+        "SOLVER.MAX_ITER": MAX_ITER,
+        "TEST.EVAL_PERIOD": 3,
+    }
+    trainer = build_trainer(training_config(datasets, tmp_path_factory.mktemp("run"), settings))
+    return trainer, recorded_training(trainer)
+
+
+# --- the teacher ----------------------------------------------------------------------------------
+
+
+def test_in_burn_in_and_at_its_end_the_teacher_is_the_student(run):
+    _, record = run
+    for student, teacher in zip(record.students[:BURN_IN], record.teachers, strict=False):
+        assert same(student, teacher)
+    assert not same(record.students[0], record.students[1])
+
+
+def test_afterwards_the_teacher_is_the_moving_average_by_the_ramp(run):
+    """An independent recurrence: the rates are 1/2, then 0.6 as 2/3 and 3/4 lie above it."""
+    _, record = run
+    expected = {name: value.double() for name, value in record.teachers[BURN_IN - 1].items()}
+    rates = [1 / 2, 0.6, 0.6, 0.6]
+    for rate, student, teacher in zip(
+        rates, record.students[BURN_IN:], record.teachers[BURN_IN:], strict=True
+    ):
+        for name, value in student.items():
+            if value.is_floating_point():
+                expected[name] = rate * expected[name] + (1 - rate) * value.double()
+                torch.testing.assert_close(
+                    teacher[name].double(), expected[name], rtol=1e-5, atol=1e-7, msg=name
+                )
+            else:
+                assert torch.equal(teacher[name], value), name
+        assert not same(student, teacher)
+
+
+def test_the_teacher_stays_in_evaluation_mode_without_gradient(run):
+    trainer, _ = run
+    assert not any(module.training for module in trainer.teacher.modules())
+    assert all(not p.requires_grad and p.grad is None for p in trainer.teacher.parameters())
+    assert trainer.student.training
+
+
+def test_unlabeled_images_come_after_burn_in(run):
+    _, record = run
+    assert [len(images) for images in record.images] == [2] * BURN_IN + [4] * (MAX_ITER - BURN_IN)
+
+
+@pytest.mark.parametrize("max_iter", [2, 4])
+def test_without_burn_in_all_iterations_have_unlabeled_images(make_trainer, max_iter):
+    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": max_iter})
+    start = copy_of(trainer.student)
+    assert same(start, copy_of(trainer.teacher))
+    record = recorded_training(trainer)
+    assert [len(images) for images in record.images] == [4] * max_iter
+    # The first update is the mean of the first two students.
+    name = "roi_heads.box_predictor.cls_score.weight"
+    torch.testing.assert_close(
+        record.teachers[0][name], (start[name] + record.students[0][name]) / 2
+    )
+
+
+@pytest.mark.parametrize("burn_in", [2, 5])
+def test_burn_in_to_the_end_is_supervised_training_without_unlabeled_images(make_trainer, burn_in):
+    trainer = make_trainer(
+        {"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 2, "DATASETS.UNLABELED": ()}
+    )
+    record = recorded_training(trainer)
+    assert [len(images) for images in record.images] == [2, 2]
+    assert same(record.students[-1], record.teachers[-1])
+    logged = set(trainer.storage.latest())
+    assert logged >= SUPERVISED
+    assert not any("unlabeled" in name or "pseudo" in name for name in logged)
+
+
+def test_each_labeled_image_may_be_shown_in_two_views(make_trainer):
+    trainer = make_trainer(
+        {"INPUT.RECIPE": "UnbiasedTeacherRecipe", "SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": 1}
+    )
+    assert [len(images) for images in recorded_training(trainer).images] == [4 + 2]
+
+
+# --- what is logged -------------------------------------------------------------------------------
+
+
+def metrics_of(trainer):
+    lines = Path(trainer.cfg.OUTPUT_DIR, "metrics.json").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_metrics_have_plain_names(run):
+    trainer, _ = run
+    names = set().union(*metrics_of(trainer))
+    expected = {
+        *SUPERVISED,
+        *UNLABELED,
+        "total_loss",
+        "pseudo_labels/per_image",
+        "pseudo_labels/images_without",
+        "pseudo_labels/localization_quality",
+        "pseudo_labels/highest_score",
+        "proposals/reliability_foreground",
+        "proposals/reliability_background",
+        "proposals/foreground_per_image",
+        "data_time",
+        "time",
+        "eta_seconds",
+        "lr",
+        "iteration",
+        "bbox/AP",
+        "bbox/AP50",
+        "bbox/AP75",
+        "student/bbox/AP",
+        "student/bbox/AP50",
+    }
+    assert names >= expected
+    of_detectron2 = ("fast_rcnn/", "roi_head/", "rpn/", "unlabeled/")
+    others = {n for n in names - expected if not n.startswith(of_detectron2)}
+    assert {n.removeprefix("student/").split("-")[0] for n in others} <= {
+        *("bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl"),
+    }
+
+
+def history(trainer, name):
+    return {int(at): value for value, at in trainer.storage.history(name).values()}
+
+
+def test_the_total_loss_is_the_sum_of_all_others(run):
+    trainer, _ = run
+    total = history(trainer, "total_loss")
+    parts = [history(trainer, name) for name in SUPERVISED | UNLABELED]
+    assert list(total) == list(range(MAX_ITER))
+    for at, value in total.items():
+        assert value == pytest.approx(sum(part.get(at, 0.0) for part in parts), rel=1e-6)
+
+
+def test_losses_on_unlabeled_images_are_logged_from_the_end_of_burn_in(run):
+    trainer, _ = run
+    for name in [*UNLABELED, "pseudo_labels/per_image"]:
+        assert list(history(trainer, name)) == list(range(BURN_IN, MAX_ITER))
+    assert history(trainer, "pseudo_labels/per_image")[MAX_ITER - 1] > 0
+
+
+def test_teacher_and_student_are_evaluated_on_the_way_and_at_the_end(run):
+    trainer, _ = run
+    for name in ("bbox/AP", "student/bbox/AP"):
+        assert list(history(trainer, name)) == [2, MAX_ITER]
+
+
+def test_training_returns_the_latest_results(datasets, make_trainer):
+    trainer = make_trainer({"DATASETS.TEST": datasets["DATASETS.TEST"], "SOLVER.MAX_ITER": 1})
+    results = trainer.train()
+    assert {"bbox/AP", "bbox/AP50", "student/bbox/AP"} <= set(results)
+
+
+def test_effective_values_are_logged(make_trainer, caplog):
+    with caplog.at_level(logging.INFO, logger=trainer_module.__name__):
+        make_trainer({"SOLVER.IMS_PER_BATCH_UNLABELED": 3, "SOLVER.MAX_ITER": 12})
+    (text,) = [r.getMessage() for r in caplog.records if "Effective" in r.getMessage()]
+    for part in (
+        "on 1 process(es)",
+        "2 labeled + 3 unlabeled images an iteration (2 + 3 each)",
+        "learning rate 0.001",
+        "12 iterations of which 2 burn-in",
+        "4.8 epochs of 5 labeled",  # 12 * 2 / 5
+        "6.0 epochs of 5 unlabeled",  # 10 * 3 / 5
+    ):
+        assert part in text
+
+
+# --- mixed precision ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """What the steps of a training gave."""
+    seen = []
+
+    def keep(*arguments):
+        seen.append(training_step(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(trainer_module, "training_step", keep)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}, torch.bfloat16),
+        ({"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "float16"}, torch.float16),
+    ],
+    ids=lambda value: str(value) if isinstance(value, torch.dtype) else "",
+)
+def test_the_backbones_compute_in_the_configured_precision(make_trainer, results, settings, dtype):
+    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 1, "SOLVER.MAX_ITER": 3} | settings)
+    seen = {"student": set(), "teacher": set()}
+    for name, found in seen.items():
+        getattr(trainer, name).backbone.fpn_lateral3.register_forward_hook(
+            lambda _, inputs, out, found=found: found.add(out.dtype)
+        )
+    trainer.train()
+    assert seen == {"student": {dtype}, "teacher": {dtype}}
+    assert len(results) == 3
+    for result in results:
+        for name, loss in result.losses.items():
+            assert loss.dtype == torch.float32, name
+            assert loss.isfinite(), name
+    for module in (trainer.student, trainer.teacher):
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
+    assert trainer.grad_scaler.is_enabled() == (dtype == torch.float16)
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+def longest_change(trainer):
+    """Of any parameter in one iteration at learning rate 1, as a Euclidean length."""
+    before = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
+    trainer.train()
+    after = trainer.student.named_parameters()
+    return max((p.detach() - before[name]).norm().item() for name, p in after)
+
+
+ONE_STEP = {
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.BASE_LR": 1.0,
+    "SOLVER.WEIGHT_DECAY": 0.0,
+    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
+}
+CLIPPING = {
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "norm",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.01,
+}
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_gradients_are_clipped_as_configured(make_trainer, amp):
+    """With mixed precision too: what is clipped is the gradient, not its scaled copy."""
+    mixed = {"SOLVER.AMP.ENABLED": amp, "SOLVER.AMP.DTYPE": "float16"}
+    trainer = make_trainer(ONE_STEP | CLIPPING | mixed)
+    if amp:  # the default scale takes some iterations to come down to what float16 can hold
+        trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    assert longest_change(trainer) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_without_clipping_gradients_are_taken_as_they_are(make_trainer):
+    assert longest_change(make_trainer(ONE_STEP)) > 0.1
+
+
+# --- a loss gone wrong ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_loss_gone_wrong_stops_training_before_any_weight_changes(
+    make_trainer, monkeypatch, value, at
+):
+    trainer = make_trainer()
+    batches = []
+
+    class Weights(HookBase):
+        def before_step(self):
+            self.student = {n: p.detach().clone() for n, p in trainer.student.named_parameters()}
+            self.teacher = copy_of(trainer.teacher)
+
+    def poisoned(model, teacher, batch, settings):
+        batches.append(batch)
+        result = training_step(model, teacher, batch, settings)
+        if len(batches) == at + 1:
+            result.losses["loss_box_reg"] = result.losses["loss_box_reg"] * value
+        return result
+
+    weights = Weights()
+    trainer.register_hooks([weights])
+    monkeypatch.setattr(trainer_module, "training_step", poisoned)
+    with pytest.raises(FloatingPointError, match=f"iteration {at}") as error:
+        trainer.train()
+    assert "loss_box_reg" in str(error.value)
+    assert len(batches[-1].file_names) == (2 if at == 0 else 4)
+    for file_name in batches[-1].file_names:
+        assert file_name in str(error.value)
+    assert same(weights.student, dict(trainer.student.named_parameters()))
+    assert same(weights.teacher, copy_of(trainer.teacher))
+    assert not trainer.checkpointer.has_checkpoint()
+
+
+def test_metrics_that_are_unknown_do_not_stop_training(make_trainer):
+    """Without pseudo-labels their quality is NaN."""
+    trainer = make_trainer({"SEMI.PSEUDO_LABEL_THRESHOLD": 1.0})
+    recorded_training(trainer)
+    latest = trainer.storage.latest()
+    assert latest["pseudo_labels/per_image"][0] == 0
+    assert "pseudo_labels/localization_quality" not in latest
