@@ -40,21 +40,21 @@ class SceneStyle:
     """How the scenes look, and so how hard they are. Pairs are ranges, low to high, inclusive."""
 
     classes: tuple[str, ...] = ("disc", "square", "triangle")  # from SHAPES
-    objects: tuple[int, int] = (1, 4)
-    extent: tuple[float, float] = (0.25, 0.55)  # longer side of the box / side of the image
+    objects: tuple[int, int] = (1, 3)
+    extent: tuple[float, float] = (0.3, 0.6)  # longer side of the box / side of the image
     aspect: tuple[float, float] = (0.75, 1.33)  # stretch before the rotation
     min_visibility: float = 0.5  # part of an object's area that is in the image and uncovered
     clutter_in_front: tuple[int, int] = (0, 1)
-    clutter_behind: tuple[int, int] = (1, 3)
-    clutter_extent: tuple[float, float] = (0.12, 0.4)
-    palette: int = 4  # colours in an image, shared by objects and clutter
-    contrast: float = 90.0  # least distance of these from the background's mean, in BGR of 0..255
-    relief: tuple[float, float] = (3.0, 20.0)  # amplitude of the pieces' shading, of 0..255
+    clutter_behind: tuple[int, int] = (0, 3)
+    clutter_extent: tuple[float, float] = (0.12, 0.3)
+    hue_spread: float = 40.0  # degrees, about a hue for each class; clutter has any hue
+    contrast: float = 110.0  # least distance of these from the background's mean, in BGR of 0..255
+    relief: tuple[float, float] = (0.0, 8.0)  # amplitude of the pieces' shading, of 0..255
     rim: float = 0.75  # brightness of their edges, which parts pieces of the same colour
-    texture: tuple[float, float] = (3.0, 12.0)  # amplitude of the background's, of 0..255
-    gain: tuple[float, float] = (0.75, 1.15)
-    blur: tuple[float, float] = (0.2, 0.7)  # sigma in pixels
-    noise: tuple[float, float] = (1.0, 6.0)  # sigma, of 0..255
+    texture: tuple[float, float] = (2.0, 6.0)  # amplitude of the background's, of 0..255
+    gain: tuple[float, float] = (0.8, 1.1)
+    blur: tuple[float, float] = (0.2, 0.5)  # sigma in pixels
+    noise: tuple[float, float] = (1.0, 4.0)  # sigma, of 0..255
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,20 @@ def draw_background(rng: Generator, size: int, style: SceneStyle) -> np.ndarray:
     return image
 
 
+def pick_colour(
+    rng: Generator, category: int, ground: np.ndarray, style: SceneStyle
+) -> np.ndarray:
+    """``(3,)`` BGR, apart from the ground's mean: a class tends to a hue, clutter (0) does not."""
+    hue = rng.uniform(0, 360, 64)
+    if category:
+        hue = 360 * (category - 1) / len(style.classes) + rng.normal(0, style.hue_spread, 64)
+    colours = np.stack([hue % 360, rng.uniform(0.35, 1, 64), rng.uniform(60, 240, 64)], axis=1)
+    colours = cv2.cvtColor(colours[None].astype(np.float32), cv2.COLOR_HSV2BGR)[0]
+    # The first that is far enough; if none is, the farthest.
+    distance = np.linalg.norm(colours - ground, axis=1).clip(max=style.contrast)
+    return colours[np.argmax(distance)]
+
+
 def paint(
     canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, rng: Generator, style: SceneStyle
 ) -> None:
@@ -189,13 +203,10 @@ def paint(
 def render(pieces: list[Piece], rng: Generator, size: int, style: SceneStyle) -> np.ndarray:
     """``(size, size, 3)`` uint8 BGR image of pieces that are given front to back."""
     ground = draw_background(rng, size, style)
-    palette = rng.uniform(15, 240, (64 * style.palette, 3))
-    too_close = np.linalg.norm(palette - ground.mean(axis=(0, 1)), axis=1) < style.contrast
-    # Those far enough come first, in the order they were drawn.
-    palette = palette[np.argsort(too_close, kind="stable")][: style.palette]
     canvas = cv2.resize(ground, None, fx=SUPERSAMPLING, fy=SUPERSAMPLING)
     for piece in reversed(pieces):
-        paint(canvas, piece.mask, rng.choice(palette) + rng.normal(0, 12, 3), rng, style)
+        colour = pick_colour(rng, piece.category, ground.mean(axis=(0, 1)), style)
+        paint(canvas, piece.mask, colour, rng, style)
     image = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image * rng.uniform(*style.gain), (0, 0), rng.uniform(*style.blur))
     image += rng.normal(0, rng.uniform(*style.noise), image.shape)
@@ -284,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "synthetic")
     for split, count in zip(SPLITS, (40, 500, 200), strict=True):
         parser.add_argument(f"--{split}", type=int, default=count, help="number of images")
-    parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="the same one makes the same files")
     parser.add_argument("--force", action="store_true", help="replace the set that is there")
     options = parser.parse_args(arguments)

@@ -6,7 +6,7 @@
 Two environment variables choose other sources. A choice that worked is kept until another is made.
 
     TORCH        arguments for pip in place of the pinned pair, such as
-                 "torch==2.14.1 torchvision==0.29.1 --index-url https://download.pytorch.org/whl/cpu"
+                 "torch==2.14.1 torchvision==0.29.1 --index-url <of another build>"
     DETECTRON2   a clone's directory, a wheel, or a git URL in place of the pinned commit
 
 Standard library only: this runs before anything is installed.

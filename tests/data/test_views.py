@@ -174,6 +174,18 @@ def test_a_strong_view_on_the_weak_one_shares_its_geometry(seed, tmp_path):
     assert sample.weak.image_size == sample.strong.image_size
 
 
+@each_seed
+def test_geometry_on_top_of_the_weak_view_comes_after_it(seed, tmp_path):
+    np.random.seed(seed)
+    spot = np.random.uniform((45, 35), (75, 55))
+    Image.fromarray(blob(*spot)).save(tmp_path / "blob.png")
+    weak = [T.ResizeShortestEdge(60), T.RandomFlip(1.0)]
+    recipe = Recipe([[]], weak, [RandomGeometry(BLACK)], strong_on_weak=True)
+    mapper = ViewMapper(recipe=recipe, image_format="BGR")
+    strong = mapper.unlabeled({"file_name": str(tmp_path / "blob.png")}).strong
+    assert_light_is_at(strong.image.numpy().transpose(1, 2, 0), mapped(strong.matrix, spot))
+
+
 def test_a_view_holds_bytes_and_a_matrix_of_full_precision(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "image.png")
     sample = ViewMapper(config("SoftTeacherRecipe")).unlabeled(

@@ -54,9 +54,9 @@ class TeacherCheckpointer(DetectionCheckpointer):
     def _translate(self, weights: dict) -> None:
         coding = self.model.roi_heads.box_predictor.box2box_transform
         if isinstance(coding, CornerBoxTransform):
-            for kind in ("weight", "bias"):
-                key = _BOX_KEY + kind
-                weights[key] = corners_from_centers(torch.as_tensor(weights[key]))
+            # Names may have a prefix ("module."), which is only stripped later.
+            for name in [name for name in weights if _BOX_KEY in name]:
+                weights[name] = corners_from_centers(torch.as_tensor(weights[name]))
             logger.info("rewrote the box branch from (dx, dy, dw, dh) to corners")
 
 

@@ -1,0 +1,91 @@
+"""Average precision of teacher and student on one or several test sets."""
+
+import json
+
+import pytest
+from detectron2.data import MetadataCatalog
+
+from locreweight.data.training_sets import register_datasets
+from locreweight.engine import evaluation
+from locreweight.engine.evaluation import evaluate, evaluate_both, main_metric
+from locreweight.errors import UsageError
+from tests.engine.tiny_training import training_config
+from tests.modeling.tiny_model import tiny_model
+from tests.tiny_data import CLASSES, make_coco, make_voc
+
+
+@pytest.fixture
+def config_with(datasets, tmp_path):
+    def make(*test_sets):
+        settings = {"DATASETS.TEST": list(test_sets), "DATASETS.CLASS_NAMES": list(CLASSES)}
+        cfg = training_config(datasets, tmp_path / "output", settings)
+        register_datasets(cfg)
+        return cfg
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def test_a_coco_set_gives_coco_style_precision(config_with, datasets, model):
+    results = evaluate(config_with(*datasets["DATASETS.TEST"]), model)
+    assert set(results) == {"bbox"}
+    assert {"AP", "AP50", "AP75"} <= set(results["bbox"])
+
+
+def test_a_voc_set_gives_both_precisions(config_with, tmp_path, model):
+    folder = make_voc(tmp_path / "voc")
+    results = evaluate(config_with(f"voc:{folder}:trainval"), model)
+    assert set(results) == {"bbox", "voc_11_point"}
+    assert {"AP", "AP50", "AP75"} <= set(results["bbox"])
+    assert set(results["voc_11_point"]) == {"AP", "AP50", "AP75"}
+
+
+def test_several_sets_are_told_apart_by_their_names(config_with, tmp_path, datasets, model):
+    first, second = datasets["DATASETS.TEST"][0], f"voc:{make_voc(tmp_path / 'voc')}:trainval"
+    cfg = config_with(first, second)
+    results = evaluate(cfg, model)
+    assert set(results) == {first, second}
+    assert main_metric(cfg) == f"{first}/bbox/AP"
+    assert main_metric(config_with(first)) == "bbox/AP"
+
+
+def test_ground_truth_is_converted_anew(config_with, tmp_path, model):
+    """A conversion kept from an earlier evaluation would outlive the annotations."""
+    name = f"voc:{make_voc(tmp_path / 'voc')}:trainval"
+    cfg = config_with(name)
+    evaluate(cfg, model)
+    converted = MetadataCatalog.get(name).json_file
+    assert converted.startswith(cfg.OUTPUT_DIR)
+    with open(converted) as f:
+        assert len(json.load(f)["annotations"]) == 8
+    del MetadataCatalog.get(name).json_file  # as in a new process
+    with open(converted, "w") as f:
+        f.write("stale")
+    evaluate(cfg, model)
+
+
+def test_classes_that_are_not_the_models_are_an_error(config_with, tmp_path, model):
+    json_file, images = make_coco(tmp_path / "two", classes=("cat", "dog"))
+    with pytest.raises(UsageError, match="2 classes"):
+        evaluate(config_with(f"coco:{json_file}:{images}"), model)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_student_is_evaluated_beside_the_teacher(monkeypatch, alike):
+    """Alike, once is enough."""
+    precision = {"teacher": 40.0, "student": 40.0 if alike else 30.0}
+    asked = []
+
+    def of(_, model):
+        asked.append(model)
+        return {"bbox": {"AP": precision[model]}}
+
+    monkeypatch.setattr(evaluation, "evaluate", of)
+    results = evaluate_both(None, "teacher", "student", alike=alike)
+    assert results["bbox"]["AP"] == 40.0
+    assert results["student"]["bbox"]["AP"] == precision["student"]
+    assert asked == (["teacher"] if alike else ["teacher", "student"])

@@ -1,0 +1,82 @@
+"""What each of two processes does in test_two_processes.py; importable by both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from detectron2.utils import comm
+
+from locreweight.data.training_sets import register_datasets
+from locreweight.engine import SemiSupervisedTrainer, evaluate
+from locreweight.engine import trainer as trainer_module
+from locreweight.engine.step import training_step
+from tests.engine.tiny_training import (
+    Recorder,
+    copy_of,
+    found_as_truth,
+    training_config,
+)
+
+SETTINGS = {
+    "SEMI.BURN_IN_ITERS": 1,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
+    "SOLVER.MAX_ITER": 4,
+    # One of the processes finds no pseudo-label, which must keep neither from going on.
+    "SEMI.PSEUDO_LABEL_THRESHOLD": 0.2,
+}
+WITHOUT_LABELS = 1  # rank
+
+
+class RecorderByRank(Recorder):
+    """The processes draw differently, as in a real run."""
+
+    def before_step(self) -> None:
+        super().before_step()
+        torch.manual_seed(100 * self.trainer.iter + comm.get_rank())
+
+
+def train(datasets: dict, folder: Path) -> None:
+    """Train, write what this process has in the end, then evaluate on a set that is solved."""
+    rank = comm.get_rank()
+    cfg = training_config(datasets, folder, SETTINGS)
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED + rank)
+    trainer = SemiSupervisedTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    start = copy_of(trainer.student)
+    if rank == WITHOUT_LABELS:
+        trainer.settings = replace(trainer.settings, threshold=1.0)
+    recorder = RecorderByRank()
+    trainer.register_hooks([recorder])
+    mine = {}
+
+    def step(*arguments):
+        result = training_step(*arguments)
+        mine.update({n: v.item() for n, v in (result.losses | result.metrics).items()})
+        return result
+
+    trainer_module.training_step = step
+    trainer.train()
+
+    solved = folder / "solved.json"
+    if comm.is_main_process():
+        found_as_truth(trainer.teacher, datasets["DATASETS.TEST"][0], solved)
+    comm.synchronize()
+    images = datasets["DATASETS.TEST"][0].rpartition(":")[2]
+    test_cfg = training_config(datasets, folder, {"DATASETS.TEST": [f"coco:{solved}:{images}"]})
+    register_datasets(test_cfg)
+    results = evaluate(test_cfg, trainer.teacher)
+
+    state = {
+        "start": start,
+        "student": copy_of(trainer.student),
+        "teacher": copy_of(trainer.teacher),
+        "images": recorder.images,
+        "mine": mine,  # what this process measured in the last iteration
+        "logged": {name: value for name, (value, _) in trainer.storage.latest().items()},
+        "results": {name: dict(scores) for name, scores in results.items()},
+    }
+    torch.save(state, folder / f"rank_{rank}.pt")

@@ -1,0 +1,141 @@
+"""The command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from tests.engine.tiny_training import TRAINING, make_datasets
+from tests.modeling.tiny_model import TINY, as_options
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_net.py"
+BASE = ROOT / "configs/Base-LocReweight.yaml"
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    return make_datasets(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The output of one run that all tests share, in order: trained, resumed, evaluated."""
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.fixture
+def arguments(datasets, folder):
+    """Of a command line that trains the tiny detector; further ones may follow."""
+    settings = TINY | TRAINING | datasets | {"OUTPUT_DIR": folder, "SOLVER.MAX_ITER": 3}
+
+    def make(*flags, **changed):
+        return ["--config-file", str(BASE), *flags, *as_options(settings | changed)]
+
+    return make
+
+
+def run(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+# --- train, resume, evaluate ----------------------------------------------------------------------
+
+
+def test_it_trains(arguments, folder):
+    done = run(*arguments())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"model_final.pth", "config.yaml", "log.txt", "metrics.json"} <= set(os.listdir(folder))
+    (results,) = [line for line in metrics_of(folder) if "bbox/AP" in line]
+    assert "student/bbox/AP" in results
+    assert "Effective values on 1 process(es)" in (folder / "log.txt").read_text()
+
+
+def test_it_resumes(arguments, folder):
+    done = run(*arguments("--resume", **{"SOLVER.MAX_ITER": 5}))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed after iteration 2" in done.stdout
+    assert metrics_of(folder)[-2]["iteration"] == 4
+
+
+def test_it_evaluates_the_teacher_of_its_output(arguments, folder):
+    weights = {"MODEL.WEIGHTS": folder / "model_final.pth"}
+    done = run(*arguments("--eval-only", **weights))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "evaluating the teacher" in done.stdout
+    assert "copypaste: AP,AP50,AP75" in done.stdout
+
+
+def test_it_runs_in_two_processes(arguments, tmp_path):
+    """Over GLOO, with batch norm; each message comes once."""
+    changed = {"OUTPUT_DIR": tmp_path, "MODEL.RESNETS.NORM": "BN"}
+    done = run(*arguments("--num-gpus", "2", "--dist-url", "auto", **changed))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Effective values on 2 process(es)") == 1
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("2 labeled + 2 unlabeled images an iteration (1 + 1 each)") == 1
+    (results,) = [line for line in metrics_of(tmp_path) if "bbox/AP" in line]
+    assert "student/bbox/AP" in results
+    assert (tmp_path / "model_final.pth").exists()
+
+
+# --- what the user has to put right ---------------------------------------------------------------
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, tmp_path):
+    done = run(*arguments(**{"OUTPUT_DIR": tmp_path, "DATASETS.UNLABELED": ()}))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: there are no unlabeled images")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_mistake_is_one_line_in_two_processes_too(arguments, tmp_path):
+    changed = {"OUTPUT_DIR": tmp_path, "DATASETS.UNLABELED": ()}
+    done = run(*arguments("--num-gpus", "2", "--dist-url", "auto", **changed))
+    assert done.returncode == 1
+    assert "error: there are no unlabeled images" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed", "message"),
+    [
+        ([], {"SEMI.BURNIN_ITERS": 1}, "unknown config key SEMI.BURNIN_ITERS; did you mean"),
+        ([], {"SOLVER.MAX_ITER": "many"}, "wrong type"),
+        ([], {"DATASETS.TRAIN": ["coco:none.json:none"]}, "'none.json'"),
+        (["--eval-only"], {"MODEL.WEIGHTS": "none.pth"}, "'none.pth' does not exist"),
+        (["--eval-only"], {"MODEL.WEIGHTS": ""}, "--eval-only needs MODEL.WEIGHTS"),
+    ],
+)
+def test_a_mistake_is_told(arguments, tmp_path, monkeypatch, flags, changed, message):
+    changed = {"OUTPUT_DIR": tmp_path, **changed}
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(*flags, **changed)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert str(exit_.value.code).startswith("error: ")
+    assert message in exit_.value.code
+
+
+def test_a_config_file_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--config-file", "none.yaml"])
+    with pytest.raises(SystemExit, match=r"error: config file 'none\.yaml' does not exist"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
