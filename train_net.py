@@ -19,6 +19,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.config import load_config, scale_to_world_size
@@ -35,7 +36,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     register_datasets(cfg, training=not args.eval_only)
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, name="locreweight")
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
     return cfg
 
 
@@ -52,16 +53,27 @@ def main(args: argparse.Namespace) -> dict:
     return trainer.train()
 
 
+def run(args: argparse.Namespace) -> dict:
+    """:func:`main`, where what the user has to put right ends the process with one line."""
+    try:
+        return main(args)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     try:
         launch(
-            main,
+            run,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
             args=(args,),
         )
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    except ProcessExitedException as error:
+        # One of several processes: it has said why, unless a signal ended it.
+        if error.signal_name:
+            raise
+        sys.exit(error.exit_code)

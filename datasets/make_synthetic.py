@@ -170,9 +170,7 @@ def draw_background(rng: Generator, size: int, style: SceneStyle) -> np.ndarray:
     return image
 
 
-def pick_colour(
-    rng: Generator, category: int, ground: np.ndarray, style: SceneStyle
-) -> np.ndarray:
+def pick_colour(rng: Generator, category: int, ground: np.ndarray, style: SceneStyle) -> np.ndarray:
     """``(3,)`` BGR, apart from the ground's mean: a class tends to a hue, clutter (0) does not."""
     hue = rng.uniform(0, 360, 64)
     if category:

@@ -228,7 +228,7 @@ SPOILED = {
     "class named twice": (repeated_class, ["more than once", "cat"]),
     "test set without classes": (
         lambda p: p.set("DATASETS.TEST", [f"folder:{p.unlabeled}"]),
-        ["unlabeled", "no annotations"],
+        ["unlabeled", "no annotat"],
     ),
     "train set without classes": (
         lambda p: p.set("DATASETS.TRAIN", [f"folder:{p.images}"]),

@@ -148,11 +148,11 @@ def test_an_object_that_cannot_be_seen_is_left_out():
 
 def test_sizes_span_the_style_and_classes_are_balanced():
     things = [piece for pieces in scenes(200) for piece in pieces if piece.category]
-    count = np.bincount([piece.category for piece in things], minlength=5)[1:]
+    count = np.bincount([piece.category for piece in things], minlength=len(STYLE.classes) + 1)[1:]
     assert count.min() > 0.75 * count.mean() and count.max() < 1.25 * count.mean()
     whole = np.array([np.ptp(piece.outline, axis=0).max() for piece in things]) / 96
-    assert STYLE.extent[0] - 1e-9 <= whole.min() < 0.17
-    assert 0.42 < whole.max() <= STYLE.extent[1] + 1e-9
+    assert STYLE.extent[0] - 1e-9 <= whole.min() < 1.1 * STYLE.extent[0]
+    assert 0.9 * STYLE.extent[1] < whole.max() <= STYLE.extent[1] + 1e-9
     assert any(piece.category == 0 for piece in scenes(1)[0])
 
 
@@ -266,3 +266,15 @@ def test_command_line(tmp_path, capsys):
         maker.main([*arguments, "--seed", "1"])
     assert "--force" in capsys.readouterr().err
     maker.main([*arguments, "--seed", "1", "--force"])
+
+
+def test_classes_tend_to_a_hue_of_their_own_and_clutter_does_not():
+    rng, ground = np.random.default_rng(0), np.zeros(3)
+    for category, expected in enumerate(np.arange(len(STYLE.classes)) * 120.0, start=1):
+        colours = [maker.pick_colour(rng, category, ground, STYLE) for _ in range(400)]
+        hues = cv2.cvtColor(np.float32([colours]), cv2.COLOR_BGR2HSV)[0, :, 0]
+        off = (hues - expected + 180) % 360 - 180
+        assert abs(off.mean()) < 8 and 0.8 < off.std() / STYLE.hue_spread < 1.2
+    colours = [maker.pick_colour(rng, 0, ground, STYLE) for _ in range(400)]
+    hues = cv2.cvtColor(np.float32([colours]), cv2.COLOR_BGR2HSV)[0, :, 0]
+    assert np.histogram(hues, bins=6, range=(0, 360))[0].min() > 40

@@ -92,6 +92,7 @@ def montage(pictures: list[Path], columns: int = 4, height: int = 320) -> np.nda
     cells = []
     for picture in pictures:
         image = cv2.imread(str(picture))
+        assert image is not None, picture
         width = round(image.shape[1] * height / image.shape[0])
         cells.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
     rows = [cv2.hconcat(cells[i : i + columns]) for i in range(0, len(cells), columns)]

@@ -47,7 +47,8 @@ class TestCoco:
         read(name)
         metadata = MetadataCatalog.get(name)
         assert metadata.evaluator_type == "coco"
-        assert metadata.json_file == str(json_file)
+        # Evaluation writes the ground truth itself: annotations may lack areas.
+        assert not hasattr(metadata, "json_file")
         assert metadata.image_root == str(images)
         assert metadata.thing_classes == list(CLASSES)
 

@@ -338,7 +338,7 @@ class TestUnreadable:
         else:
             file.write_bytes(damaged[damage])
         dataset = dataset_of(records, labeled=1)
-        with pytest.raises(UnreadableImage, match=r"0000\.png.*Repair or remove"):
+        with pytest.raises(UnreadableImage, match=r"0000\.png.*repair or remove"):
             dataset[Position(LABELED, 0)]
 
     def test_an_image_of_another_size_than_its_record_is_an_error(self, folder):

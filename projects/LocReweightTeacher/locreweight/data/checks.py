@@ -70,6 +70,17 @@ def check_images_exist(records: list[dict]) -> None:
         raise UsageError(f"{len(missing)} of {len(records)} images are missing: {_some(missing)}")
 
 
+def check_test_set(name: str, records: list[dict]) -> None:
+    """A test set can be evaluated on, which would else be found out hours into a run.
+
+    Raises:
+        UsageError: if it has no box, or images are missing.
+    """
+    if not any(record.get("annotations") for record in records):
+        raise UsageError(f"{name} has no annotated box: it cannot be in DATASETS.TEST")
+    check_images_exist(records)
+
+
 def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
     """All annotated data sets have the model's number of classes, under the same names.
 

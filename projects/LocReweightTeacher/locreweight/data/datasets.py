@@ -132,9 +132,7 @@ def _register_coco(name: str, json_file: str, image_folder: str) -> None:
     _need_file(json_file, name)
     _need_folder(image_folder, name)
     DatasetCatalog.register(name, partial(load_coco, name, json_file, image_folder))
-    MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_folder, evaluator_type="coco"
-    )
+    MetadataCatalog.get(name).set(image_root=image_folder, evaluator_type="coco")
 
 
 def _register_voc(name: str, folder: str, split: str, class_names: list[str]) -> None:

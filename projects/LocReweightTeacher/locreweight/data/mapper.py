@@ -115,5 +115,6 @@ def _reading(file_name: str) -> Iterator[None]:
         # Pillow raises each of these for files that it cannot decode; the last for damaged
         # headers, which promise images of absurd sizes.
         raise UnreadableImage(
-            f"cannot read the image {file_name}: {error}. Repair or remove it"
+            f"cannot read or augment the image {file_name}: {type(error).__name__}: {error}. "
+            "If the file is damaged, repair or remove it"
         ) from error

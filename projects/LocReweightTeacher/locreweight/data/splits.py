@@ -25,5 +25,6 @@ def split_indices(size: int, labeled_percent: float, seed: int) -> tuple[list[in
     if not 0 < labeled_percent <= 100:
         raise ValueError(f"labeled_percent must lie in (0, 100], got {labeled_percent}")
     count = max(1, round(size * labeled_percent / 100))
-    order = np.random.default_rng(seed).permutation(size)
+    # numpy's old generator: its numbers are promised to stay the same in all later versions.
+    order = np.random.RandomState(seed).permutation(size)
     return sorted(order[:count].tolist()), sorted(order[count:].tolist())

@@ -14,7 +14,13 @@ from detectron2.data.build import (
 from detectron2.utils import comm
 
 from ..errors import UsageError
-from .checks import check_boxes, check_classes, check_images_exist, without_overlap
+from .checks import (
+    check_boxes,
+    check_classes,
+    check_images_exist,
+    check_test_set,
+    without_overlap,
+)
 from .datasets import register
 from .splits import split_indices
 
@@ -55,6 +61,8 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
     annotated = [record for name in cfg.DATASETS.TRAIN for record in _load(name)]
+    for name in cfg.DATASETS.TEST:
+        check_test_set(name, _load(name))
     class_names = _checked_class_names(cfg)
     labeled, rest = _split(cfg, annotated)
     labeled = check_boxes(labeled, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
@@ -85,10 +93,6 @@ def _load(name: str) -> list[dict]:
 
 
 def _checked_class_names(cfg: CfgNode) -> list[str]:
-    # A "coco:" data set knows its classes once it was read, as DATASETS.TEST has to be for this.
-    for name in cfg.DATASETS.TEST:
-        if not hasattr(MetadataCatalog.get(name), "thing_classes"):
-            _load(name)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     class_names = {n: list(MetadataCatalog.get(n).get("thing_classes", [])) for n in names}
     for name, classes in class_names.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import Metadata, MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -18,11 +20,14 @@ from detectron2.evaluation import (
     inference_on_dataset,
     print_csv_format,
 )
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 from torch import nn
 
 from ..data.checks import check_classes
 from ..errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
@@ -66,7 +71,8 @@ def _build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     metadata = MetadataCatalog.get(name)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     if not hasattr(metadata, "json_file"):
-        # Written anew each time: a cached conversion outlives the annotations that it was made of.
+        # The ground truth as it was read, with areas where the annotations lack them. Written anew
+        # in each run: a cached conversion outlives the annotations that it was made of.
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         json_file = os.path.join(folder, f"ground_truth_{digest}.json")
         if comm.is_main_process():
@@ -74,9 +80,22 @@ def _build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
         comm.synchronize()
         metadata.json_file = json_file
     coco = COCOEvaluator(name, tasks=("bbox",), output_dir=folder)
-    if metadata.get("evaluator_type") != "pascal_voc":
+    if metadata.get("evaluator_type") != "pascal_voc" or not _devkit_reads(metadata):
         return coco
     return DatasetEvaluators([coco, ElevenPointEvaluator(name)])
+
+
+def _devkit_reads(metadata: Metadata) -> bool:
+    """Whether the annotations have all that Detectron2's Pascal VOC evaluator asks for."""
+    folder = Path(metadata.dirname)
+    ids = (folder / "ImageSets" / "Main" / f"{metadata.split}.txt").read_text().split()
+    try:
+        for image_id in ids:
+            parse_rec(str(folder / "Annotations" / f"{image_id}.xml"))
+    except (AttributeError, OSError, ValueError) as error:
+        logger.warning("no 11-point AP for %s: %s", metadata.name, error)
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from ..config import scale_to_world_size
 from ..data.mapper import ViewMapper
 from ..data.streams import Batch, BatchSchedule, StreamDataset, build_loader
 from ..data.training_sets import TrainingSets, load_training_sets
+from ..errors import UsageError
 from ..method.teacher import keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
 from .checkpoint import TeacherCheckpointer, need_weights
@@ -64,7 +65,7 @@ class SemiSupervisedTrainer(TrainerBase):
         self.teacher: SemiSupervisedRCNN = build_model(cfg).eval()
         update_teacher(self.teacher, self.student, keep_rate=0.0)
         self.optimizer = build_optimizer(cfg, self.student)
-        self._amp_dtype = getattr(torch, cfg.SOLVER.AMP.DTYPE)
+        self._amp_dtype = _amp_dtype(cfg)
         # bfloat16 has the range of float32; only float16 needs its gradients scaled.
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type,
@@ -216,6 +217,13 @@ class SemiSupervisedTrainer(TrainerBase):
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if self.grad_scaler.is_enabled() and state_dict["grad_scaler"]:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _amp_dtype(cfg: CfgNode) -> torch.dtype:
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if cfg.SOLVER.AMP.DTYPE not in known:
+        raise UsageError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; choose of {list(known)}")
+    return known[cfg.SOLVER.AMP.DTYPE]
 
 
 def _distributed(student: SemiSupervisedRCNN) -> nn.Module:
