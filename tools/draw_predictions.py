@@ -20,7 +20,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.utils.visualizer import Visualizer
+from matplotlib import colormaps
 from tqdm import tqdm
 
 import locreweight.modeling  # noqa: F401  (registers the model)
@@ -30,6 +31,8 @@ from locreweight.data.training_sets import register_datasets
 from locreweight.errors import UsageError
 
 SHORTEST_SIDE = 480  # small images are enlarged to this, in pixels, so that labels can be read
+
+COLORS = [colormaps["Set1"](i)[:3] for i in range(9)]  # of the classes, RGB
 
 
 def draw_folder(cfg: CfgNode, images: list[str], output: Path, threshold: float) -> list[Path]:
@@ -82,8 +85,13 @@ def draw(image: np.ndarray, instances: Instances, classes: list[str]) -> np.ndar
         )
     ]
     scale = max(1.0, SHORTEST_SIDE / min(image.shape[:2]))
-    visualizer = Visualizer(image[:, :, ::-1], scale=scale, instance_mode=ColorMode.IMAGE)
-    drawn = visualizer.overlay_instances(boxes=instances.pred_boxes, labels=labels)
+    boxes = instances.pred_boxes.clone()
+    boxes.scale(scale, scale)
+    # Enlarged before it is drawn on: Visualizer chooses the size of letters by that of the image.
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    visualizer = Visualizer(image[:, :, ::-1])
+    colors = [COLORS[label % len(COLORS)] for label in instances.pred_classes.tolist()]
+    drawn = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
     return drawn.get_image()[:, :, ::-1]
 
 
