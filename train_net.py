@@ -14,6 +14,7 @@ import argparse
 import logging
 import sys
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.modeling import build_model
@@ -34,6 +35,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         cfg = scale_to_world_size(cfg, comm.get_world_size())
     cfg.freeze()
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("there is no GPU here: add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False")
     register_datasets(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
@@ -58,7 +61,9 @@ def run(args: argparse.Namespace) -> dict:
     try:
         return main(args)
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        # From a loader's worker the message comes with its traceback, of which it is the end.
+        last_line = str(error).strip().splitlines()[-1]
+        sys.exit("error: " + last_line.removeprefix("locreweight.data.mapper.UnreadableImage: "))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("detectron2")
+pytest.importorskip("detectron2", exc_type=ImportError)
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import train_net
 from locreweight.config import load_config
 from locreweight.data.training_sets import load_training_sets, register_datasets
+from tests.engine.tiny_training import logging_of_its_own
 from tests.modeling.tiny_model import TINY, as_options
 
 ROOT = Path(__file__).parents[1]
@@ -66,11 +67,8 @@ def test_boxes_without_area_are_reported_and_left_out(split, caplog):
     assert MetadataCatalog.get(name).thing_classes == ["RBC", "WBC", "Platelets"]
 
 
-def test_training_with_a_tenth_of_the_labels(small_test_set, tmp_path, monkeypatch):
+def test_training_with_a_tenth_of_the_labels(small_test_set, tmp_path):
     """By its config, but for the size of model and images and the number of iterations."""
-    for name in ("detectron2", "fvcore", "locreweight"):  # logging is set up for good otherwise
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     settings = {
         **TINY,
         "MODEL.RESNETS.NORM": "BN",
@@ -92,7 +90,8 @@ def test_training_with_a_tenth_of_the_labels(small_test_set, tmp_path, monkeypat
     args = train_net.default_argument_parser().parse_args(
         ["--config-file", str(CONFIG), *as_options(settings)]
     )
-    results = train_net.main(args)
+    with logging_of_its_own():
+        results = train_net.main(args)
     assert {"bbox/AP", "bbox/AP50", "student/bbox/AP"} <= set(results)
     lines = (tmp_path / "output/metrics.json").read_text().splitlines()
     metrics = {name: value for line in lines for name, value in json.loads(line).items()}

@@ -28,6 +28,7 @@ import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.config import load_config
 from locreweight.data.datasets import load_folder
 from locreweight.data.training_sets import register_datasets
+from locreweight.engine import load_for_evaluation
 from locreweight.errors import UsageError
 
 SHORTEST_SIDE = 480  # small images are enlarged to this, in pixels, so that labels can be read
@@ -48,7 +49,8 @@ def draw_folder(cfg: CfgNode, images: list[str], output: Path, threshold: float)
         the pictures.
     """
     classes = _class_names(cfg)
-    predictor = DefaultPredictor(cfg)
+    predictor = DefaultPredictor(_without_weights(cfg))
+    load_for_evaluation(cfg, predictor.model)
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
     for file in tqdm(images, desc=output.name, disable=None):
@@ -114,6 +116,12 @@ def montage(pictures: list[Path], columns: int = 4, height: int = 320) -> np.nda
             for row in rows
         ]
     )
+
+
+def _without_weights(cfg: CfgNode) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = ""
+    return cfg
 
 
 def _class_names(cfg: CfgNode) -> list[str]:

@@ -8,6 +8,7 @@ Called again it goes on where it was stopped, or shows the results of what is fi
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from draw_predictions import draw_folder  # noqa: E402  (beside this file)
 from locreweight.config import load_config  # noqa: E402
 from locreweight.data.datasets import load_folder  # noqa: E402
 from locreweight.data.training_sets import register_datasets  # noqa: E402
+from locreweight.errors import UsageError  # noqa: E402
 from summarize import results_of, table  # noqa: E402
 
 CONFIG = "configs/quickstart.yaml"
@@ -31,6 +33,7 @@ PICTURES = 12
 
 
 def main() -> None:
+    os.chdir(ROOT)  # the config names its data from there
     options = sys.argv[1:]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = ["MODEL.DEVICE", device, *options]
@@ -40,7 +43,8 @@ def main() -> None:
 
     command = ["train_net.py", "--config-file", CONFIG, "--resume", *options]
     print(f"2/3  training on {device}: python {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    if code := subprocess.run([sys.executable, *command]).returncode:
+        sys.exit(code)  # it has said why
 
     print("3/3  drawing", flush=True)
     cfg = load_config(str(ROOT / CONFIG), options)
@@ -66,4 +70,7 @@ def _draw(cfg: CfgNode, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileExistsError, UsageError) as error:
+        sys.exit(f"error: {error}")

@@ -1,7 +1,5 @@
 """Data sets that all trainings of these tests share."""
 
-import logging
-
 import pytest
 
 from tests.engine.tiny_training import build_trainer, make_datasets, training_config
@@ -20,14 +18,3 @@ def make_trainer(datasets, tmp_path):
         return build_trainer(training_config(datasets, tmp_path, settings), resume=resume)
 
     return make
-
-
-@pytest.fixture
-def _logging_of_its_own():
-    """train_net sets loggers up for good; what they print is not for the tests that follow."""
-    names = ("detectron2", "fvcore", "locreweight")
-    before = {n: (logging.getLogger(n).propagate, logging.getLogger(n).handlers[:]) for n in names}
-    yield
-    for name, (propagate, handlers) in before.items():
-        logging.getLogger(name).propagate = propagate
-        logging.getLogger(name).handlers = handlers

@@ -23,6 +23,7 @@ from tests.engine.tiny_training import (
     copy_of,
     found_as_truth,
     image_tensor,
+    logging_of_its_own,
     same,
     training_config,
 )
@@ -73,7 +74,7 @@ def file(trained):
 
 def test_a_checkpoint_holds_the_teacher_as_model_and_student_and_trainer_beside_it(trained, file):
     content = torch.load(file, weights_only=True)
-    assert set(content) == {"model", "student", "trainer", "iteration"}
+    assert set(content) == {"model", "student", "trainer", "iteration", "corner_coding"}
     assert same(content["model"], copy_of(trained.teacher))
     assert same(content["student"], copy_of(trained.student))
     assert content["trainer"]["iteration"] == trained.max_iter - 1
@@ -103,7 +104,6 @@ def test_evaluation_loads_the_teacher_and_says_so(trained, file):
     assert isinstance(model.roi_heads.box_predictor.box2box_transform, CornerBoxTransform)
 
 
-@pytest.mark.usefixtures("_logging_of_its_own")
 @pytest.mark.parametrize("swapped", [False, True])
 def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_path, swapped):
     """What the teacher finds is taken for the truth: it scores 100, and no other model does."""
@@ -124,7 +124,8 @@ def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_p
     args = train_net.default_argument_parser().parse_args(
         ["--config-file", str(tmp_path / "config.yaml"), "--eval-only", *as_options(settings)]
     )
-    average_precision = train_net.main(args)["bbox"]["AP"]
+    with logging_of_its_own():
+        average_precision = train_net.main(args)["bbox"]["AP"]
     assert average_precision < 50 if swapped else average_precision == pytest.approx(100)
     assert "evaluating the teacher" in (tmp_path / "log.txt").read_text()
 

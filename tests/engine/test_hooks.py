@@ -61,6 +61,11 @@ def test_pseudo_labels_that_cease_are_noticed(warnings_of):
 
 def test_the_warning_names_the_highest_score_the_threshold_and_the_way_out(warnings_of):
     (text,) = warnings_of([0.0] * PATIENCE, highest=(0.3, 0.612, 0.5))
-    for part in ("0.612", "0.80", f"{PATIENCE} iterations", "SEMI.PSEUDO_LABEL_THRESHOLD",
-                 "SEMI.BURN_IN_ITERS"):  # fmt: skip
+    for part in (
+        "0.612",
+        "0.80",
+        f"{PATIENCE} iterations",
+        "SEMI.PSEUDO_LABEL_THRESHOLD",
+        "SEMI.BURN_IN_ITERS",
+    ):
         assert part in text

@@ -180,6 +180,31 @@ def test_teacher_and_student_are_evaluated_on_the_way_and_at_the_end(run):
         assert list(history(trainer, name)) == [2, MAX_ITER]
 
 
+@pytest.mark.parametrize(
+    ("burn_in", "expected"),
+    [(0, [False, False]), (1, [True, False]), (2, [True, True]), (9, [True, True])],
+)
+def test_while_both_models_are_alike_they_are_evaluated_once(
+    datasets, make_trainer, monkeypatch, burn_in, expected
+):
+    alike_each_time = []
+
+    def evaluate_both(*_, alike):
+        alike_each_time.append(alike)
+        return {"bbox": {"AP": 1.0}}
+
+    monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_both)
+    make_trainer(
+        {
+            "DATASETS.TEST": datasets["DATASETS.TEST"],
+            "TEST.EVAL_PERIOD": 1,
+            "SEMI.BURN_IN_ITERS": burn_in,
+            "SOLVER.MAX_ITER": 2,
+        }
+    ).train()
+    assert alike_each_time == expected
+
+
 def test_training_returns_the_latest_results(datasets, make_trainer):
     trainer = make_trainer({"DATASETS.TEST": datasets["DATASETS.TEST"], "SOLVER.MAX_ITER": 1})
     results = trainer.train()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -89,6 +92,18 @@ def build_trainer(cfg, resume: bool = False) -> SemiSupervisedTrainer:
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
+
+
+@contextmanager
+def logging_of_its_own() -> Iterator[None]:
+    """Undoes what the command line does to loggers, for good and of the whole process."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "locreweight")]
+    before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, (propagate, handlers) in zip(loggers, before, strict=True):
+            logger.propagate, logger.handlers = propagate, handlers
 
 
 def copy_of(module) -> dict[str, torch.Tensor]:

@@ -196,8 +196,9 @@ def test_events_of_labeled_images_do_not_count_the_unlabeled_ones(model, storage
 def test_a_look_gives_the_detections_of_inference_before_rescaling(model):
     inputs = [{"image": random_image(seed=i)} for i in range(2)]
     seen = model.look(inputs)
-    for found, expected in zip(seen.detections, model.inference(inputs, do_postprocess=False),
-                               strict=True):  # fmt: skip
+    for found, expected in zip(
+        seen.detections, model.inference(inputs, do_postprocess=False), strict=True
+    ):
         assert len(found) > 0
         assert_close(found.get_fields()["scores"], expected.scores)
         assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)

@@ -128,8 +128,9 @@ def test_the_box_loss_starts_as_smooth_l1(coding, class_agnostic):
     labels = LABELS["mixed"]
     proposals = make_proposals(labels)
     predictions = predictor(torch.randn(count(labels), FEATURES))
-    assert_close(predictions.log_variance.exp(), torch.ones_like(predictions.log_variance),
-                 rtol=0, atol=5e-3)  # fmt: skip
+    assert_close(
+        predictions.log_variance.exp(), torch.ones_like(predictions.log_variance), rtol=0, atol=5e-3
+    )
     loss = predictor.losses(predictions, proposals)["loss_box_reg"]
     expected = reference.losses(predictions[:2], proposals)["loss_box_reg"]
     assert_close(loss, expected, rtol=5e-3, atol=0)

@@ -74,7 +74,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.SPLIT_SEED = 1
     # Class names of "voc:" data sets, in the order of the model's classes. Empty: VOC's twenty.
     cfg.DATASETS.CLASS_NAMES = ()
-    # An unlabeled image that is among the labeled ones is an error; True leaves it out instead.
+    # An unlabeled image that is among the labeled ones is an error, one among the test images a
+    # warning; True leaves them out instead.
     cfg.DATASETS.EXCLUDE_LABELED = False
     # A NaN, infinite or inverted labeled box is an error; True leaves it out instead.
     cfg.DATASETS.DROP_BAD_BOXES = False
@@ -130,6 +131,26 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"unknown config key {key}{hint}"
+
+
+def check_supported(cfg: CfgNode) -> None:
+    """Keys of Detectron2 that training here would silently ignore.
+
+    Raises:
+        UsageError: names the first one that is set.
+    """
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    for key, is_set in {
+        "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
+        "MODEL.KEYPOINT_ON": cfg.MODEL.KEYPOINT_ON,
+        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": box_head.USE_SIGMOID_CE,
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": box_head.USE_FED_LOSS,
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": box_head.BBOX_REG_LOSS_TYPE != "smooth_l1",
+        "INPUT.CROP.ENABLED": cfg.INPUT.CROP.ENABLED,
+        "TEST.PRECISE_BN.ENABLED": cfg.TEST.PRECISE_BN.ENABLED,
+    }.items():
+        if is_set:
+            raise UsageError(f"{key} has no effect here; leave it at Detectron2's default")
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

@@ -2,4 +2,4 @@
 
 
 class UsageError(ValueError):
-    """Says which file, key or image is at fault and the way out; shown without a traceback."""
+    """Says which file, key or image is at fault and the way out; the command line shows just it."""

@@ -129,7 +129,7 @@ def without_overlap(labeled: list[dict], unlabeled: list[dict], *, exclude: bool
             f"{len(common)} unlabeled images are labeled as well: {_some(common)}. Take them "
             "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
         )
-    logger.info("left out %d unlabeled images that are labeled", len(common))
+    logger.info("left out %d unlabeled images that are annotated", len(common))
     return [r for r in unlabeled if _identity(r) not in known]
 
 

@@ -79,12 +79,12 @@ class ViewMapper:
         """
         with _reading(record["file_name"]):
             image = read_image(record["file_name"], format="RGB")
-        weak, weak_transforms = _augment(image, self.recipe.weak)
-        if self.recipe.strong_on_weak:
-            strong, strong_transforms = _augment(weak, self.recipe.strong)
-            strong_transforms = weak_transforms + strong_transforms
-        else:
-            strong, strong_transforms = _augment(image, self.recipe.strong)
+            weak, weak_transforms = _augment(image, self.recipe.weak)
+            if self.recipe.strong_on_weak:
+                strong, strong_transforms = _augment(weak, self.recipe.strong)
+                strong_transforms = weak_transforms + strong_transforms
+            else:
+                strong, strong_transforms = _augment(image, self.recipe.strong)
         size = image.shape[:2]
         return UnlabeledSample(
             file_name=record["file_name"],

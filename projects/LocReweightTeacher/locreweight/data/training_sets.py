@@ -61,8 +61,9 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
     annotated = [record for name in cfg.DATASETS.TRAIN for record in _load(name)]
-    for name in cfg.DATASETS.TEST:
-        check_test_set(name, _load(name))
+    tested = {name: _load(name) for name in cfg.DATASETS.TEST}
+    for name, records in tested.items():
+        check_test_set(name, records)
     class_names = _checked_class_names(cfg)
     labeled, rest = _split(cfg, annotated)
     labeled = check_boxes(labeled, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
@@ -78,6 +79,7 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     others = [record for name in cfg.DATASETS.UNLABELED for record in _load(name)]
     unlabeled = [{"file_name": r["file_name"]} for r in [*rest, *others]]
     unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
+    unlabeled = _without_test_images(cfg, unlabeled, tested)
     _check_enough_unlabeled(cfg, unlabeled)
     if comm.is_main_process():
         print_instances_class_histogram(labeled, class_names)
@@ -110,6 +112,23 @@ def _split(cfg: CfgNode, annotated: list[dict]) -> tuple[list[dict], list[dict]]
     except ValueError as error:
         raise UsageError(f"DATASETS.LABELED_PERCENT: {error}") from error
     return [annotated[i] for i in labeled], [annotated[i] for i in rest]
+
+
+def _without_test_images(
+    cfg: CfgNode, unlabeled: list[dict], tested: dict[str, list[dict]]
+) -> list[dict]:
+    records = [record for records in tested.values() for record in records]
+    others = without_overlap(records, unlabeled, exclude=True)
+    common = len(unlabeled) - len(others)
+    if not common or cfg.DATASETS.EXCLUDE_LABELED:
+        return others
+    logger.warning(
+        "%d unlabeled images are in the test sets %s as well: the result will flatter. Leave them "
+        "out with DATASETS.EXCLUDE_LABELED True",
+        common,
+        ", ".join(tested),
+    )
+    return unlabeled
 
 
 def _check_enough_unlabeled(cfg: CfgNode, unlabeled: list[dict]) -> None:

@@ -25,6 +25,7 @@ from ..modeling.detector import SemiSupervisedRCNN
 
 logger = logging.getLogger(__name__)
 
+PLAIN_DETECTOR = "a plain Detectron2 detector"
 _PREDICTOR = "roi_heads.box_predictor."
 _VARIANCE_KEY = _PREDICTOR + "log_variance.weight"
 _BOX_KEY = _PREDICTOR + "bbox_pred."
@@ -39,21 +40,67 @@ class TeacherCheckpointer(DetectionCheckpointer):
     """
 
     held = ""  # what the last file that was read holds, in words
+    unfit: tuple[str, ...] = ()  # names of weights that it lacks, or has in another shape
+
+    def __init__(
+        self,
+        model: SemiSupervisedRCNN,
+        save_dir: str = "",
+        *,
+        translate: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            model: the teacher.
+            save_dir: folder of the checkpoints.
+            translate: rewrite the box branch of a plain detector, as described above.
+            kwargs: those of Detectron2's ``DetectionCheckpointer``.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self._translates = translate
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        super().save(name, corner_coding=self._codes_corners, **kwargs)
+
+    @property
+    def _codes_corners(self) -> bool:
+        coding = self.model.roi_heads.box_predictor.box2box_transform
+        return isinstance(coding, CornerBoxTransform)
+
+    def _load_file(self, filename: str) -> dict:
+        try:
+            return super()._load_file(filename)
+        except Exception as error:  # whatever a file that is no checkpoint makes the reader raise
+            raise UsageError(
+                f"{filename} is not a checkpoint: {type(error).__name__}: {error}".splitlines()[0]
+            ) from error
 
     def _load_model(self, checkpoint: dict) -> Any:
         weights = checkpoint["model"]
+        corners = checkpoint.get("corner_coding", self._codes_corners)
+        if corners != self._codes_corners:
+            raise UsageError(
+                f"the checkpoint was trained with MODEL.ROI_BOX_HEAD.CORNER_CODING {corners}; "
+                "set it alike"
+            )
         detector = any(_BOX_KEY in key for key in weights)
         if _holds_variance(weights):
             self.held = "the teacher" if "student" in checkpoint else "a detector of this project"
         else:
-            self.held = "a plain Detectron2 detector" if detector else "a backbone"
-        if self.held == "a plain Detectron2 detector":
+            self.held = PLAIN_DETECTOR if detector else "a backbone"
+        if self.held == PLAIN_DETECTOR and self._translates:
             self._translate(weights)
-        return super()._load_model(checkpoint)
+        try:
+            incompatible = super()._load_model(checkpoint)
+        except (AttributeError, ValueError) as error:
+            raise UsageError(f"the file holds no weights of a model: {error}") from error
+        wrong_shapes = [name for name, *_ in incompatible.incorrect_shapes]
+        self.unfit = (*incompatible.missing_keys, *wrong_shapes)
+        return incompatible
 
     def _translate(self, weights: dict) -> None:
-        coding = self.model.roi_heads.box_predictor.box2box_transform
-        if isinstance(coding, CornerBoxTransform):
+        if self._codes_corners:
             # Names may have a prefix ("module."), which is only stripped later.
             for name in [name for name in weights if _BOX_KEY in name]:
                 weights[name] = corners_from_centers(torch.as_tensor(weights[name]))
@@ -82,7 +129,7 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> str:
         what was loaded, in words.
 
     Raises:
-        UsageError: if the file is not there or holds no detector.
+        UsageError: if the file is not there, holds no detector, or one of another architecture.
     """
     path = cfg.MODEL.WEIGHTS
     if not path:
@@ -90,15 +137,20 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> str:
             "--eval-only needs MODEL.WEIGHTS: a checkpoint, or the zoo's address of one"
         )
     need_weights(path)
-    predictor = model.roi_heads.box_predictor
-    corners = predictor.box2box_transform
-    predictor.box2box_transform = Box2BoxTransform(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS)
-    checkpointer = TeacherCheckpointer(model, save_to_disk=False)
+    checkpointer = TeacherCheckpointer(model, save_to_disk=False, translate=False)
     checkpointer.load(path)
     if checkpointer.held == "a backbone":
         raise UsageError(f"{path} holds a backbone, not a detector: there is nothing to evaluate")
-    if checkpointer.held != "a plain Detectron2 detector":
-        predictor.box2box_transform = corners
+    unfit = checkpointer.unfit
+    if checkpointer.held == PLAIN_DETECTOR:
+        weights = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+        model.roi_heads.box_predictor.box2box_transform = Box2BoxTransform(weights)
+        unfit = tuple(name for name in unfit if ".log_variance." not in name)
+    if unfit:
+        raise UsageError(
+            f"{path} does not fit the model of the config: {len(unfit)} weights are missing or of "
+            f"another shape, such as {', '.join(unfit[:3])}; use the config it was trained with"
+        )
     return checkpointer.held
 
 

@@ -75,7 +75,7 @@ def _build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
         # in each run: a cached conversion outlives the annotations that it was made of.
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         json_file = os.path.join(folder, f"ground_truth_{digest}.json")
-        if comm.is_main_process():
+        if comm.get_local_rank() == 0:  # machines may not share a disk
             convert_to_coco_json(name, json_file, allow_cached=False)
         comm.synchronize()
         metadata.json_file = json_file

@@ -6,6 +6,7 @@ import logging
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
+from detectron2.utils.events import EventWriter, get_event_storage
 
 from .step import HIGHEST_SCORE
 
@@ -29,6 +30,21 @@ class ResumableBestCheckpointer(BestCheckpointer):
 
     def load_state_dict(self, state: dict) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class PseudoLabelPrinter(EventWriter):
+    """Prints what mutual learning measures; Detectron2's own printer shows losses only."""
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        measured = {
+            name: value
+            for name, (value, iteration) in storage.latest_with_smoothing_hint(20).items()
+            if name.startswith(("pseudo_labels/", "proposals/")) and iteration == storage.iter
+        }
+        if measured:
+            numbers = "  ".join(f"{name}: {value:.3g}" for name, value in measured.items())
+            logger.info("iter: %d  %s", storage.iter, numbers)
 
 
 class PseudoLabelWatch(HookBase):

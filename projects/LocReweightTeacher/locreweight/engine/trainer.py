@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, default_writers, hooks
 from detectron2.engine.hooks import HookBase
 from detectron2.modeling import build_model
@@ -19,7 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..config import scale_to_world_size
+from ..config import check_supported, scale_to_world_size
 from ..data.mapper import ViewMapper
 from ..data.streams import Batch, BatchSchedule, StreamDataset, build_loader
 from ..data.training_sets import TrainingSets, load_training_sets
@@ -28,7 +27,7 @@ from ..method.teacher import keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
 from .checkpoint import TeacherCheckpointer, need_weights
 from .evaluation import evaluate_both, main_metric
-from .hooks import PseudoLabelWatch, ResumableBestCheckpointer
+from .hooks import PseudoLabelPrinter, PseudoLabelWatch, ResumableBestCheckpointer
 from .step import HIGHEST_SCORE, StepResult, StepSettings, training_step
 
 logger = logging.getLogger(__name__)
@@ -53,11 +52,11 @@ class SemiSupervisedTrainer(TrainerBase):
             UsageError: for anything in the config or the data that the user has to put right.
         """
         super().__init__()
+        check_supported(cfg)
         self.cfg = cfg = scale_to_world_size(cfg, comm.get_world_size())
         need_weights(cfg.MODEL.WEIGHTS)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
-        MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).set(thing_classes=self.sets.class_names)
 
         self.student: SemiSupervisedRCNN = build_model(cfg)
         self.model = _distributed(self.student).train()
@@ -95,6 +94,12 @@ class SemiSupervisedTrainer(TrainerBase):
             logger.info("resumed after iteration %d", self.iter)
         else:
             self.student.load_state_dict(self.teacher.state_dict())
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise UsageError(
+                f"the processes would start at different iterations, {starts}: OUTPUT_DIR has to "
+                "lie on a disk that all machines share"
+            )
 
     def train(self) -> dict[str, float]:
         """Train to the end; returns the latest results on the main process, by name."""
@@ -128,7 +133,7 @@ class SemiSupervisedTrainer(TrainerBase):
             if main:
                 built.append(ResumableBestCheckpointer(period, self.checkpointer, main_metric(cfg)))
         if main:
-            writers = default_writers(cfg.OUTPUT_DIR, self.max_iter)
+            writers = [*default_writers(cfg.OUTPUT_DIR, self.max_iter), PseudoLabelPrinter()]
             built.append(hooks.PeriodicWriter(writers, period=20))
         return [hook for hook in built if hook is not None]
 
@@ -170,7 +175,7 @@ class SemiSupervisedTrainer(TrainerBase):
         if not all(math.isfinite(e["values"][name]) for e in everyone for name in result.losses):
             raise FloatingPointError(
                 f"a loss became infinite or NaN in iteration {self.iter}; nothing of this step "
-                f"went into the student or the teacher. Losses here: {mine}. Images here: "
+                f"updated the student or the teacher. Losses here: {mine}. Images here: "
                 f"{batch.file_names}"
             )
         averages = {name: _mean([e["values"][name] for e in everyone]) for name in names}
@@ -208,12 +213,14 @@ class SemiSupervisedTrainer(TrainerBase):
             # The last iteration done: Detectron2 counts on once training is over, which is when
             # the last evaluation saves its teacher if it is the best.
             "iteration": min(self.iter, self.max_iter - 1),
+            "seed": self._seed,
             "optimizer": self.optimizer.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
+        self._seed = state_dict["seed"]
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if self.grad_scaler.is_enabled() and state_dict["grad_scaler"]:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -1,0 +1,145 @@
+"""Files that do not fit the model, and settings that have no effect, are said to be so."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from locreweight.config import check_supported
+from locreweight.data.training_sets import load_training_sets, register_datasets
+from locreweight.engine import load_for_evaluation
+from locreweight.engine.checkpoint import TeacherCheckpointer
+from locreweight.errors import UsageError
+from tests.engine.tiny_training import build_trainer, training_config
+from tests.modeling.tiny_model import tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    TeacherCheckpointer(build_model(tiny_config()), str(folder)).save("model")
+    return str(folder / "model.pth")
+
+
+def evaluated(checkpoint, settings=None):
+    cfg = tiny_config((settings or {}) | {"MODEL.WEIGHTS": str(checkpoint)})
+    return load_for_evaluation(cfg, build_model(cfg))
+
+
+def test_a_checkpoint_that_fits_is_evaluated(checkpoint):
+    assert evaluated(checkpoint) == "a detector of this project"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"MODEL.ROI_BOX_HEAD.FC_DIM": 24}, "fc1.weight"),
+        ({"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}, "bbox_pred.weight"),
+        ({"MODEL.ROI_BOX_HEAD.CORNER_CODING": False}, "CORNER_CODING True"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_not_evaluated(checkpoint, settings, words):
+    with pytest.raises(UsageError, match=words):
+        evaluated(checkpoint, settings)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_training_does_not_go_on_in_another_box_coding(datasets, tmp_path, resume):
+    trainer = build_trainer(training_config(datasets, tmp_path))
+    trainer.iter = 0
+    trainer.checkpointer.save("model")
+    other = {"MODEL.ROI_BOX_HEAD.CORNER_CODING": False, "MODEL.WEIGHTS": f"{tmp_path}/model.pth"}
+    with pytest.raises(UsageError, match="CORNER_CODING True"):
+        build_trainer(training_config(datasets, tmp_path, other), resume=resume)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "text.pth").write_text("these are not weights")
+    with pytest.raises(UsageError, match=r"text\.pth is not a checkpoint"):
+        evaluated(tmp_path / "text.pth")
+
+
+def test_a_file_without_weights_is_an_error(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
+    with pytest.raises(UsageError, match="no weights"):
+        evaluated(tmp_path / "numbers.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.MASK_ON", True),
+        ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou"),
+        ("INPUT.CROP.ENABLED", True),
+        ("TEST.PRECISE_BN.ENABLED", True),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(key, value):
+    check_supported(tiny_config())
+    with pytest.raises(UsageError, match=key):
+        check_supported(tiny_config({key: value}))
+
+
+def test_unlabeled_test_images_are_warned_of_or_left_out(datasets, tmp_path, caplog):
+    _, _, test_images = datasets["DATASETS.TEST"][0].split(":")
+    settings = {
+        "DATASETS.TEST": datasets["DATASETS.TEST"],
+        "DATASETS.UNLABELED": [f"folder:{test_images}", *datasets["DATASETS.UNLABELED"]],
+    }
+    cfg = training_config(datasets, tmp_path, settings)
+    register_datasets(cfg)
+    with caplog.at_level(logging.WARNING):
+        assert len(load_training_sets(cfg).unlabeled) == 3 + 5
+    assert "3 unlabeled images are in the test sets" in caplog.text
+    cfg = training_config(datasets, tmp_path, settings | {"DATASETS.EXCLUDE_LABELED": True})
+    assert len(load_training_sets(cfg).unlabeled) == 5
+
+
+def test_what_mutual_learning_measures_is_printed(datasets, tmp_path, caplog):
+    trainer = build_trainer(training_config(datasets, tmp_path))
+    with caplog.at_level(logging.INFO, logger="locreweight"):
+        trainer.train()
+    (line,) = [r.getMessage() for r in caplog.records if "pseudo_labels/per_image: " in r.message]
+    assert "proposals/foreground_per_image: " in line
+
+
+def test_an_error_in_a_loader_process_is_one_line(datasets, tmp_path):
+    cfg = training_config(datasets, tmp_path / "output", {"DATALOADER.NUM_WORKERS": 1})
+    register_datasets(cfg)
+    labeled = load_training_sets(cfg).labeled
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for record in labeled:
+        (folder / Path(record["file_name"]).name).write_bytes(b"not an image")
+    _, json_file, _ = cfg.DATASETS.TRAIN[0].split(":")
+    cfg.DATASETS.TRAIN = (f"coco:{json_file}:{folder}",)
+    file = tmp_path / "config.yaml"
+    file.write_text(cfg.dump())
+    command = [sys.executable, "train_net.py", "--config-file", str(file)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: cannot read or augment the image ") and str(folder) in last
+
+
+def test_an_image_that_cannot_be_augmented_is_skipped(datasets, tmp_path, caplog):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    # Resized to the greatest long side its short side would be nothing.
+    cv2.imwrite(str(folder / "a_thin.png"), np.zeros((1, 4000, 3), np.uint8))
+    cv2.imwrite(str(folder / "b_fine.png"), np.zeros((40, 40, 3), np.uint8))
+    settings = {"DATASETS.UNLABELED": [f"folder:{folder}"], "SEMI.BURN_IN_ITERS": 0}
+    trainer = build_trainer(training_config(datasets, tmp_path / "output", settings))
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.iter == trainer.max_iter
+    assert "skipped an unlabeled image" in caplog.text and "a_thin.png" in caplog.text
