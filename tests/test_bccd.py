@@ -12,9 +12,6 @@ import os
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("detectron2", exc_type=ImportError)
-
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import train_net

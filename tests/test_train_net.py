@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("detectron2", exc_type=ImportError)
-
 from tests.engine.tiny_training import TRAINING, logging_of_its_own, make_datasets
 from tests.modeling.tiny_model import TINY, as_options
 
@@ -47,7 +45,7 @@ def run(*arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=timeout,

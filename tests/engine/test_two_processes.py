@@ -17,7 +17,6 @@ def ranks(datasets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("OMP_NUM_THREADS", "1")
         launch(
             two_processes.train,
             2,

@@ -12,9 +12,6 @@ from detectron2.structures import Boxes, Instances
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.config import load_config
 
-# On tensors this small threads only wait for each other.
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).parents[2]
 NUM_CLASSES = 3
 SIZE = 64  # height and width of images, in pixels
