@@ -11,14 +11,13 @@ import os
 import random
 from pathlib import Path
 
+# Read when torch is imported. Tensors of tests are tiny: more threads, here or in a process that a
+# test starts, only wait for each other, and for whatever else runs on the machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
-
-# Tensors of tests are tiny: more threads, here or in a process that a test starts, only wait for
-# each other, and for whatever else runs on the machine.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
 
 TESTS = Path(__file__).parent
 WITHOUT_DETECTRON2 = {
