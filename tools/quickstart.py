@@ -43,9 +43,7 @@ def main() -> None:
 
     command = ["train_net.py", "--config-file", CONFIG, "--resume", *options]
     print(f"2/3  training on {device}: python {' '.join(command)}", flush=True)
-    # The tensors are small: more threads gain little, and lose much where others use the machine.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if code := subprocess.run([sys.executable, *command], env=environment).returncode:
+    if code := subprocess.run([sys.executable, *command]).returncode:
         sys.exit(code)  # it has said why
 
     print("3/3  drawing", flush=True)
