@@ -174,9 +174,8 @@ class SemiSupervisedTrainer(TrainerBase):
         everyone = comm.all_gather({"data_time": data_time, "values": mine})
         if not all(math.isfinite(e["values"][name]) for e in everyone for name in result.losses):
             raise FloatingPointError(
-                f"a loss became infinite or NaN in iteration {self.iter}; nothing of this step "
-                f"updated the student or the teacher. Losses here: {mine}. Images here: "
-                f"{batch.file_names}"
+                f"a loss became infinite or NaN in iteration {self.iter}; no weight was changed. "
+                f"Losses here: {mine}. Images here: {batch.file_names}"
             )
         averages = {name: _mean([e["values"][name] for e in everyone]) for name in names}
         if HIGHEST_SCORE in names:
