@@ -8,7 +8,6 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets.coco import convert_to_coco_json
@@ -98,13 +97,12 @@ def _devkit_reads(metadata: Metadata) -> bool:
     return True
 
 
-@torch.no_grad()
 def evaluate_both(cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool) -> dict:
     """The teacher's results, and the student's under ``"student"``.
 
     Args:
         cfg: names the test sets.
-        teacher, student: modules of which the student may be wrapped for several GPUs.
+        teacher, student: models; each is put back into the mode that it was in.
         alike: the two have the same weights (in burn-in): evaluate once.
     """
     results = evaluate(cfg, teacher)
