@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,14 +13,9 @@ from torch.testing import assert_close
 
 from locreweight.data.streams import Batch
 from locreweight.data.views import UnlabeledSample, View
-from locreweight.engine.step import (
-    StepSettings,
-    matched_quality,
-    second_look,
-    select_pseudo_labels,
-    to_strong_view,
-    training_step,
-)
+from locreweight.engine.step import StepSettings, second_look, to_strong_view, training_step
+from locreweight.engine.strategies import SampledProposals, build_strategy
+from locreweight.engine.strategies.strategy import AboveThreshold, select_pseudo_labels
 from locreweight.method.teacher import update_teacher
 from tests.modeling.tiny_model import (
     NUM_CLASSES,
@@ -39,9 +33,15 @@ SHIFT = [[1, 0, 10], [0, 1, -6], [0, 0, 1]]
 
 SUPERVISED = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
 UNLABELED = {f"{name}_unlabeled" for name in SUPERVISED}
-SETTINGS = StepSettings(
-    threshold=0.4, ler=True, prc=True, loss_weights=dict.fromkeys(UNLABELED, 1.0)
-)
+THRESHOLD = 0.4
+
+
+def strategy(threshold=THRESHOLD, ler=True, prc=True, name="LocReweight"):
+    keys = {"PSEUDO_LABEL_THRESHOLD": threshold, "LER": ler, "PRC": prc, "STRATEGY": name}
+    return build_strategy(tiny_config({f"SEMI.{key}": value for key, value in keys.items()}))
+
+
+SETTINGS = StepSettings(strategy(), loss_weights=dict.fromkeys(UNLABELED, 1.0))
 
 
 def view(image, matrix):
@@ -86,11 +86,12 @@ def teacher(_models):
     return _models[1]
 
 
-def step(student, teacher, batch=None, **settings):
+def step(student, teacher, batch=None, loss_weights=SETTINGS.loss_weights, **parts):
     """A step whose draws of anchors and proposals are always the same."""
+    settings = StepSettings(strategy(**parts), loss_weights)
     torch.manual_seed(5)
     with EventStorage():
-        return training_step(student, teacher, batch or make_batch(), replace(SETTINGS, **settings))
+        return training_step(student, teacher, batch or make_batch(), settings)
 
 
 @contextmanager
@@ -113,15 +114,17 @@ def test_settings_follow_the_config(objectness, box):
             "SEMI.PSEUDO_LABEL_THRESHOLD": 0.6,
             "SEMI.LER": objectness,
             "SEMI.PRC": box,
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": 3.0,
             "SEMI.RPN_OBJECTNESS_LOSS": objectness,
             "SEMI.RPN_BOX_LOSS": box,
         }
     )
     settings = StepSettings.from_config(cfg)
-    assert (settings.threshold, settings.ler, settings.prc) == (0.6, objectness, box)
+    assert settings.strategy.choose_pseudo_labels == AboveThreshold(0.6)
+    assert settings.strategy == strategy(0.6, ler=objectness, prc=box)
     assert settings.loss_weights == {
         "loss_cls_unlabeled": 2.5,
-        "loss_box_reg_unlabeled": 2.5,
+        "loss_box_reg_unlabeled": 7.5,
         "loss_rpn_cls_unlabeled": 2.5 if objectness else 0,
         "loss_rpn_loc_unlabeled": 2.5 if box else 0,
     }
@@ -147,7 +150,13 @@ def test_a_pseudo_label_has_a_score_above_the_threshold_not_at_it():
     assert chosen.gt_classes.tolist() == [0, 0]
     assert chosen.gt_boxes.tensor[:, 0].tolist() == [0.0, 3.0]
     assert_close(chosen.gt_localization_quality, torch.tensor([0.0, 0.03]))
-    assert set(chosen.get_fields()) == {"gt_boxes", "gt_classes", "gt_localization_quality"}
+    assert set(chosen.get_fields()) == {
+        "gt_boxes",
+        "gt_classes",
+        "gt_localization_quality",
+        "gt_score",
+    }
+    assert_close(chosen.gt_score, torch.tensor([0.81, 0.9]))
 
 
 def test_there_may_be_no_pseudo_label():
@@ -203,7 +212,7 @@ def test_pseudo_labels_reach_the_student_with_its_view(student, teacher):
     seen = teacher.look([{"image": s.weak.image} for s in batch.unlabeled])
     for x, sample, found in zip(strong_views, batch.unlabeled, seen.detections, strict=True):
         assert torch.equal(x["image"], sample.strong.image)
-        expected = to_strong_view(select_pseudo_labels(found, SETTINGS.threshold), sample)
+        expected = to_strong_view(select_pseudo_labels(found, THRESHOLD), sample)
         assert torch.equal(x["instances"].gt_boxes.tensor, expected.gt_boxes.tensor)
     assert len(strong_views[0]["instances"]) > 0
 
@@ -211,16 +220,22 @@ def test_pseudo_labels_reach_the_student_with_its_view(student, teacher):
 # --- who looks how often --------------------------------------------------------------------------
 
 
-def test_each_backbone_runs_once_a_step_and_the_teachers_head_twice(student, teacher):
+@pytest.mark.parametrize(
+    ("parts", "looks"),
+    [({}, 2), ({"prc": False}, 1), ({"name": "UnbiasedTeacher"}, 1), ({"name": "SoftTeacher"}, 3)],
+)
+def test_each_backbone_runs_once_a_step_and_the_teachers_head_where_it_is_asked(
+    student, teacher, parts, looks
+):
     with (
         recorded(teacher.backbone) as teachers,
         recorded(student.backbone) as students,
         recorded(teacher.roi_heads.box_head) as heads,
     ):
-        step(student, teacher)
+        step(student, teacher, **parts)
     assert [len(x[0]) for x, _ in teachers] == [3]
     assert [len(x[0]) for x, _ in students] == [2 + 3]
-    assert len(heads) == 2
+    assert len(heads) == looks
 
 
 def test_in_burn_in_the_teacher_does_not_look(student, teacher):
@@ -245,14 +260,13 @@ def test_proposals_are_judged_at_their_place_in_the_weak_view(student, teacher):
     with recorded(student) as calls:
         step(student, teacher, batch)
     output = calls[0][1][1]
-    labels = cat([p.gt_classes for p in output.proposals])
     seen = teacher.look([{"image": batch.unlabeled[0].weak.image}])
-    found = second_look(teacher, seen, output, batch.unlabeled, labels)
+    found = second_look(teacher, seen, output, batch.unlabeled).scores.softmax(dim=1)
 
     boxes = output.proposals[0].proposal_boxes.tensor
-    expected = teacher.reliability_of(seen, [flipped(boxes)], labels)
+    expected = teacher.look_again(seen, [flipped(boxes)]).scores.softmax(dim=1)
     assert_close(found, expected)
-    unaligned = teacher.reliability_of(seen, [boxes], labels)
+    unaligned = teacher.look_again(seen, [boxes]).scores.softmax(dim=1)
     assert (found - unaligned).abs().max() > 0.01
 
 
@@ -267,13 +281,13 @@ def test_the_second_look_undoes_shifts_and_scales(
     student, teacher, monkeypatch, strong, strong_size, back
 ):
     looked_at = []
-    original = teacher.reliability_of
+    original = teacher.look_again
 
-    def spy(view, boxes, labels):
+    def spy(view, boxes):
         looked_at.extend(boxes)
-        return original(view, boxes, labels)
+        return original(view, boxes)
 
-    monkeypatch.setattr(teacher, "reliability_of", spy)
+    monkeypatch.setattr(teacher, "look_again", spy)
     sample = make_sample(strong, strong_size=strong_size, seed=20)
     with recorded(student) as calls:
         step(student, teacher, Batch(labeled_inputs(), [sample]))
@@ -307,14 +321,15 @@ def test_the_total_is_supervised_plus_beta_times_unsupervised(student, teacher):
         result = step(student, teacher, loss_weights=dict.fromkeys(UNLABELED, 3.0))
     supervised, output = calls[0][1]
     supervised = {name: supervised[name] for name in SUPERVISED}  # the step adds to this dictionary
-    labels = cat([p.gt_classes for p in output.proposals])
     batch = make_batch()
     seen = teacher.look([{"image": s.weak.image} for s in batch.unlabeled])
-    unsupervised = student.roi_heads.box_predictor.unsupervised_losses(
-        output.predictions,
-        output.proposals,
-        quality=matched_quality(output.proposals, labels),
-        reliability=second_look(teacher, seen, output, batch.unlabeled, labels),
+    unsupervised = strategy().losses(
+        SampledProposals(
+            output.proposals,
+            output.predictions,
+            student.roi_heads.box_predictor,
+            look_again=lambda: second_look(teacher, seen, output, batch.unlabeled),
+        )
     )
     expected = sum(supervised.values()) + 3 * sum((unsupervised | output.rpn_losses).values())
     assert_close(sum(result.losses.values()), expected)
@@ -381,7 +396,7 @@ def test_ler_weighs_each_proposal_with_the_quality_that_the_teacher_gave(student
     for proposals, sample, found in zip(
         output.proposals, batch.unlabeled, seen.detections, strict=True
     ):
-        labels = to_strong_view(select_pseudo_labels(found, SETTINGS.threshold), sample)
+        labels = to_strong_view(select_pseudo_labels(found, THRESHOLD), sample)
         for i in (proposals.gt_classes < NUM_CLASSES).nonzero().flatten().tolist():
             same = (labels.gt_boxes.tensor == proposals.gt_boxes.tensor[i]).all(dim=1)
             qualities.append(labels.gt_localization_quality[same][0])
@@ -390,12 +405,13 @@ def test_ler_weighs_each_proposal_with_the_quality_that_the_teacher_gave(student
     assert_close(losses["loss_box_reg_unlabeled"], expected)
 
 
-def test_matched_quality_is_zero_where_an_image_has_no_pseudo_label():
+def test_a_field_of_pseudo_labels_is_zero_where_an_image_has_none():
     labeled = Instances((8, 8), gt_classes=torch.tensor([0, 1]))
     labeled.gt_localization_quality = torch.tensor([0.1, 0.4])
     without = Instances((8, 8), gt_classes=torch.tensor([NUM_CLASSES]))
-    labels = torch.tensor([0, 1, NUM_CLASSES])
-    assert_close(matched_quality([labeled, without], labels), torch.tensor([0.1, 0.4, 0.0]))
+    sampled = SampledProposals([labeled, without], None, None, None)
+    found = sampled.of_pseudo_label("gt_localization_quality")
+    assert_close(found, torch.tensor([0.1, 0.4, 0.0]))
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -424,6 +440,9 @@ CASES = {
     "burn-in without ground truth": (Batch(NOTHING, []), {}),
     "mutual": (make_batch(), {}),
     "neither LER nor PRC": (make_batch(), {"ler": False, "prc": False}),
+    "Unbiased Teacher": (make_batch(), {"name": "UnbiasedTeacher"}),
+    "Soft Teacher": (make_batch(), {"name": "SoftTeacher"}),
+    "Soft Teacher without pseudo-labels": (make_batch(), {"name": "SoftTeacher", "threshold": 1.0}),
     "without pseudo-labels": (make_batch(), {"threshold": 1.0}),
     "without ground truth": (make_batch(labeled=NOTHING), {}),
     "without any object": (make_batch(labeled=NOTHING), {"threshold": 1.0}),
@@ -472,7 +491,8 @@ def test_metrics_are_of_the_pseudo_labels_and_proposals(student, teacher):
     assert metrics["pseudo_labels/highest_score"] == highest
 
     classes = cat([p.gt_classes for p in output.proposals])
-    reliability = second_look(teacher, seen, output, batch.unlabeled, classes)
+    predictions = second_look(teacher, seen, output, batch.unlabeled)
+    reliability = student.roi_heads.box_predictor.reliability(predictions, classes)
     foreground = classes < NUM_CLASSES
     assert 0 < foreground.sum() < len(classes)
     assert_close(metrics["proposals/reliability_foreground"], reliability[foreground].mean())

@@ -12,6 +12,7 @@ from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, evaluate
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.step import training_step
+from locreweight.engine.strategies.strategy import AboveThreshold
 from tests.engine.tiny_training import (
     Recorder,
     copy_of,
@@ -48,7 +49,8 @@ def train(datasets: dict, folder: Path) -> None:
     trainer.resume_or_load(resume=False)
     start = copy_of(trainer.student)
     if rank == WITHOUT_LABELS:
-        trainer.settings = replace(trainer.settings, threshold=1.0)
+        blind = replace(trainer.settings.strategy, choose_pseudo_labels=AboveThreshold(1.0))
+        trainer.settings = replace(trainer.settings, strategy=blind)
     recorder = RecorderByRank()
     trainer.register_hooks([recorder])
     mine = {}

@@ -214,17 +214,32 @@ def test_the_second_look_takes_the_features_of_the_first(model):
     inputs = [{"image": random_image(seed=i)} for i in range(2)]
     seen = model.look(inputs)
     boxes = [torch.tensor([[4.0, 4, 30, 40], [10, 10, 60, 60]]), torch.tensor([[0.0, 0, 64, 64]])]
-    labels = torch.tensor([0, NUM_CLASSES, 1])
     calls = []
     hook = model.backbone.register_forward_hook(lambda *_: calls.append(1))
-    found = model.reliability_of(seen, boxes, labels)
+    found = model.look_again(seen, boxes)
     hook.remove()
     assert not calls
-    assert found.shape == (3,) and not found.requires_grad
+    assert found.scores.shape == (3, NUM_CLASSES + 1)
+    assert not any(values.requires_grad for values in found)
     # Image by image it is the same: each box is looked at in its own image.
-    first = model.reliability_of(model.look(inputs[:1]), boxes[:1], labels[:2])
-    second = model.reliability_of(model.look(inputs[1:]), boxes[1:], labels[2:])
-    assert_close(found, torch.cat([first, second]))
+    first = model.look_again(model.look(inputs[:1]), boxes[:1])
+    second = model.look_again(model.look(inputs[1:]), boxes[1:])
+    for values, one, two in zip(found, first, second, strict=True):
+        assert_close(values, torch.cat([one, two]))
+
+
+def test_the_rpn_can_learn_from_other_pseudo_labels_than_the_roi_head(model):
+    view = {"image": random_image(), "instances": ground_truth([[8, 8, 40, 40]], [1])}
+    targets = {}
+    model.train()
+    with EventStorage():
+        for name, rpn in (("all", view["instances"]), ("none", ground_truth([], []))):
+            torch.manual_seed(0)
+            _, targets[name] = model(labeled_inputs(), [view | {"rpn_instances": rpn}])
+    model.eval()
+    assert targets["all"].rpn_losses["loss_rpn_loc"] > 0
+    assert targets["none"].rpn_losses["loss_rpn_loc"] == 0
+    assert all((t.proposals[0].gt_classes == 1).any() for t in targets.values())
 
 
 # --- inference as any Detectron2 model ------------------------------------------------------------

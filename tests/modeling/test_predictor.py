@@ -11,79 +11,34 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-from locreweight.modeling import BoxPredictions, CornerBoxTransform, LocalizationAwareOutputLayers
+from locreweight.modeling import CornerBoxTransform, LocalizationAwareOutputLayers
+from tests.modeling.predictor_cases import (
+    CODINGS,
+    FEATURES,
+    LABELS,
+    K,
+    coded,
+    count,
+    cross_entropy_of,
+    each_coding,
+    each_labels,
+    each_normalizer,
+    each_regression,
+    four_of,
+    make_predictions,
+    make_predictor,
+    make_proposals,
+    predictor_of,
+    rows_of,
+    smooth_l1,
+)
 from tests.modeling.tiny_model import tiny_config
-
-K = 3
-FEATURES = 16
-CODINGS = {
-    "corners": CornerBoxTransform((10.0, 10.0)),
-    "xywh": Box2BoxTransform((10.0, 10.0, 5.0, 5.0)),
-}
-
-each_coding = pytest.mark.parametrize("coding", CODINGS.keys())
-each_regression = pytest.mark.parametrize("class_agnostic", [False, True])
-each_normalizer = pytest.mark.parametrize("by_sampled", [False, True])
-
-# Labels of the proposals of each image; an image without foreground has no pseudo-labels either.
-LABELS = {
-    "mixed": [[0, K, 2, K], [1, 1, K]],
-    "no foreground": [[K, K], [K, K, K]],
-    "all foreground": [[0, 1, 2], [2, 2]],
-    "one image without labels": [[K, K, K], [0, K, 2]],
-}
-each_labels = pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
 
 
 @pytest.fixture(autouse=True)
 def _storage():
     with EventStorage():
         yield
-
-
-def predictor_of(cls, coding="corners", class_agnostic=False, **kwargs):
-    return cls(
-        ShapeSpec(channels=FEATURES),
-        box2box_transform=CODINGS[coding],
-        num_classes=K,
-        cls_agnostic_bbox_reg=class_agnostic,
-        **{"smooth_l1_beta": 1.0} | kwargs,
-    )
-
-
-def make_predictor(coding="corners", class_agnostic=False, **kwargs):
-    return predictor_of(LocalizationAwareOutputLayers, coding, class_agnostic, **kwargs)
-
-
-def random_boxes(count):
-    corner = torch.rand(count, 2) * 30
-    return torch.cat([corner, corner + 8 + torch.rand(count, 2) * 20], dim=1)
-
-
-def make_proposals(labels):
-    """Proposals of each image; ground truth a little off, and none where all is background."""
-    proposals = []
-    for image_labels in labels:
-        boxes = random_boxes(len(image_labels))
-        found = Instances((64, 64), proposal_boxes=Boxes(boxes))
-        found.gt_classes = torch.tensor(image_labels)
-        if any(label < K for label in image_labels):
-            found.gt_boxes = Boxes(boxes + torch.randn(len(boxes), 4))
-        proposals.append(found)
-    return proposals
-
-
-def make_predictions(rows, class_agnostic=False):
-    columns = 4 if class_agnostic else 4 * K
-    return BoxPredictions(
-        torch.randn(rows, K + 1, requires_grad=True),
-        torch.randn(rows, columns, requires_grad=True),
-        torch.randn(rows, columns, requires_grad=True),
-    )
-
-
-def count(labels):
-    return sum(len(image_labels) for image_labels in labels)
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -147,6 +102,8 @@ def test_the_config_decides_the_coding_and_the_settings(corner_coding, expected)
             "MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT": 5.0,
             "SEMI.QUALITY_SCALE": 1.5,
             "SEMI.NORMALIZE_BY_SAMPLED": True,
+            "MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES": False,
+            "MODEL.ROI_BOX_HEAD.FOCAL_GAMMA": 1.5,
         }
     )
     predictor = LocalizationAwareOutputLayers(cfg, ShapeSpec(channels=FEATURES))
@@ -158,51 +115,9 @@ def test_the_config_decides_the_coding_and_the_settings(corner_coding, expected)
     assert predictor.log_variance_limit == 5.0
     assert predictor.quality_scale == 1.5
     assert predictor.normalize_by_sampled
+    assert not predictor.gaussian_boxes
+    assert predictor.focal_gamma == 1.5
     assert predictor.smooth_l1_beta == 1.0
-
-
-# --- loops over single numbers --------------------------------------------------------------------
-
-
-def coded(coding, proposal, target):
-    """The offsets of one box from its proposal, from their definition."""
-    (x1, y1, x2, y2), (u1, v1, u2, v2) = proposal, target
-    width, height = x2 - x1, y2 - y1
-    if coding == "corners":
-        return [
-            10 * (u1 - x1) / width,
-            10 * (v1 - y1) / height,
-            10 * (u2 - x2) / width,
-            10 * (v2 - y2) / height,
-        ]
-    return [
-        10 * ((u1 + u2) - (x1 + x2)) / 2 / width,
-        10 * ((v1 + v2) - (y1 + y2)) / 2 / height,
-        5 * math.log((u2 - u1) / width),
-        5 * math.log((v2 - v1) / height),
-    ]
-
-
-def smooth_l1(error, beta=1.0):
-    return 0.5 * error**2 / beta if abs(error) < beta else abs(error) - 0.5 * beta
-
-
-def rows_of(proposals):
-    """Label, proposal and (pseudo) ground truth of every row, image after image."""
-    for found in proposals:
-        for i, label in enumerate(found.gt_classes.tolist()):
-            target = found.gt_boxes.tensor[i].tolist() if label < K else None
-            yield label, found.proposal_boxes.tensor[i].tolist(), target
-
-
-def four_of(values, row, label, class_agnostic):
-    """The four numbers of a row's class."""
-    first = 0 if class_agnostic else 4 * label
-    return values[row, first : first + 4].tolist()
-
-
-def cross_entropy_of(logits, label):
-    return math.log(sum(math.exp(v) for v in logits)) - logits[label]
 
 
 # --- labeled images -------------------------------------------------------------------------------
@@ -255,6 +170,32 @@ def test_with_variance_one_all_supervised_losses_are_detectron2s(coding, class_a
     assert_close(ours.losses(predictions, proposals), theirs.losses(predictions[:2], proposals))
 
 
+@each_coding
+@each_regression
+@each_labels
+def test_without_gaussian_boxes_all_supervised_losses_are_detectron2s(
+    coding, class_agnostic, labels
+):
+    proposals, predictions = make_proposals(labels), make_predictions(count(labels), class_agnostic)
+    settings = {"normalize_by_sampled": True, "smooth_l1_beta": 0.7}
+    ours = make_predictor(coding, class_agnostic, gaussian_boxes=False, **settings)
+    theirs = predictor_of(FastRCNNOutputLayers, coding, class_agnostic, smooth_l1_beta=0.7)
+    assert_close(ours.losses(predictions, proposals), theirs.losses(predictions[:2], proposals))
+    assert not any(p.requires_grad for p in ours.log_variance.parameters())
+
+
+def test_focal_loss_takes_the_place_of_cross_entropy():
+    proposals, predictions = make_proposals(LABELS["mixed"]), make_predictions(7)
+    found = make_predictor(focal_gamma=1.5).losses(predictions, proposals)["loss_cls"]
+    labels = torch.cat([p.gt_classes for p in proposals]).tolist()
+    losses = [
+        cross_entropy_of(logits, label)
+        for logits, label in zip(predictions.scores.tolist(), labels, strict=True)
+    ]
+    expected = sum((1 - math.exp(-loss)) ** 1.5 * loss for loss in losses) / 7
+    assert_close(found, torch.tensor(expected))
+
+
 def test_supervised_losses_take_detectron2s_weights():
     labels = LABELS["mixed"]
     proposals, predictions = make_proposals(labels), make_predictions(count(labels))
@@ -273,97 +214,6 @@ def test_the_log_variance_is_bounded_in_the_supervised_loss():
     found = predictor.losses(wild, proposals)["loss_box_reg"]
     assert_close(found, predictor.losses(bounded, proposals)["loss_box_reg"])
     assert found.isfinite()
-
-
-# --- unlabeled images -----------------------------------------------------------------------------
-
-
-@each_coding
-@each_regression
-@each_normalizer
-@each_labels
-@pytest.mark.parametrize("ler", [True, False])
-def test_the_unsupervised_box_loss_is_equation_11(coding, class_agnostic, by_sampled, labels, ler):
-    predictor = make_predictor(
-        coding, class_agnostic, normalize_by_sampled=by_sampled, smooth_l1_beta=0.7
-    )
-    proposals = make_proposals(labels)
-    predictions = make_predictions(count(labels), class_agnostic)
-    quality = torch.rand(count(labels)) / 2
-
-    total, foreground = 0.0, 0
-    for row, (label, proposal, target) in enumerate(rows_of(proposals)):
-        if label == K:
-            continue
-        foreground += 1
-        weight = quality[row].item() if ler else 1.0
-        for value, wanted in zip(
-            four_of(predictions.deltas, row, label, class_agnostic),
-            coded(coding, proposal, target),
-            strict=True,
-        ):
-            total += weight * smooth_l1(value - wanted, beta=0.7)
-    expected = total / max(count(labels) if by_sampled else foreground, 1)
-    loss = predictor.unsupervised_losses(
-        predictions, proposals, quality=quality if ler else None, reliability=None
-    )["loss_box_reg"]
-    assert_close(loss, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-
-
-@each_normalizer
-@each_labels
-def test_the_unsupervised_classification_loss_is_equation_14(by_sampled, labels):
-    predictor = make_predictor(normalize_by_sampled=by_sampled)
-    proposals, predictions = make_proposals(labels), make_predictions(count(labels))
-    reliability = torch.rand(count(labels))
-
-    sums, numbers = {True: 0.0, False: 0.0}, {True: 0, False: 0}
-    for row, (label, _, _) in enumerate(rows_of(proposals)):
-        of_scores = cross_entropy_of(predictions.scores[row].tolist(), label)
-        sums[label < K] += reliability[row].item() * of_scores
-        numbers[label < K] += 1
-    if by_sampled:
-        expected = (sums[True] + sums[False]) / count(labels)
-    else:
-        expected = sum(sums[kind] / max(numbers[kind], 1) for kind in sums)
-    loss = predictor.unsupervised_losses(
-        predictions, proposals, quality=None, reliability=reliability
-    )["loss_cls"]
-    assert_close(loss, torch.tensor(expected), rtol=1e-5, atol=1e-6)
-
-
-@each_normalizer
-@each_labels
-def test_without_prc_the_classification_loss_is_detectron2s(by_sampled, labels):
-    predictor = make_predictor(normalize_by_sampled=by_sampled)
-    proposals, predictions = make_proposals(labels), make_predictions(count(labels))
-    loss = predictor.unsupervised_losses(predictions, proposals, quality=None, reliability=None)
-    theirs = predictor_of(FastRCNNOutputLayers).losses(predictions[:2], proposals)
-    assert torch.equal(loss["loss_cls"], theirs["loss_cls"])
-
-
-@pytest.mark.parametrize("ler", [True, False])
-@pytest.mark.parametrize("prc", [True, False])
-@each_labels
-def test_unsupervised_losses_are_finite_and_pass_gradients_to_all_but_the_variance(
-    ler, prc, labels
-):
-    proposals, predictions = make_proposals(labels), make_predictions(count(labels))
-    weights = torch.rand(2, count(labels), requires_grad=True)
-    losses = make_predictor().unsupervised_losses(
-        predictions,
-        proposals,
-        quality=weights[0] if ler else None,
-        reliability=weights[1] if prc else None,
-    )
-    total = sum(losses.values())
-    assert total.isfinite()
-    total.backward()
-    assert predictions.scores.grad.abs().sum() > 0
-    assert predictions.deltas.grad is not None
-    assert (predictions.deltas.grad != 0).any() == any(k < K for image in labels for k in image)
-    assert predictions.log_variance.grad is None or not predictions.log_variance.grad.any()
-    assert weights.grad is None
 
 
 @each_regression

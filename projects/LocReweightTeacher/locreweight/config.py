@@ -21,6 +21,9 @@ def add_locreweight_config(cfg: CfgNode) -> None:
 
 def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
+    # The method: which pseudo-labels, and how they are learned from (engine/strategies/):
+    # "LocReweight", or one to compare it with: "Stac", "UnbiasedTeacher", "SoftTeacher".
+    cfg.SEMI.STRATEGY = "LocReweight"
     # Iterations on labeled images only, before the teacher starts to label. With at least
     # SOLVER.MAX_ITER of them training is supervised from end to end.
     cfg.SEMI.BURN_IN_ITERS = 2000
@@ -30,9 +33,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI.PSEUDO_LABEL_THRESHOLD = 0.8
     # beta of Eq. 3: weight of all losses on unlabeled images.
     cfg.SEMI.UNSUPERVISED_WEIGHT = 4.0
-    # LER (Eq. 11). Off: all pseudo-labels count alike in the unsupervised box loss.
+    # Of LocReweight: LER (Eq. 11). Off: all pseudo-labels count alike in the box loss.
     cfg.SEMI.LER = True
-    # PRC (Eq. 14). Off: Detectron2's own classification loss on the pseudo-labels.
+    # Of LocReweight: PRC (Eq. 14). Off: the detector's own classification loss on pseudo-labels.
     cfg.SEMI.PRC = True
     # Factor on the localization quality wherever it is a weight, for studies of its range (0, 0.5).
     cfg.SEMI.QUALITY_SCALE = 1.0
@@ -59,7 +62,12 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_HEAD.CORNER_CODING = True
     # The predicted log-variance is bounded to [-limit, limit].
     cfg.MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT = 7.0
-    # Detectron2's key, for the unsupervised box loss (Eq. 11), in the units of the box coding.
+    # Boxes of labeled images are trained by the KL loss of Eq. 10, which fits the variances. Off:
+    # by smooth L1, as in detectors without a localization-aware branch; variances stay untrained.
+    cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES = True
+    # Above 0: proposals are classified by focal loss with this exponent (Unbiased Teacher: 1.5).
+    cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 0.0
+    # Detectron2's key, for smooth L1 on pseudo-labels (Eq. 11), in the units of the box coding.
     cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
 
 
@@ -80,8 +88,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # A NaN, infinite or inverted labeled box is an error; True leaves it out instead.
     cfg.DATASETS.DROP_BAD_BOXES = False
 
-    # How views are made (data/recipes.py): "SoftTeacherRecipe", "UnbiasedTeacherRecipe", or the
-    # name of your own in RECIPE_REGISTRY. Sizes and flips follow Detectron2's INPUT keys.
+    # How views are made (data/recipes.py): "SoftTeacherRecipe", "UnbiasedTeacherRecipe",
+    # "StacRecipe", or the name of your own in RECIPE_REGISTRY. Sizes and flips follow Detectron2's
+    # INPUT keys.
     cfg.INPUT.RECIPE = "SoftTeacherRecipe"
 
 

@@ -9,7 +9,7 @@ Sizes and flips follow Detectron2's ``INPUT.MIN_SIZE_TRAIN``, ``INPUT.MAX_SIZE_T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -78,6 +78,12 @@ def SoftTeacherRecipe(cfg: CfgNode) -> Recipe:
             RandomErasing(fill),
         ],
     )
+
+
+@RECIPE_REGISTRY.register()
+def StacRecipe(cfg: CfgNode) -> Recipe:
+    """As SoftTeacherRecipe, but the weak view is always the same: the image as in testing."""
+    return replace(SoftTeacherRecipe(cfg), weak=build_augmentation(cfg, is_train=False))
 
 
 @RECIPE_REGISTRY.register()

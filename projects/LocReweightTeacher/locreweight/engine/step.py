@@ -8,6 +8,7 @@ All boxes are xyxy in absolute pixels of the view that is named.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -20,6 +21,8 @@ from ..data.streams import Batch
 from ..data.views import UnlabeledSample, View
 from ..method.geometry import between_views, warp_boxes
 from ..modeling.detector import SemiSupervisedRCNN, TeacherView, UnlabeledOutput
+from ..modeling.predictor import BoxPredictions
+from .strategies import SampledProposals, Strategy, build_strategy
 
 UNLABELED_SUFFIX = "_unlabeled"
 HIGHEST_SCORE = "pseudo_labels/highest_score"
@@ -30,15 +33,12 @@ class StepSettings:
     """What the step takes from the config.
 
     Attributes:
-        threshold: a detection above this score is a pseudo-label.
-        ler, prc: whether Eq. 11 and Eq. 14 weight the unsupervised losses.
+        strategy: the method: which pseudo-labels, and how they are learned from.
         loss_weights: name of a loss on unlabeled images -> its factor in the total (Eq. 3); losses
             on labeled images are not in it: they count as they are.
     """
 
-    threshold: float
-    ler: bool
-    prc: bool
+    strategy: Strategy
     loss_weights: dict[str, float]
 
     @classmethod
@@ -47,14 +47,12 @@ class StepSettings:
         beta = semi.UNSUPERVISED_WEIGHT
         weights = {
             "loss_cls": beta,
-            "loss_box_reg": beta,
+            "loss_box_reg": beta * cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
             "loss_rpn_cls": beta * semi.RPN_OBJECTNESS_LOSS,
             "loss_rpn_loc": beta * semi.RPN_BOX_LOSS,
         }
         return cls(
-            threshold=semi.PSEUDO_LABEL_THRESHOLD,
-            ler=semi.LER,
-            prc=semi.PRC,
+            strategy=build_strategy(cfg),
             loss_weights={name + UNLABELED_SUFFIX: weight for name, weight in weights.items()},
         )
 
@@ -84,59 +82,45 @@ def training_step(
 
     Args:
         student: a :class:`SemiSupervisedRCNN` in training mode, or one wrapped for several GPUs.
-        teacher: in evaluation mode.
+        teacher: the one that labels, in evaluation mode.
         batch: of this process.
         settings: from the config.
     """
     if not batch.unlabeled:
         return StepResult(student(batch.labeled), {})
+    strategy, samples = settings.strategy, batch.unlabeled
 
-    seen = teacher.look([{"image": sample.weak.image} for sample in batch.unlabeled])
-    pseudo_labels = [
-        to_strong_view(select_pseudo_labels(found, settings.threshold), sample)
-        for found, sample in zip(seen.detections, batch.unlabeled, strict=True)
-    ]
-    strong_views = [
-        {"image": sample.strong.image, "instances": labels}
-        for sample, labels in zip(batch.unlabeled, pseudo_labels, strict=True)
-    ]
-    losses, output = student(batch.labeled, strong_views)
+    seen = teacher.look([{"image": sample.weak.image} for sample in samples])
+    chosen = strategy.choose_pseudo_labels(teacher, seen)
+    pseudo_labels = [to_strong_view(*pair) for pair in zip(chosen, samples, strict=True)]
+    losses, output = student(batch.labeled, _strong_views(samples, pseudo_labels, strategy))
 
-    labels = cat([p.gt_classes for p in output.proposals])
-    reliability = second_look(teacher, seen, output, batch.unlabeled, labels)
     detector = student.module if isinstance(student, DistributedDataParallel) else student
     assert isinstance(detector, SemiSupervisedRCNN)
-    roi_heads = detector.roi_heads
-    unlabeled_losses = output.rpn_losses | roi_heads.box_predictor.unsupervised_losses(
-        output.predictions,
+    sampled = SampledProposals(
         output.proposals,
-        quality=matched_quality(output.proposals, labels) if settings.ler else None,
-        reliability=reliability if settings.prc else None,
+        output.predictions,
+        detector.roi_heads.box_predictor,
+        look_again=partial(second_look, teacher, seen, output, samples),
     )
-    for name, loss in unlabeled_losses.items():
+    for name, loss in (output.rpn_losses | strategy.losses(sampled)).items():
         weight = settings.loss_weights[name + UNLABELED_SUFFIX]
         losses[name + UNLABELED_SUFFIX] = weight * loss
-    foreground = labels < roi_heads.num_classes
-    return StepResult(losses, _metrics(seen, pseudo_labels, reliability, foreground))
+    return StepResult(losses, _metrics(seen, pseudo_labels, sampled))
 
 
-def select_pseudo_labels(detections: Instances, threshold: float) -> Instances:
-    """The detections above the score threshold, as ground truth for the student.
-
-    Args:
-        detections: of one image, after NMS.
-        threshold: on the class probability.
-
-    Returns:
-        ``gt_boxes`` (frame of the detections), ``gt_classes``, ``gt_localization_quality``.
-    """
-    chosen = detections[detections.scores > threshold]
-    return Instances(
-        detections.image_size,
-        gt_boxes=chosen.pred_boxes,
-        gt_classes=chosen.pred_classes,
-        gt_localization_quality=chosen.localization_quality,
-    )
+def _strong_views(
+    samples: list[UnlabeledSample], pseudo_labels: list[Instances], strategy: Strategy
+) -> list[dict]:
+    """What the student is given of each unlabeled image."""
+    return [
+        {
+            "image": sample.strong.image,
+            "instances": labels,
+            "rpn_instances": strategy.for_rpn(labels) if strategy.for_rpn else labels,
+        }
+        for sample, labels in zip(samples, pseudo_labels, strict=True)
+    ]
 
 
 def to_strong_view(labels: Instances, sample: UnlabeledSample) -> Instances:
@@ -152,24 +136,13 @@ def second_look(
     seen: TeacherView,
     output: UnlabeledOutput,
     samples: list[UnlabeledSample],
-    labels: Tensor,
-) -> Tensor:
-    """``(R,)`` the teacher's view of how reliable the student's proposals are (Eq. 12 and 13)."""
+) -> BoxPredictions:
+    """The teacher's predictions at the student's proposals, carried to where it saw them."""
     boxes = [
         _carry(proposals.proposal_boxes.tensor, sample.strong, sample.weak)
         for proposals, sample in zip(output.proposals, samples, strict=True)
     ]
-    return teacher.reliability_of(seen, boxes, labels)
-
-
-def matched_quality(proposals: list[Instances], labels: Tensor) -> Tensor:
-    """``(R,)`` localization quality of each proposal's pseudo-label; zero where there is none."""
-    parts = []
-    for p in proposals:
-        # An image without pseudo-labels gives its proposals no gt_ field but their class.
-        known = p.has("gt_localization_quality")
-        parts.append(p.gt_localization_quality if known else torch.zeros(len(p)).to(labels.device))
-    return cat(parts)
+    return teacher.look_again(seen, boxes)
 
 
 def _carry(boxes: Tensor, source: View, target: View) -> Tensor:
@@ -178,20 +151,17 @@ def _carry(boxes: Tensor, source: View, target: View) -> Tensor:
 
 @torch.no_grad()
 def _metrics(
-    seen: TeacherView, pseudo_labels: list[Instances], reliability: Tensor, foreground: Tensor
+    seen: TeacherView, pseudo_labels: list[Instances], sampled: SampledProposals
 ) -> dict[str, Tensor]:
-    def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-        return (values * chosen).sum() / chosen.sum()  # NaN for none: it is not zero, but unknown
-
     counts = torch.tensor([float(len(labels)) for labels in pseudo_labels])
     quality = cat([labels.gt_localization_quality for labels in pseudo_labels])
     scores = cat([found.scores for found in seen.detections])
     return {
         "pseudo_labels/per_image": counts.mean(),
         "pseudo_labels/images_without": (counts == 0).float().mean(),
+        # NaN for none: it is not zero, but unknown.
         "pseudo_labels/localization_quality": quality.mean(),
         HIGHEST_SCORE: scores.max() if len(scores) else counts.new_zeros(()),
-        "proposals/reliability_foreground": mean_where(reliability, foreground),
-        "proposals/reliability_background": mean_where(reliability, ~foreground),
-        "proposals/foreground_per_image": foreground.sum() / len(pseudo_labels),
+        "proposals/foreground_per_image": sampled.is_foreground.sum() / len(pseudo_labels),
+        **sampled.metrics,
     }

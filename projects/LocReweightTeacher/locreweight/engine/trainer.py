@@ -41,6 +41,8 @@ class SemiSupervisedTrainer(TrainerBase):
         student: the module that is optimized.
         model: the same, wrapped for several GPUs if there are any.
         teacher: the moving average of the student, which is the result.
+        labeler: makes the pseudo-labels: the teacher itself, or, for methods that freeze it, a copy
+            from the end of burn-in.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -63,6 +65,10 @@ class SemiSupervisedTrainer(TrainerBase):
         # Copied only now that all processes have the same student.
         self.teacher: SemiSupervisedRCNN = build_model(cfg).eval()
         update_teacher(self.teacher, self.student, keep_rate=0.0)
+        self.labeler, frozen = self.teacher, {}
+        if self.settings.strategy.frozen_labeler:
+            self.labeler = build_model(cfg).eval()
+            frozen = {"labeler": self.labeler}
         self.optimizer = build_optimizer(cfg, self.student)
         self._amp_dtype = _amp_dtype(cfg)
         # bfloat16 has the range of float32; only float16 needs its gradients scaled.
@@ -71,7 +77,11 @@ class SemiSupervisedTrainer(TrainerBase):
             enabled=cfg.SOLVER.AMP.ENABLED and self._amp_dtype is torch.float16,
         )
         self.checkpointer = TeacherCheckpointer(
-            self.teacher, cfg.OUTPUT_DIR, student=self.student, trainer=weakref.proxy(self)
+            self.teacher,
+            cfg.OUTPUT_DIR,
+            student=self.student,
+            trainer=weakref.proxy(self),
+            **frozen,
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -93,7 +103,8 @@ class SemiSupervisedTrainer(TrainerBase):
             self.start_iter = self.iter + 1
             logger.info("resumed after iteration %d", self.iter)
         else:
-            self.student.load_state_dict(self.teacher.state_dict())
+            for module in (self.student, self.labeler):
+                module.load_state_dict(self.teacher.state_dict())
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise UsageError(
@@ -122,7 +133,7 @@ class SemiSupervisedTrainer(TrainerBase):
         built: list[HookBase | None] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(self.optimizer, build_lr_scheduler(cfg, self.optimizer)),
-            PseudoLabelWatch(self.settings.threshold) if main else None,
+            PseudoLabelWatch(cfg.SEMI.PSEUDO_LABEL_THRESHOLD) if main else None,
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
             if main
             else None,
@@ -147,7 +158,7 @@ class SemiSupervisedTrainer(TrainerBase):
 
         autocast = self.cfg.SOLVER.AMP.ENABLED
         with torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=autocast):
-            result = training_step(self.model, self.teacher, batch, self.settings)
+            result = training_step(self.model, self.labeler, batch, self.settings)
         self._log(result, batch, data_time)
 
         self.optimizer.zero_grad()
@@ -163,6 +174,8 @@ class SemiSupervisedTrainer(TrainerBase):
         step = max(0, self.iter + 1 - self.cfg.SEMI.BURN_IN_ITERS)
         rate = keep_rate(step, self.cfg.SEMI.EMA_KEEP_RATE)
         update_teacher(self.teacher, self.student, rate)
+        if step == 0 and self.labeler is not self.teacher:
+            update_teacher(self.labeler, self.student, keep_rate=0.0)
 
     def _log(self, result: StepResult, batch: Batch, data_time: float) -> None:
         """Write what all processes measured, averaged; all of them stop at a loss gone wrong."""

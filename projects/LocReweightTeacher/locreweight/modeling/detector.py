@@ -47,6 +47,7 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
                 ``instances`` with ``gt_boxes`` (xyxy, absolute pixels) and ``gt_classes``.
             unlabeled_inputs: strong views in the same format, whose ``instances`` are
                 pseudo-labels; every further ``gt_*`` field travels on to the sampled proposals.
+                ``rpn_instances``, if given, are those that the proposal network learns from.
 
         Returns:
             Without unlabeled images what ``GeneralizedRCNN`` returns: the losses in training,
@@ -68,6 +69,7 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
             output = self._unlabeled_output(
                 _part_of(images, unlabeled),
                 _features_of(features, unlabeled),
+                self._targets(unlabeled_inputs, "rpn_instances"),
                 self._targets(unlabeled_inputs),
             )
         return losses, output
@@ -80,9 +82,13 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         return roi_losses | rpn_losses
 
     def _unlabeled_output(
-        self, images: ImageList, features: dict[str, Tensor], pseudo_labels: list[Instances]
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        rpn_labels: list[Instances],
+        pseudo_labels: list[Instances],
     ) -> UnlabeledOutput:
-        proposals, rpn_losses = self.proposal_generator(images, features, pseudo_labels)
+        proposals, rpn_losses = self.proposal_generator(images, features, rpn_labels)
         sampled = self.roi_heads.label_and_sample_proposals(proposals, pseudo_labels)
         predictions = self.roi_heads.predict(features, [p.proposal_boxes for p in sampled])
         return UnlabeledOutput(sampled, predictions, rpn_losses)
@@ -98,22 +104,20 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         return TeacherView(features, detections)
 
     @torch.no_grad()
-    def reliability_of(self, view: TeacherView, boxes: list[Tensor], labels: Tensor) -> Tensor:
-        """The teacher's second look, at the student's proposals, for PRC (Eq. 12 and 13).
+    def look_again(self, view: TeacherView, boxes: list[Tensor]) -> BoxPredictions:
+        """The teacher's second look, at given boxes in views that it has seen (Sec. 3.4).
 
         Args:
             view: what :meth:`look` returned for N images.
-            boxes: per image ``(R_i, 4)`` proposals, xyxy, absolute pixels of the **weak** view.
-            labels: ``(R,)`` classes assigned to all of them, image after image.
+            boxes: per image ``(R_i, 4)`` xyxy, absolute pixels of the **weak** view.
 
         Returns:
-            ``(R,)`` reliability.
+            predictions of all boxes, image after image.
         """
-        predictions = self.roi_heads.predict(view.features, [Boxes(b) for b in boxes])
-        return self.roi_heads.box_predictor.reliability(predictions, labels)
+        return self.roi_heads.predict(view.features, [Boxes(b) for b in boxes])
 
-    def _targets(self, batched_inputs: list[dict]) -> list[Instances]:
-        return [x["instances"].to(self.device) for x in batched_inputs]
+    def _targets(self, batched_inputs: list[dict], key: str = "instances") -> list[Instances]:
+        return [x.get(key, x["instances"]).to(self.device) for x in batched_inputs]
 
 
 def _part_of(images: ImageList, part: slice) -> ImageList:

@@ -23,12 +23,9 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..method.focal import focal_cross_entropy
 from ..method.localization import kl_regression_loss, localization_quality
-from ..method.reweighting import (
-    proposal_reliability,
-    quality_weighted_box_loss,
-    reliability_weighted_cross_entropy,
-)
+from ..method.reweighting import proposal_reliability
 from .box_coding import CornerBoxTransform
 
 
@@ -60,6 +57,8 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         log_variance_limit: float = 7.0,
         quality_scale: float = 1.0,
         normalize_by_sampled: bool = False,
+        gaussian_boxes: bool = True,
+        focal_gamma: float = 0.0,
         **kwargs: object,
     ) -> None:
         """
@@ -68,16 +67,23 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             log_variance_limit, quality_scale: see
                 :func:`locreweight.method.localization.localization_quality`.
             normalize_by_sampled: divide Eq. 10, 11 and 14 by all sampled proposals.
+            gaussian_boxes: fit the variances by Eq. 10; otherwise boxes are trained with smooth L1,
+                and the branch for the variances stays as it was made.
+            focal_gamma: above 0, classify with the focal loss of this exponent.
             kwargs: those of Detectron2's ``FastRCNNOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         self.log_variance_limit = log_variance_limit
         self.quality_scale = quality_scale
         self.normalize_by_sampled = normalize_by_sampled
+        self.gaussian_boxes = gaussian_boxes
+        self.focal_gamma = focal_gamma
         self.log_variance = nn.Linear(self.bbox_pred.in_features, self.bbox_pred.out_features)
         # Variance 1 at first: the KL loss then starts as smooth L1.
         nn.init.normal_(self.log_variance.weight, std=1e-4)
         nn.init.zeros_(self.log_variance.bias)
+        # Several processes wait for the gradient of every parameter that asks for one.
+        self.log_variance.requires_grad_(gaussian_boxes)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -89,6 +95,8 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             "log_variance_limit": cfg.MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT,
             "quality_scale": cfg.SEMI.QUALITY_SCALE,
             "normalize_by_sampled": cfg.SEMI.NORMALIZE_BY_SAMPLED,
+            "gaussian_boxes": cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES,
+            "focal_gamma": cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA,
         }
 
     def forward(self, x: Tensor) -> BoxPredictions:
@@ -100,7 +108,7 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
     # -- labeled images ---------------------------------------------------------------------------
 
     def losses(self, predictions: BoxPredictions, proposals: list[Instances]) -> dict[str, Tensor]:
-        """Supervised losses: Detectron2's classification loss, and Eq. 10 for the boxes.
+        """Supervised losses: the detector's classification loss, and Eq. 10 for the boxes.
 
         Args:
             predictions: of the sampled proposals of all images together.
@@ -109,58 +117,66 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         """
         labels = cat([p.gt_classes for p in proposals])
         _log_classification_stats(predictions.scores, labels)
-        boxes = self._foreground(predictions, proposals, labels)
-        divergence = kl_regression_loss(
-            boxes.prediction, boxes.target, boxes.log_variance, limit=self.log_variance_limit
-        )
+        boxes = self.foreground(predictions, proposals, labels)
+        if self.gaussian_boxes:
+            box_loss = kl_regression_loss(
+                boxes.prediction, boxes.target, boxes.log_variance, limit=self.log_variance_limit
+            )
+        else:
+            box_loss = self.box_losses(boxes)
         losses = {
-            "loss_cls": cross_entropy(predictions.scores, labels, reduction="mean"),
-            "loss_box_reg": divergence.sum() / self._normalizer(boxes, labels),
+            "loss_cls": self.classification_loss(predictions.scores, labels),
+            "loss_box_reg": box_loss.sum() / self.normalizer(boxes, labels),
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
-    # -- unlabeled images -------------------------------------------------------------------------
+    # -- parts of losses, on labeled and unlabeled images -----------------------------------------
 
-    def unsupervised_losses(
-        self,
-        predictions: BoxPredictions,
-        proposals: list[Instances],
-        *,
-        quality: Tensor | None,
-        reliability: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The student's losses on pseudo-labels, weighted by LER (Eq. 11) and PRC (Eq. 14).
+    def classification_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The detector's own classification loss: mean cross-entropy, or focal loss.
 
         Args:
-            predictions: the student's, of the sampled proposals of all unlabeled images together.
-            proposals: per image, as in :meth:`losses`, in the frame of the strong view.
-            quality: ``(R,)`` localization quality of the pseudo-label that each proposal is matched
-                to (LER); None weights all alike.
-            reliability: ``(R,)`` the teacher's view of each proposal (PRC); None takes
-                Detectron2's classification loss.
+            scores: ``(R, K+1)`` logits.
+            labels: ``(R,)`` in ``[0, K]``.
         """
-        labels = cat([p.gt_classes for p in proposals])
-        boxes = self._foreground(predictions, proposals, labels)
-        box_loss = F.smooth_l1_loss(
+        if self.focal_gamma > 0:
+            return focal_cross_entropy(scores, labels, gamma=self.focal_gamma)
+        return cross_entropy(scores, labels, reduction="mean")
+
+    def foreground(
+        self, predictions: BoxPredictions, proposals: list[Instances], labels: Tensor
+    ) -> ForegroundBoxes:
+        """The foreground proposals: what is predicted for their class, and what it should be.
+
+        Args:
+            predictions: of the sampled proposals of all images together.
+            proposals: per image, as in :meth:`losses`; any view.
+            labels: ``(R,)`` their classes in ``[0, K]``.
+        """
+        rows = (labels < self.num_classes).nonzero().squeeze(1)
+        # An image without (pseudo) ground truth has no gt_boxes and no foreground proposal.
+        matched = cat(
+            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+        )
+        source = cat([p.proposal_boxes.tensor for p in proposals])
+        return ForegroundBoxes(
+            rows,
+            self._of_class(predictions.deltas[rows].unflatten(1, (-1, 4)), labels[rows]).float(),
+            self._of_class(
+                predictions.log_variance[rows].unflatten(1, (-1, 4)), labels[rows]
+            ).float(),
+            self.box2box_transform.get_deltas(source[rows], matched[rows]),
+        )
+
+    def box_losses(self, boxes: ForegroundBoxes) -> Tensor:
+        """``(F, 4)`` smooth L1, in the scaled units of the box coding."""
+        return F.smooth_l1_loss(
             boxes.prediction, boxes.target, reduction="none", beta=self.smooth_l1_beta
         )
-        weights = boxes.target.new_ones(len(labels)) if quality is None else quality
-        if reliability is None:
-            loss_cls = cross_entropy(predictions.scores, labels, reduction="mean")
-        else:
-            loss_cls = reliability_weighted_cross_entropy(
-                predictions.scores,
-                labels,
-                reliability,
-                per_sampled_proposal=self.normalize_by_sampled,
-            )
-        losses = {
-            "loss_cls": loss_cls,
-            "loss_box_reg": quality_weighted_box_loss(
-                box_loss, weights[boxes.rows], self._normalizer(boxes, labels)
-            ),
-        }
-        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+    def normalizer(self, boxes: ForegroundBoxes, labels: Tensor) -> int:
+        """What a sum of box losses is divided by (Eq. 10, 11): foreground or sampled proposals."""
+        return max(len(labels) if self.normalize_by_sampled else len(boxes.rows), 1)
 
     def reliability(self, predictions: BoxPredictions, labels: Tensor) -> Tensor:
         """``(R,)`` reliability of proposals with these labels, seen by this model (Eq. 12, 13)."""
@@ -224,29 +240,8 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
 
     # -- parts ------------------------------------------------------------------------------------
 
-    def _foreground(
-        self, predictions: BoxPredictions, proposals: list[Instances], labels: Tensor
-    ) -> ForegroundBoxes:
-        rows = (labels < self.num_classes).nonzero().squeeze(1)
-        # An image without (pseudo) ground truth has no gt_boxes and no foreground proposal.
-        matched = cat(
-            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
-        )
-        source = cat([p.proposal_boxes.tensor for p in proposals])
-        return ForegroundBoxes(
-            rows,
-            self._of_class(predictions.deltas[rows].unflatten(1, (-1, 4)), labels[rows]).float(),
-            self._of_class(
-                predictions.log_variance[rows].unflatten(1, (-1, 4)), labels[rows]
-            ).float(),
-            self.box2box_transform.get_deltas(source[rows], matched[rows]),
-        )
-
     def _of_class(self, values: Tensor, classes: Tensor) -> Tensor:
         """``(F, C, 4), (F,) -> (F, 4)``: the values of each row's class."""
         if values.shape[1] == 1:
             return values[:, 0]
         return values[torch.arange(len(values), device=values.device), classes]
-
-    def _normalizer(self, boxes: ForegroundBoxes, labels: Tensor) -> int:
-        return max(len(labels) if self.normalize_by_sampled else len(boxes.rows), 1)

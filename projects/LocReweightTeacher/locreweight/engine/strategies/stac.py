@@ -1,0 +1,27 @@
+"""STAC: pseudo-labels made once, by a teacher that stays as it is.
+
+Sohn et al., "A Simple Semi-Supervised Learning Framework for Object Detection" (2020). All
+pseudo-labels above a high threshold count alike. To be used with ``INPUT.RECIPE StacRecipe``, in
+which the labeler sees an image in one way only: the labels that it gives at each visit are then the
+same, as if they had been made once and stored; and with ``SEMI.EMA_KEEP_RATE 0.0``, which makes the
+student itself the result.
+
+Two differences: the student goes on from the burn-in that made the labeler, where STAC starts it
+from ImageNet weights again; and boxes are not augmented one by one.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+from .strategy import STRATEGY_REGISTRY, AboveThreshold, Strategy, classify_alike, regress_alike
+
+
+@STRATEGY_REGISTRY.register()
+def Stac(cfg: CfgNode) -> Strategy:
+    return Strategy(
+        choose_pseudo_labels=AboveThreshold(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
+        classify=classify_alike,
+        regress_boxes=regress_alike,
+        frozen_labeler=True,
+    )

@@ -1,0 +1,22 @@
+"""Unbiased Teacher: classification only, as scores say nothing of where a box lies.
+
+Liu et al., "Unbiased Teacher for Semi-Supervised Object Detection" (2021). There is no box loss on
+unlabeled images, neither here nor in the RPN (``SEMI.RPN_BOX_LOSS False``). Its focal loss, on
+labeled images too, is ``MODEL.ROI_BOX_HEAD.FOCAL_GAMMA``; its views are those of ``INPUT.RECIPE
+UnbiasedTeacherRecipe``.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+from .strategy import STRATEGY_REGISTRY, AboveThreshold, Strategy, classify_alike
+
+
+@STRATEGY_REGISTRY.register()
+def UnbiasedTeacher(cfg: CfgNode) -> Strategy:
+    return Strategy(
+        choose_pseudo_labels=AboveThreshold(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
+        classify=classify_alike,
+        regress_boxes=None,
+    )

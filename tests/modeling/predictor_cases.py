@@ -1,0 +1,122 @@
+"""Predictors, proposals and predictions of three classes, and oracles, number by number."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+
+from locreweight.modeling import BoxPredictions, CornerBoxTransform, LocalizationAwareOutputLayers
+
+K = 3
+FEATURES = 16
+CODINGS = {
+    "corners": CornerBoxTransform((10.0, 10.0)),
+    "xywh": Box2BoxTransform((10.0, 10.0, 5.0, 5.0)),
+}
+
+each_coding = pytest.mark.parametrize("coding", CODINGS.keys())
+each_regression = pytest.mark.parametrize("class_agnostic", [False, True])
+each_normalizer = pytest.mark.parametrize("by_sampled", [False, True])
+
+# Labels of the proposals of each image; an image without foreground has no pseudo-labels either.
+LABELS = {
+    "mixed": [[0, K, 2, K], [1, 1, K]],
+    "no foreground": [[K, K], [K, K, K]],
+    "all foreground": [[0, 1, 2], [2, 2]],
+    "one image without labels": [[K, K, K], [0, K, 2]],
+}
+each_labels = pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
+
+
+def predictor_of(cls, coding="corners", class_agnostic=False, **kwargs):
+    return cls(
+        ShapeSpec(channels=FEATURES),
+        box2box_transform=CODINGS[coding],
+        num_classes=K,
+        cls_agnostic_bbox_reg=class_agnostic,
+        **{"smooth_l1_beta": 1.0} | kwargs,
+    )
+
+
+def make_predictor(coding="corners", class_agnostic=False, **kwargs):
+    return predictor_of(LocalizationAwareOutputLayers, coding, class_agnostic, **kwargs)
+
+
+def random_boxes(count):
+    corner = torch.rand(count, 2) * 30
+    return torch.cat([corner, corner + 8 + torch.rand(count, 2) * 20], dim=1)
+
+
+def make_proposals(labels):
+    """Proposals of each image; ground truth a little off, and none where all is background."""
+    proposals = []
+    for image_labels in labels:
+        boxes = random_boxes(len(image_labels))
+        found = Instances((64, 64), proposal_boxes=Boxes(boxes))
+        found.gt_classes = torch.tensor(image_labels)
+        if any(label < K for label in image_labels):
+            found.gt_boxes = Boxes(boxes + torch.randn(len(boxes), 4))
+        proposals.append(found)
+    return proposals
+
+
+def make_predictions(rows, class_agnostic=False):
+    columns = 4 if class_agnostic else 4 * K
+    return BoxPredictions(
+        torch.randn(rows, K + 1, requires_grad=True),
+        torch.randn(rows, columns, requires_grad=True),
+        torch.randn(rows, columns, requires_grad=True),
+    )
+
+
+def count(labels):
+    return sum(len(image_labels) for image_labels in labels)
+
+
+# --- loops over single numbers --------------------------------------------------------------------
+
+
+def coded(coding, proposal, target):
+    """The offsets of one box from its proposal, from their definition."""
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = proposal, target
+    width, height = x2 - x1, y2 - y1
+    if coding == "corners":
+        return [
+            10 * (u1 - x1) / width,
+            10 * (v1 - y1) / height,
+            10 * (u2 - x2) / width,
+            10 * (v2 - y2) / height,
+        ]
+    return [
+        10 * ((u1 + u2) - (x1 + x2)) / 2 / width,
+        10 * ((v1 + v2) - (y1 + y2)) / 2 / height,
+        5 * math.log((u2 - u1) / width),
+        5 * math.log((v2 - v1) / height),
+    ]
+
+
+def smooth_l1(error, beta=1.0):
+    return 0.5 * error**2 / beta if abs(error) < beta else abs(error) - 0.5 * beta
+
+
+def rows_of(proposals):
+    """Label, proposal and (pseudo) ground truth of every row, image after image."""
+    for found in proposals:
+        for i, label in enumerate(found.gt_classes.tolist()):
+            target = found.gt_boxes.tensor[i].tolist() if label < K else None
+            yield label, found.proposal_boxes.tensor[i].tolist(), target
+
+
+def four_of(values, row, label, class_agnostic):
+    """The four numbers of a row's class."""
+    first = 0 if class_agnostic else 4 * label
+    return values[row, first : first + 4].tolist()
+
+
+def cross_entropy_of(logits, label):
+    return math.log(sum(math.exp(v) for v in logits)) - logits[label]
