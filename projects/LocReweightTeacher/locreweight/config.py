@@ -49,6 +49,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # SOLVER.IMS_PER_BATCH counts the labeled images of one iteration over all GPUs, as in any
     # Detectron2 config; this counts the unlabeled ones.
     cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 16
+    # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD writes, the newest so many stay; 0: all. The
+    # best and the final one stay in any case. With 1 a damaged file has none before it.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 3
     # What SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
@@ -56,6 +59,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
 def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "SemiSupervisedRCNN"
     cfg.MODEL.ROI_HEADS.NAME = "LocalizationAwareROIHeads"
+    # MODEL.WEIGHTS are read as numbers only. True: unpickle whatever the file holds, which can run
+    # any code; for files of people you trust.
+    cfg.MODEL.TRUST_WEIGHTS = False
     # What the box branch predicts and Eq. 4 models: True: offsets of the two corners over the
     # proposal's width and height; False: Detectron2's (dx, dy, dw, dh). Both are multiplied with
     # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS (corners: with its first two numbers).

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils.file_io import PathManager
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..modeling.box_coding import CornerBoxTransform
 from ..modeling.detector import SemiSupervisedRCNN
+from .safe_checkpointer import SafeCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _VARIANCE_KEY = _PREDICTOR + "log_variance.weight"
 _BOX_KEY = _PREDICTOR + "bbox_pred."
 
 
-class TeacherCheckpointer(DetectionCheckpointer):
+class TeacherCheckpointer(SafeCheckpointer):
     """Reads ours and plain Detectron2 detectors; the latter's box branch is translated.
 
     A detector without the localization-aware branch predicts ``(dx, dy, dw, dh)``. To be trained on
@@ -55,26 +55,18 @@ class TeacherCheckpointer(DetectionCheckpointer):
             model: the teacher.
             save_dir: folder of the checkpoints.
             translate: rewrite the box branch of a plain detector, as described above.
-            kwargs: those of Detectron2's ``DetectionCheckpointer``.
+            kwargs: those of :class:`SafeCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
         self._translates = translate
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        super().save(name, corner_coding=self._codes_corners, **kwargs)
+    def save(self, name: str, **kwargs: Any) -> bool:
+        return super().save(name, corner_coding=self._codes_corners, **kwargs)
 
     @property
     def _codes_corners(self) -> bool:
         coding = self.model.roi_heads.box_predictor.box2box_transform
         return isinstance(coding, CornerBoxTransform)
-
-    def _load_file(self, filename: str) -> dict:
-        try:
-            return super()._load_file(filename)
-        except Exception as error:  # whatever a file that is no checkpoint makes the reader raise
-            raise UsageError(
-                f"{filename} is not a checkpoint: {type(error).__name__}: {error}".splitlines()[0]
-            ) from error
 
     def _load_model(self, checkpoint: dict) -> Any:
         weights = checkpoint["model"]
@@ -91,12 +83,14 @@ class TeacherCheckpointer(DetectionCheckpointer):
             self.held = PLAIN_DETECTOR if detector else "a backbone"
         if self.held == PLAIN_DETECTOR and self._translates:
             self._translate(weights)
-        try:
-            incompatible = super()._load_model(checkpoint)
-        except (AttributeError, ValueError) as error:
-            raise UsageError(f"the file holds no weights of a model: {error}") from error
+        incompatible = super()._load_model(checkpoint)
         wrong_shapes = [name for name, *_ in incompatible.incorrect_shapes]
         self.unfit = (*incompatible.missing_keys, *wrong_shapes)
+        if self.resumes and self.unfit:
+            raise UsageError(
+                f"the run in {self.save_dir} has another model than the config: "
+                f"{_some_of(self.unfit)}; use the config it was started with"
+            )
         return incompatible
 
     def _translate(self, weights: dict) -> None:
@@ -137,7 +131,9 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> str:
             "--eval-only needs MODEL.WEIGHTS: a checkpoint, or the zoo's address of one"
         )
     need_weights(path)
-    checkpointer = TeacherCheckpointer(model, save_to_disk=False, translate=False)
+    checkpointer = TeacherCheckpointer(
+        model, save_to_disk=False, translate=False, trusted=cfg.MODEL.TRUST_WEIGHTS
+    )
     checkpointer.load(path)
     if checkpointer.held == "a backbone":
         raise UsageError(f"{path} holds a backbone, not a detector: there is nothing to evaluate")
@@ -148,8 +144,8 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> str:
         unfit = tuple(name for name in unfit if ".log_variance." not in name)
     if unfit:
         raise UsageError(
-            f"{path} does not fit the model of the config: {len(unfit)} weights are missing or of "
-            f"another shape, such as {', '.join(unfit[:3])}; use the config it was trained with"
+            f"{path} does not fit the model of the config: {_some_of(unfit)}; use the config it "
+            "was trained with"
         )
     return checkpointer.held
 
@@ -167,6 +163,11 @@ def need_weights(path: str) -> None:
             f"MODEL.WEIGHTS {path!r} does not exist; name a checkpoint, an address of Detectron2's "
             "zoo (detectron2://...), or '' to start from random weights"
         )
+
+
+def _some_of(unfit: Sequence[str]) -> str:
+    names = ", ".join(unfit[:3])
+    return f"{len(unfit)} weights are missing or of another shape, such as {names}"
 
 
 def _holds_variance(weights: Mapping[str, object]) -> bool:

@@ -20,10 +20,15 @@ class ResumableBestCheckpointer(BestCheckpointer):
         latest = self.trainer.storage.latest().get(self._val_metric)
         if latest is None or (self.best_metric is not None and latest[0] <= self.best_metric):
             super()._best_checking()  # says why nothing is saved
-        elif self._update_best(*latest):
-            # Detectron2 saves first and notes the new best afterwards: it would not be in the file.
-            self._checkpointer.save(self._file_prefix)
+            return
+        before = self.state_dict()
+        if not self._update_best(*latest):
+            return
+        # Detectron2 saves first and notes the new best afterwards: it would not be in the file.
+        if self._checkpointer.save(self._file_prefix):
             logger.info("best %s so far: %.3f", self._val_metric, self.best_metric)
+        else:  # the disk is full: what was the best still is, of what there is
+            self.load_state_dict(before)
 
     def state_dict(self) -> dict:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}

@@ -79,6 +79,8 @@ class SemiSupervisedTrainer(TrainerBase):
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
+            trusted=cfg.MODEL.TRUST_WEIGHTS,
+            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             student=self.student,
             trainer=weakref.proxy(self),
             **frozen,
