@@ -9,7 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -29,8 +29,13 @@ from ..errors import UsageError
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
+def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) -> dict:
     """Evaluate on all ``DATASETS.TEST``; to be called on all processes.
+
+    Args:
+        cfg: names the test sets.
+        model: is put back into the mode that it was in.
+        keep_detections: write them to ``OUTPUT_DIR/inference``.
 
     Returns:
         On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent, for Pascal VOC
@@ -47,7 +52,8 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
         if not classes:
             raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")
         check_classes({name: classes}, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        results[name] = inference_on_dataset(model, loader, _build_evaluator(cfg, name)) or {}
+        evaluator = _build_evaluator(cfg, name, keep_detections)
+        results[name] = inference_on_dataset(model, loader, evaluator) or {}
         if comm.is_main_process():
             print_csv_format(results[name])
     return next(iter(results.values())) if len(results) == 1 else dict(results)
@@ -66,18 +72,40 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
         return results and {"voc_11_point": results["bbox"]}
 
 
-def _build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
-    metadata = MetadataCatalog.get(name)
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    if not hasattr(metadata, "json_file"):
-        # The ground truth as it was read, with areas where the annotations lack them. Written anew
-        # in each run: a cached conversion outlives the annotations that it was made of.
+def write_ground_truth(cfg: CfgNode) -> None:
+    """Write what the test sets are evaluated with; to be called on all processes.
+
+    As it was read, with areas where the annotations lack them, and anew in each run: a cached
+    conversion outlives the annotations that it was made of. Training calls it before it starts: a
+    disk that fills up later cannot end it then.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    for name in cfg.DATASETS.TEST:
+        metadata = MetadataCatalog.get(name)
+        DatasetCatalog.get(name)  # a COCO json says its classes when it is read
+        if hasattr(metadata, "json_file") or not metadata.get("thing_classes"):
+            continue
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        json_file = os.path.join(folder, f"ground_truth_{digest}.json")
+        json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
         if comm.get_local_rank() == 0:  # machines may not share a disk
-            convert_to_coco_json(name, json_file, allow_cached=False)
+            try:
+                convert_to_coco_json(name, json_file, allow_cached=False)
+            except OSError as error:
+                raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
         comm.synchronize()
         metadata.json_file = json_file
+
+
+def _inference_folder(cfg: CfgNode) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "inference")
+
+
+def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetEvaluator:
+    write_ground_truth(cfg)
+    metadata = MetadataCatalog.get(name)
+    folder = _inference_folder(cfg) if keep_detections else None
     coco = COCOEvaluator(name, tasks=("bbox",), output_dir=folder)
     if metadata.get("evaluator_type") != "pascal_voc" or not _devkit_reads(metadata):
         return coco
@@ -105,5 +133,8 @@ def evaluate_both(cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike
         teacher, student: models; each is put back into the mode that it was in.
         alike: the two have the same weights (in burn-in): evaluate once.
     """
-    results = evaluate(cfg, teacher)
-    return {**results, "student": results if alike else evaluate(cfg, student)}
+    # Detections are not kept: the student's would overwrite the teacher's, on a disk that may fill.
+    results = evaluate(cfg, teacher, keep_detections=False)
+    if alike:
+        return {**results, "student": results}
+    return {**results, "student": evaluate(cfg, student, keep_detections=False)}

@@ -48,14 +48,15 @@ def read_weights(path: str, *, trusted: bool = False) -> Any:
 
 
 def in_few_words(error: Exception) -> str:
-    """Why a file could not be read, in one line."""
+    """Why a file could not be read: the first sentence of what was said."""
     wanted = _asked_for(error)
     if wanted:
         return f"asks for {wanted}"
     # PyTorch tells of its default first, and of the file at the end.
     reason = re.search("WeightsUnpickler error: (.+)", str(error))
     said = reason[1] if reason else str(error)
-    return f"{type(error).__name__}: {said}".splitlines()[0].removesuffix(": ")
+    sentence = f"{type(error).__name__}: {said}".splitlines()[0].split(". ")[0]
+    return sentence.removesuffix(": ")
 
 
 def _asked_for(error: Exception) -> str | None:

@@ -26,9 +26,10 @@ from ..errors import UsageError
 from ..method.teacher import keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
 from .checkpoint import TeacherCheckpointer, need_weights
-from .evaluation import evaluate_both, main_metric
+from .evaluation import evaluate_both, main_metric, write_ground_truth
 from .hooks import PseudoLabelPrinter, PseudoLabelWatch, ResumableBestCheckpointer
 from .step import HIGHEST_SCORE, StepResult, StepSettings, training_step
+from .writers import LenientWriter
 
 logger = logging.getLogger(__name__)
 
@@ -141,13 +142,14 @@ class SemiSupervisedTrainer(TrainerBase):
             else None,
         ]
         if cfg.DATASETS.TEST:
+            write_ground_truth(cfg)
             period = cfg.TEST.EVAL_PERIOD
             built.append(hooks.EvalHook(period, self._evaluate))
             if main:
                 built.append(ResumableBestCheckpointer(period, self.checkpointer, main_metric(cfg)))
         if main:
             writers = [*default_writers(cfg.OUTPUT_DIR, self.max_iter), PseudoLabelPrinter()]
-            built.append(hooks.PeriodicWriter(writers, period=20))
+            built.append(hooks.PeriodicWriter([LenientWriter(w) for w in writers], period=20))
         return [hook for hook in built if hook is not None]
 
     # -- one iteration ----------------------------------------------------------------------------
