@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import launch
 from detectron2.utils import comm
 
 from locreweight.engine import checkpoint_files as files
@@ -394,6 +395,28 @@ def test_a_process_that_does_not_see_the_file_says_so(three, tmp_path, as_other_
     as_other_process(tmp_path / "elsewhere" / "model_0000002.pth")
     with pytest.raises(UsageError, match="a disk that all machines share"):
         Run(tmp_path).resume()
+
+
+def resume_twice(folder):
+    """What one of several processes resumes from, and is told once all files are damaged."""
+    first = Run(folder).resume()
+    comm.synchronize()
+    if comm.is_main_process():
+        for file in Path(folder).glob("*.pth"):
+            truncated_to(0.5)(file)
+    comm.synchronize()
+    with pytest.raises(UsageError) as error:
+        Run(folder).resume()
+    Path(folder, f"process_{comm.get_rank()}").write_text(f"{first}, then {error.value}")
+
+
+def test_two_processes_resume_from_the_same_file_or_end_alike(three, tmp_path, monkeypatch):
+    truncated_to(0.5)(tmp_path / "model_0000003.pth")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch(resume_twice, 2, dist_url="auto", args=(str(tmp_path),))
+    first, second = ((tmp_path / f"process_{rank}").read_text() for rank in range(2))
+    assert first == second
+    assert first.startswith("2, then cannot resume in")
 
 
 # --- a full disk ----------------------------------------------------------------------------------
