@@ -181,6 +181,7 @@ def test_kills_at_random_moments_leave_a_whole_set(tmp_path, caplog):
             run.save(iteration)
             os.write(writing, b"!")
 
+    caplog.set_level(logging.WARNING)
     for _ in range(20):
         child = os.fork()
         if child == 0:

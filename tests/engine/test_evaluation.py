@@ -80,7 +80,8 @@ def test_the_student_is_evaluated_beside_the_teacher(monkeypatch, alike):
     precision = {"teacher": 40.0, "student": 40.0 if alike else 30.0}
     asked = []
 
-    def of(_, model):
+    def of(_, model, keep_detections):
+        assert not keep_detections  # the one would overwrite those of the other
         asked.append(model)
         return {"bbox": {"AP": precision[model]}}
 
