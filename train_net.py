@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict:
     except UsageError as error:
         # From a loader's worker the message comes with its traceback, of which it is the end.
         last_line = str(error).strip().splitlines()[-1]
-        sys.exit("error: " + last_line.removeprefix("locreweight.data.mapper.UnreadableImage: "))
+        sys.exit("error: " + last_line.removeprefix("locreweight.data.images.UnreadableImage: "))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ SPOILED = {
     "bytes for json": (written(b"\xff\xfe\x00"), [*NO_COCO, "not json"]),
     "empty file for json": (written(b""), [*NO_COCO, "not json"]),
     "list at top level": (written(b"[]"), [*NO_COCO, "list"]),
-    "no images in json": (without("images"), ["annotations.json", "has no images"]),
+    "no images in json": (without("images"), [*NO_COCO, "no list named 'images'"]),
     "no categories": (without("categories"), [*NO_COCO, "'categories'"]),
     "empty categories": (
         written(b'{"images":[],"annotations":[],"categories":[]}'),
@@ -207,7 +207,10 @@ SPOILED = {
     "annotation without image": (first("annotations", image_id=None), [*NO_COCO, "['image_id']"]),
     "annotation without class": (first("annotations", category_id=None), ["['category_id']"]),
     "annotation without box": (first("annotations", bbox=None), DROP),
-    "annotation with empty box": (first("annotations", bbox=[]), [*NO_COCO, "empty 'bbox'"]),
+    "annotation with empty box": (
+        first("annotations", bbox=[]),
+        [*NO_COCO, "'bbox' that is not a list of numbers"],
+    ),
     "category without name": (first("categories", name=None), [*NO_COCO, "['name']"]),
     "unknown category": (first("annotations", category_id=99), [*NO_COCO, "category_id=99"]),
     "ids twice": (first("annotations", id=2), [*NO_COCO, "not unique"]),

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import gc
-import logging
 import pickle
 import random
 import types
@@ -19,7 +18,8 @@ from tiny_data import make_folder
 from locreweight.config import load_config
 from locreweight.data import streams
 from locreweight.data.datasets import load_folder
-from locreweight.data.mapper import UnreadableImage, ViewMapper
+from locreweight.data.images import UnreadableImage
+from locreweight.data.mapper import ViewMapper
 from locreweight.data.recipes import Recipe, build_recipe
 from locreweight.data.streams import BatchSchedule, Position, Stream, StreamDataset, build_loader
 
@@ -284,9 +284,7 @@ class TestSchedule:
 
 
 class TestUnreadable:
-    def test_an_unlabeled_image_is_skipped_named_and_replaced_deterministically(
-        self, folder, caplog
-    ):
+    def test_an_unlabeled_image_is_skipped_named_and_replaced_deterministically(self, folder):
         records = records_of(folder)
         broken = folder / "0005.png"
         broken.write_bytes(b"not an image")
@@ -300,8 +298,8 @@ class TestUnreadable:
         assert first.file_name != str(broken)
         assert first.file_name in {r["file_name"] for r in records[3:]}
         assert content(first) == content(second)
-        assert caplog.records[0].levelno == logging.WARNING
-        assert str(broken) in caplog.text
+        assert {str(broken) in message for message in first.skipped} == {True}
+        assert first.skipped == second.skipped
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_so_are_all_batches_with_it(self, folder, num_workers):
@@ -311,16 +309,27 @@ class TestUnreadable:
         made = batches(dataset_of([*records, missing]), 3, num_workers=num_workers, burn_in=0)
         assert [len(batch.unlabeled) for batch in made] == [4] * 3
         assert missing["file_name"] not in {n for batch in made for n in batch.file_names}
+        # Two epochs of six images, of which one is missing.
+        skipped = [message for batch in made for message in batch.skipped]
+        assert len(skipped) >= 2
+        assert all(missing["file_name"] in message for message in skipped)
 
-    def test_none_readable_is_an_error(self, folder, monkeypatch):
+    def test_none_readable_is_an_error(self, folder):
         for file in folder.iterdir():
             file.write_bytes(b"")
-        tries = []
         dataset = dataset_of(records_of(folder))
-        monkeypatch.setattr(streams.logger, "warning", lambda *args: tries.append(args))
-        with pytest.raises(UnreadableImage, match=r"in a row.*\.png"):
+        with pytest.raises(
+            UnreadableImage, match=rf"{streams.MAX_REPLACEMENTS} .* in a row.*\.png"
+        ):
             dataset[Position(UNLABELED, 0)]
-        assert len(tries) == streams.MAX_REPLACEMENTS
+
+    def test_the_last_readable_one_is_found(self, folder):
+        files = sorted(folder.iterdir())
+        for file in files[3:-1]:
+            file.write_bytes(b"")
+        dataset = dataset_of(records_of(folder))
+        samples = [dataset[Position(UNLABELED, i)] for i in range(6)]
+        assert {sample.file_name for sample in samples} == {str(files[-1])}
 
     @pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "absurd size"])
     def test_a_labeled_image_is_an_error_that_names_it(self, folder, damage):

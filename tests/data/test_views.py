@@ -20,7 +20,8 @@ from locreweight.data.augmentations import (
     RandomErasing,
     RandomGeometry,
 )
-from locreweight.data.mapper import UnreadableImage, ViewMapper
+from locreweight.data.images import UnreadableImage
+from locreweight.data.mapper import ViewMapper
 from locreweight.data.recipes import Recipe, build_recipe
 from locreweight.data.views import View, matrix_of
 

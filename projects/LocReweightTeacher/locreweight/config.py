@@ -11,6 +11,18 @@ from detectron2.engine import DefaultTrainer
 
 from .errors import UsageError
 
+# Not text, not YAML, YAML that would run Python, not a mapping, made for another version, its
+# _BASE_ is not there or is the file itself.
+_UNREADABLE = (
+    AssertionError,
+    AttributeError,
+    OSError,
+    RecursionError,
+    TypeError,
+    UnicodeDecodeError,
+    yaml.YAMLError,
+)
+
 
 def add_locreweight_config(cfg: CfgNode) -> None:
     """Add this project's keys to a Detectron2 config, in place."""
@@ -93,6 +105,17 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.EXCLUDE_LABELED = False
     # A NaN, infinite or inverted labeled box is an error; True leaves it out instead.
     cfg.DATASETS.DROP_BAD_BOXES = False
+    # All labeled and test images are decoded once before training: a broken one is an error then.
+    # False leaves it out, for those who start often from a slow disk.
+    cfg.DATASETS.CHECK_IMAGES = True
+    # An unlabeled image that cannot be read is skipped. Training stops when more than this share of
+    # those drawn since it was started or resumed are such, counted from 100 drawn on.
+    cfg.DATASETS.MAX_UNREADABLE_SHARE = 0.1
+    # Annotation files may name images by absolute paths and by paths with "..". False: an error,
+    # since somebody else's file could then make any image or text of this machine part of a run.
+    cfg.DATASETS.ALLOW_OUTSIDE_PATHS = False
+    # Resume although there are more, less or other training images than before. False: an error.
+    cfg.DATASETS.ALLOW_CHANGED = False
 
     # How views are made (data/recipes.py): "SoftTeacherRecipe", "UnbiasedTeacherRecipe",
     # "StacRecipe", or the name of your own in RECIPE_REGISTRY. Sizes and flips follow Detectron2's
@@ -118,13 +141,14 @@ def load_config(config_file: str, options: list[str]) -> CfgNode:
             raise UsageError(_unknown_key_message(key, known))
     try:
         if config_file:
-            cfg.merge_from_file(config_file)
+            # Detectron2's default would run whatever Python the file asks for.
+            cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg.merge_from_list(options)
     except KeyError as error:
         raise UsageError(_unknown_key_message(str(error), known)) from error
-    except (AssertionError, AttributeError, OSError, TypeError, yaml.YAMLError) as error:
-        # Not YAML, not a mapping, made for another version, or its _BASE_ is not there.
-        raise UsageError(f"cannot read the config file {config_file!r}: {error}") from error
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"cannot read the config file {config_file!r}: {reason}") from error
     except ValueError as error:
         raise UsageError(
             f"config value of the wrong type: {error}. Fractions need their point (10.0, not 10), "

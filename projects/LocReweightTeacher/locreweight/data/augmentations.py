@@ -11,11 +11,31 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms import functional as TF
 
 Fill = tuple[float, float, float]
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, but an image's short side keeps a pixel, however much longer the other is."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        resize = super().get_transform(image)
+        if isinstance(resize, T.NoOpTransform):
+            return resize
+        height, width = max(1, resize.new_h), max(1, resize.new_w)
+        return T.ResizeTransform(resize.h, resize.w, height, width, resize.interp)
+
+
+def resize_and_flip(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """What Detectron2 does by default, by the same ``INPUT`` keys, for images of any shape."""
+    resize, *others = build_augmentation(cfg, is_train)
+    sizes = resize.short_edge_length, resize.max_size, resize.sample_style
+    return [ResizeShortestEdge(*sizes), *others]
 
 
 class AffineTransform(T.Transform):

@@ -10,6 +10,7 @@ from collections import Counter
 from detectron2.structures import BoxMode
 
 from ..errors import UsageError
+from .file_names import shown
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,12 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
             if fault is None:
                 kept.append(annotation)
             else:
-                faults[fault].append(f"{record['file_name']}: {annotation.get('bbox')}")
+                faults[fault].append(_where(annotation, record))
         checked.append(record | {"annotations": kept})
     if faults["bad"] and not drop_bad:
         raise UsageError(
             f"{len(faults['bad'])} boxes are malformed, NaN, infinite or inverted: "
-            f"{_some(faults['bad'])}. Repair them, or leave them out with "
+            f"{some(faults['bad'])}. Repair them, or leave them out with "
             "DATASETS.DROP_BAD_BOXES True"
         )
     for fault, words in (
@@ -54,31 +55,30 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
     ):
         if faults[fault]:
             logger.warning(
-                "left out %d boxes that %s: %s", len(faults[fault]), words, _some(faults[fault])
+                "left out %d boxes that %s: %s", len(faults[fault]), words, some(faults[fault])
             )
     return checked
-
-
-def check_images_exist(records: list[dict]) -> None:
-    """Every image file is there.
-
-    Raises:
-        UsageError: names some that are not.
-    """
-    missing = [r["file_name"] for r in records if not os.path.isfile(r["file_name"])]
-    if missing:
-        raise UsageError(f"{len(missing)} of {len(records)} images are missing: {_some(missing)}")
 
 
 def check_test_set(name: str, records: list[dict]) -> None:
     """A test set can be evaluated on, which would else be found out hours into a run.
 
     Raises:
-        UsageError: if it has no box, or images are missing.
+        UsageError: if it has no box, or one that is not four numbers, NaN, infinite or inverted.
     """
     if not any(record.get("annotations") for record in records):
         raise UsageError(f"{name} has no annotated box: it cannot be in DATASETS.TEST")
-    check_images_exist(records)
+    bad = [
+        _where(annotation, record)
+        for record in records
+        for annotation in record.get("annotations", [])
+        if _box_fault(annotation, record) == "bad"
+    ]
+    if bad:
+        raise UsageError(
+            f"{len(bad)} boxes of the test set {name} are malformed, NaN, infinite or inverted: "
+            f"{some(bad)}. Repair or remove them"
+        )
 
 
 def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
@@ -94,19 +94,19 @@ def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
     for dataset, names in class_names.items():
         if len(names) != num_classes:
             raise UsageError(
-                f"{dataset} has {len(names)} classes {_some(names)}, the model {num_classes}; set "
+                f"{dataset} has {len(names)} classes {some(names)}, the model {num_classes}; set "
                 f"MODEL.ROI_HEADS.NUM_CLASSES {len(names)}"
             )
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
-            raise UsageError(f"{dataset} names these classes more than once: {_some(repeated)}")
+            raise UsageError(f"{dataset} names these classes more than once: {some(repeated)}")
     for (first, names), (other, other_names) in zip(
         list(class_names.items())[:-1], list(class_names.items())[1:], strict=True
     ):
         if names != other_names:
             raise UsageError(
                 f"{first} and {other} do not name the same classes in the same order: "
-                f"{_some(names)} and {_some(other_names)}"
+                f"{some(names)} and {some(other_names)}"
             )
 
 
@@ -121,12 +121,12 @@ def without_overlap(labeled: list[dict], unlabeled: list[dict], *, exclude: bool
         UsageError: names some of the common images.
     """
     known = {_identity(record) for record in labeled}
-    common = [r["file_name"] for r in unlabeled if _identity(r) in known]
+    common = [shown(r["file_name"]) for r in unlabeled if _identity(r) in known]
     if not common:
         return unlabeled
     if not exclude:
         raise UsageError(
-            f"{len(common)} unlabeled images are labeled as well: {_some(common)}. Take them "
+            f"{len(common)} unlabeled images are labeled as well: {some(common)}. Take them "
             "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
         )
     logger.info("left out %d unlabeled images that are annotated", len(common))
@@ -137,13 +137,17 @@ def _identity(record: dict) -> str:
     return os.path.realpath(record["file_name"])
 
 
+def _where(annotation: dict, record: dict) -> str:
+    return f"{shown(record['file_name'])}: {str(annotation.get('bbox'))[:100]}"
+
+
 def _box_fault(annotation: dict, record: dict) -> str | None:
     try:
         x1, y1, x2, y2 = BoxMode.convert(
             list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
         )
         finite = all(math.isfinite(value) for value in (x1, y1, x2, y2))
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, OverflowError):
         return "bad"  # not four numbers
     if not finite or x2 < x1 or y2 < y1:
         return "bad"
@@ -153,6 +157,6 @@ def _box_fault(annotation: dict, record: dict) -> str | None:
     return "outside" if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0 else None
 
 
-def _some(faults: list[str]) -> str:
-    shown = ", ".join(str(fault) for fault in faults[:_SHOWN])
-    return shown + (", ..." if len(faults) > _SHOWN else "")
+def some(faults: list[str]) -> str:
+    """The first few of them, in words."""
+    return ", ".join(faults[:_SHOWN]) + (", ..." if len(faults) > _SHOWN else "")

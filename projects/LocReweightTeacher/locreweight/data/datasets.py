@@ -6,7 +6,8 @@ name                                    what it is
 ``coco:<annotations.json>:<images>``    COCO json and the folder of its images
 ``voc:<folder>:<split>``                ``Annotations``, ``ImageSets/Main/<split>.txt``,
                                         ``JPEGImages``
-``folder:<images>``                     images without annotations, at any depth
+``folder:<images>``                     images without annotations, at any depth; links are
+                                        followed, each folder is read once
 anything else                           a data set that Detectron2 has registered
 ======================================  ==========================================================
 
@@ -15,42 +16,44 @@ Boxes of records are xyxy or xywh as each record says, in absolute pixels of the
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from xml.etree import ElementTree
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
-from detectron2.structures import BoxMode
 
 from ..errors import UsageError
+from .coco_json import load_coco
+from .voc import load_voc
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
-def register(names: Iterable[str], class_names: Iterable[str] = ()) -> None:
+def register(
+    names: Iterable[str], class_names: Iterable[str] = (), *, allow_outside: bool = False
+) -> None:
     """Make every name known to Detectron2's catalogs; nothing is read but what a check needs.
 
     Args:
         names: as in the table above.
         class_names: of ``voc:`` data sets; VOC's twenty if empty.
+        allow_outside: annotation files may name images outside of their image folder.
 
     Raises:
-        UsageError: for an unknown name, a missing file or folder.
+        UsageError: for an unknown name, a missing file or folder, a class name that is a path.
     """
     for name in names:
         kind, _, rest = name.partition(":")
         if name in DatasetCatalog.list():
             continue
         if kind == "coco":
-            _register_coco(name, *_two_parts(name, rest, "coco:<annotations.json>:<image folder>"))
+            parts = _two_parts(name, rest, "coco:<annotations.json>:<image folder>")
+            _register_coco(name, *parts, allow_outside)
         elif kind == "voc":
             folder, split = _two_parts(name, rest, "voc:<folder>:<split>")
-            _register_voc(name, folder, split, list(class_names) or list(VOC_CLASSES))
+            classes = list(class_names) or list(VOC_CLASSES)
+            _register_voc(name, folder, split, classes, allow_outside)
         elif kind == "folder":
             _need_folder(rest, name)
             DatasetCatalog.register(name, partial(load_folder, rest))
@@ -75,40 +78,21 @@ def load_folder(folder: str) -> list[dict]:
     return [{"file_name": path, "image_id": i} for i, path in enumerate(paths)]
 
 
-def load_coco(name: str, json_file: str, image_folder: str) -> list[dict]:
-    """Records of a COCO json, by Detectron2's own reader.
-
-    Raises:
-        UsageError: if the file is not COCO json; says what is wrong with it.
-    """
-    try:
-        return load_coco_json(json_file, image_folder, name)
-    except Exception as error:
-        # The reader trips over a broken file in many ways; say what is wrong, not where it fell.
-        problem = _coco_problem(json_file) or f"{type(error).__name__}: {error}"
-        raise UsageError(f"{json_file} is not a COCO annotation file: {problem}") from error
-
-
-def load_voc(folder: str, split: str, class_names: list[str]) -> list[dict]:
-    """Records of a folder in Pascal VOC's layout.
-
-    Unlike Detectron2's reader, objects marked difficult are kept apart: as ``iscrowd`` they are
-    left out of training and ignored in evaluation.
-
-    Raises:
-        UsageError: for a missing or broken annotation, or a class that is not in ``class_names``.
-    """
-    lines = (Path(folder) / "ImageSets" / "Main" / f"{split}.txt").read_text().splitlines()
-    ids = [line.split()[0] for line in lines if line.strip()]
-    index = {name: i for i, name in enumerate(class_names)}
-    return [_voc_record(Path(folder), image_id, index) for image_id in ids]
-
-
 def _image_paths(folder: str) -> Iterator[str]:
-    for parent, _, files in os.walk(folder):
+    visited = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in visited:  # links can lead in circles
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        folders.sort()  # which of several ways to a folder is taken must not depend on the disk
         for file in files:
-            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
-                yield os.path.join(parent, file)
+            path = os.path.join(parent, file)
+            # Of pipes and devices reading would never end; a link to nowhere is an image missing.
+            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and (
+                os.path.isfile(path) or not os.path.exists(path)
+            ):
+                yield path
 
 
 def _two_parts(name: str, rest: str, form: str) -> tuple[str, str]:
@@ -128,17 +112,25 @@ def _need_file(file: str, name: str) -> None:
         raise UsageError(f"the file {file!r} of the data set {name!r} does not exist")
 
 
-def _register_coco(name: str, json_file: str, image_folder: str) -> None:
+def _register_coco(name: str, json_file: str, image_folder: str, allow_outside: bool) -> None:
     _need_file(json_file, name)
     _need_folder(image_folder, name)
-    DatasetCatalog.register(name, partial(load_coco, name, json_file, image_folder))
+    load = partial(load_coco, name, json_file, image_folder, allow_outside=allow_outside)
+    DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(image_root=image_folder, evaluator_type="coco")
 
 
-def _register_voc(name: str, folder: str, split: str, class_names: list[str]) -> None:
+def _register_voc(
+    name: str, folder: str, split: str, class_names: list[str], allow_outside: bool
+) -> None:
+    paths = [class_name for class_name in class_names if os.sep in class_name]
+    if paths:
+        # Detectron2's evaluator writes a file of that name.
+        raise UsageError(f"DATASETS.CLASS_NAMES holds {paths[0]!r}, which must not contain '/'")
     _need_folder(folder, name)
     _need_file(os.path.join(folder, "ImageSets", "Main", f"{split}.txt"), name)
-    DatasetCatalog.register(name, partial(load_voc, folder, split, class_names))
+    load = partial(load_voc, folder, split, class_names, allow_outside=allow_outside)
+    DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
         thing_classes=class_names,
         dirname=folder,
@@ -146,70 +138,3 @@ def _register_voc(name: str, folder: str, split: str, class_names: list[str]) ->
         year=2007,  # the 11-point metric
         evaluator_type="pascal_voc",
     )
-
-
-def _coco_problem(json_file: str) -> str | None:
-    try:
-        content = json.loads(Path(json_file).read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        return f"it is not json ({error})"
-    if not isinstance(content, dict):
-        return f"its top level is a {type(content).__name__}, not an object"
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            return f"it has no list named {key!r}"
-    if not content["categories"]:
-        return "its list of categories is empty"
-    for key, fields in {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }.items():
-        for entry in content[key]:
-            missing = [field for field in fields if field not in entry]
-            if missing:
-                return f"an entry of {key!r} lacks {missing}: {str(entry)[:200]}"
-    return None
-
-
-def _voc_record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
-    file = folder / "Annotations" / f"{image_id}.xml"
-    try:
-        root = ElementTree.parse(file).getroot()
-        return {
-            "file_name": str(folder / "JPEGImages" / f"{image_id}.jpg"),
-            "image_id": image_id,
-            "height": int(_text(root, "size/height")),
-            "width": int(_text(root, "size/width")),
-            "annotations": [_voc_object(node, class_index) for node in root.findall("object")],
-        }
-    except FileNotFoundError as error:
-        raise UsageError(f"the annotation {file} does not exist") from error
-    except (ElementTree.ParseError, ValueError) as error:
-        raise UsageError(f"the annotation {file} is broken: {error}") from error
-
-
-def _voc_object(node: ElementTree.Element, class_index: dict[str, int]) -> dict:
-    name = _text(node, "name")
-    if name not in class_index:
-        raise ValueError(
-            f"class {name!r} is none of {list(class_index)}; set DATASETS.CLASS_NAMES to the names "
-            "that the annotations use and MODEL.ROI_HEADS.NUM_CLASSES to their number"
-        )
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    x1, y1, x2, y2 = (float(_text(node, f"bndbox/{corner}")) for corner in corners)
-    # Corners are pixels counted from 1, and both belong to the box. Where they coincide that would
-    # make an object of one pixel's width; it is a slip, so the box is kept as one without area.
-    return {
-        "category_id": class_index[name],
-        "bbox": [x1 - (x2 != x1), y1 - (y2 != y1), x2, y2],
-        "bbox_mode": BoxMode.XYXY_ABS,
-        "iscrowd": int(node.findtext("difficult", "0") == "1"),
-    }
-
-
-def _text(node: ElementTree.Element, path: str) -> str:
-    text = node.findtext(path)
-    if text is None:
-        raise ValueError(f"it has no <{path}>")
-    return text.strip()

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import copy
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import filter_empty_instances, read_image
-from PIL import Image
+from detectron2.data.detection_utils import check_image_size, filter_empty_instances
 
 from ..errors import UsageError
+from .augmentations import resize_and_flip
+from .images import naming, read_rgb
 from .recipes import Recipe, build_recipe
 from .views import UnlabeledSample, View, matrix_of
 
 
-class UnreadableImage(UsageError):
-    """An image file that is missing or cannot be decoded."""
+class RecordMapper(DatasetMapper):
+    """Detectron2's, for boxes alone, but images are read by :func:`.images.read_rgb`."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        _check_format(cfg.INPUT.FORMAT)
+        augmentations = resize_and_flip(cfg, is_train)
+        return super().from_config(cfg, is_train) | {"augmentations": augmentations}
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """A record with its ``image``: in training with ``instances``, else without annotations."""
+        record = copy.deepcopy(dataset_dict)
+        pixels = read_rgb(record["file_name"])
+        check_image_size(record, pixels)
+        image, transforms = _augment(
+            pixels if self.image_format == "RGB" else pixels[:, :, ::-1], self.augmentations.augs
+        )
+        record["image"] = _channels_first(image)
+        if self.is_train:
+            self._transform_annotations(record, transforms, image.shape[:2])
+        else:
+            record.pop("annotations", None)
+        return record
 
 
 class ViewMapper:
@@ -32,15 +53,12 @@ class ViewMapper:
             recipe: the augmentations.
             image_format: "RGB" or "BGR", the order of channels that the model takes.
         """
-        if image_format not in ("RGB", "BGR"):
-            raise UsageError(
-                f"INPUT.FORMAT must be RGB or BGR for colour operations, not {image_format}"
-            )
+        _check_format(image_format)
         self.recipe = recipe
         self.image_format = image_format
-        # Detectron2's own mapper, but in RGB: augmentations.py says why.
+        # In RGB: augmentations.py says why.
         self._labeled_mappers = [
-            DatasetMapper(is_train=True, augmentations=view, image_format="RGB")
+            RecordMapper(is_train=True, augmentations=view, image_format="RGB")
             for view in recipe.labeled
         ]
 
@@ -61,7 +79,7 @@ class ViewMapper:
         Raises:
             UnreadableImage: names the file.
         """
-        with _reading(record["file_name"]):
+        with naming(record["file_name"], ValueError):
             samples = [mapper(record) for mapper in self._labeled_mappers]
         for sample in samples:
             sample["image"] = self._ordered(sample["image"])
@@ -77,8 +95,8 @@ class ViewMapper:
         Raises:
             UnreadableImage: names the file.
         """
-        with _reading(record["file_name"]):
-            image = read_image(record["file_name"], format="RGB")
+        with naming(record["file_name"], ValueError):
+            image = read_rgb(record["file_name"])
             weak, weak_transforms = _augment(image, self.recipe.weak)
             if self.recipe.strong_on_weak:
                 strong, strong_transforms = _augment(weak, self.recipe.strong)
@@ -88,15 +106,19 @@ class ViewMapper:
         size = image.shape[:2]
         return UnlabeledSample(
             file_name=record["file_name"],
-            weak=View(self._tensor(weak), matrix_of(weak_transforms, size)),
-            strong=View(self._tensor(strong), matrix_of(strong_transforms, size)),
+            weak=View(self._ordered(_channels_first(weak)), matrix_of(weak_transforms, size)),
+            strong=View(self._ordered(_channels_first(strong)), matrix_of(strong_transforms, size)),
         )
-
-    def _tensor(self, image: np.ndarray) -> torch.Tensor:
-        return self._ordered(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
 
     def _ordered(self, image: torch.Tensor) -> torch.Tensor:
         return image if self.image_format == "RGB" else image.flip(0)
+
+
+def _check_format(image_format: str) -> None:
+    if image_format not in ("RGB", "BGR"):
+        raise UsageError(
+            f"INPUT.FORMAT must be RGB or BGR for colour operations, not {image_format}"
+        )
 
 
 def _augment(
@@ -107,14 +129,5 @@ def _augment(
     return augmented.image, transforms
 
 
-@contextlib.contextmanager
-def _reading(file_name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow raises each of these for files that it cannot decode; the last for damaged
-        # headers, which promise images of absurd sizes.
-        raise UnreadableImage(
-            f"cannot read or augment the image {file_name}: {type(error).__name__}: {error}. "
-            "If the file is damaged, repair or remove it"
-        ) from error
+def _channels_first(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils.registry import Registry
 
 from ..errors import UsageError
@@ -25,6 +24,7 @@ from .augmentations import (
     OneColorOperation,
     RandomErasing,
     RandomGeometry,
+    resize_and_flip,
 )
 
 RECIPE_REGISTRY = Registry("RECIPE")
@@ -69,10 +69,10 @@ def SoftTeacherRecipe(cfg: CfgNode) -> Recipe:
     """Each view has its own size and flip; the strong one colour, geometry and erasing as well."""
     fill = _mean_rgb(cfg)
     return Recipe(
-        labeled=[[*build_augmentation(cfg, is_train=True), OneColorOperation()]],
-        weak=build_augmentation(cfg, is_train=True),
+        labeled=[[*resize_and_flip(cfg, is_train=True), OneColorOperation()]],
+        weak=resize_and_flip(cfg, is_train=True),
         strong=[
-            *build_augmentation(cfg, is_train=True),
+            *resize_and_flip(cfg, is_train=True),
             OneColorOperation(),
             RandomGeometry(fill),
             RandomErasing(fill),
@@ -98,7 +98,7 @@ def UnbiasedTeacherRecipe(cfg: CfgNode) -> Recipe:
         T.RandomApply(RandomErasing(fill, (1, 1), (0.02, 0.2), (0.1, 6.0)), prob=0.5),
         T.RandomApply(RandomErasing(fill, (1, 1), (0.02, 0.2), (0.05, 8.0)), prob=0.3),
     ]
-    weak = build_augmentation(cfg, is_train=True)
+    weak = resize_and_flip(cfg, is_train=True)
     return Recipe(
         labeled=[weak, [*weak, *appearance]], weak=weak, strong=appearance, strong_on_weak=True
     )

@@ -8,10 +8,9 @@ a run can go on from any iteration without replaying the ones before it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,13 +20,14 @@ import torch
 from detectron2.data.common import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .mapper import UnreadableImage, ViewMapper
+from .images import UnreadableImage
+from .mapper import ViewMapper
 from .views import UnlabeledSample
 
-logger = logging.getLogger(__name__)
-
-# An unreadable unlabeled image is replaced by another; so many in a row mean a broken data set.
-MAX_REPLACEMENTS = 20
+# An unreadable unlabeled image is replaced by another; so many in a row mean that there is none
+# left. It is far beyond what happens by chance at any share that may be tolerated: 0.8 ** 100 is
+# 2e-10.
+MAX_REPLACEMENTS = 100
 
 
 class Stream(IntEnum):
@@ -55,6 +55,11 @@ class Batch:
     def file_names(self) -> list[str]:
         """All images in the batch, to name them when something goes wrong."""
         return [x["file_name"] for x in self.labeled] + [x.file_name for x in self.unlabeled]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Of each unlabeled image that was to be in the batch but could not be read: why."""
+        return [message for sample in self.unlabeled for message in sample.skipped]
 
 
 class StreamDataset(Dataset):
@@ -97,16 +102,17 @@ class StreamDataset(Dataset):
         return records[int(order[offset])]
 
     def _first_readable(self, position: Position) -> UnlabeledSample:
-        for _ in range(MAX_REPLACEMENTS):
+        skipped: list[str] = []
+        while len(skipped) < MAX_REPLACEMENTS:
             try:
-                return self._mapper.unlabeled(self.record(position))
+                sample = self._mapper.unlabeled(self.record(position))
+                return replace(sample, skipped=tuple(skipped))
             except UnreadableImage as error:
-                logger.warning("skipped an unlabeled image: %s", error)
-                last_error = error
+                skipped.append(str(error))
                 other = np.random.randint(len(self._records[position.stream]))
                 position = Position(position.stream, other)
         raise UnreadableImage(
-            f"{MAX_REPLACEMENTS} unlabeled images in a row, at last: {last_error}"
+            f"{MAX_REPLACEMENTS} unlabeled images in a row, at last: {skipped[-1]}"
         )
 
 

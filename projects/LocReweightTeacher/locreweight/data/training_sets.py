@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
@@ -14,14 +16,9 @@ from detectron2.data.build import (
 from detectron2.utils import comm
 
 from ..errors import UsageError
-from .checks import (
-    check_boxes,
-    check_classes,
-    check_images_exist,
-    check_test_set,
-    without_overlap,
-)
+from .checks import check_boxes, check_classes, check_test_set, without_overlap
 from .datasets import register
+from .image_checks import check_images_decode, check_images_exist
 from .splits import split_indices
 
 logger = logging.getLogger(__name__)
@@ -34,6 +31,40 @@ class TrainingSets:
     labeled: list[dict]
     unlabeled: list[dict]
     class_names: list[str]
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of each stream: how many images, and which in which order.
+
+        Files count by their names without folders: data may be moved to another place.
+        """
+        return {"labeled": _fingerprint(self.labeled), "unlabeled": _fingerprint(self.unlabeled)}
+
+    def check_same(self, fingerprint: dict[str, str], *, allow_changed: bool) -> None:
+        """These are the images that a run was trained on before it is resumed.
+
+        Args:
+            fingerprint: of the run until now; nothing for one that did not note it.
+            allow_changed: warn, and do not raise.
+
+        Raises:
+            UsageError: if they are not; which image is at which place in the streams follows from
+                the number and the order of them.
+        """
+        changed = [
+            f"the {stream} ones were {before}, now {self.fingerprint[stream]}"
+            for stream, before in fingerprint.items()
+            if self.fingerprint[stream] != before
+        ]
+        if not changed:
+            return
+        problem = f"the training images are not those of this run until now: {'; '.join(changed)}"
+        if not allow_changed:
+            raise UsageError(
+                f"{problem}. Put the data back as it was, go on with what there is by "
+                "DATASETS.ALLOW_CHANGED True, or start anew in another OUTPUT_DIR"
+            )
+        logger.warning("%s", problem)
 
 
 def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
@@ -49,7 +80,7 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     names = [*cfg.DATASETS.TEST]
     if training:
         names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED]
-    register(names, cfg.DATASETS.CLASS_NAMES)
+    register(names, cfg.DATASETS.CLASS_NAMES, allow_outside=cfg.DATASETS.ALLOW_OUTSIDE_PATHS)
 
 
 def load_training_sets(cfg: CfgNode) -> TrainingSets:
@@ -64,6 +95,7 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     tested = {name: _load(name) for name in cfg.DATASETS.TEST}
     for name, records in tested.items():
         check_test_set(name, records)
+        check_images_exist(records)
     class_names = _checked_class_names(cfg)
     labeled, rest = _split(cfg, annotated)
     labeled = check_boxes(labeled, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
@@ -81,10 +113,17 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
     unlabeled = _without_test_images(cfg, unlabeled, tested)
     _check_enough_unlabeled(cfg, unlabeled)
+    if cfg.DATASETS.CHECK_IMAGES:  # last, since it takes longest
+        check_images_decode([*labeled, *(record for name in tested for record in tested[name])])
     if comm.is_main_process():
         print_instances_class_histogram(labeled, class_names)
         logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))
     return TrainingSets(labeled, unlabeled, class_names)
+
+
+def _fingerprint(records: list[dict]) -> str:
+    names = "\0".join(os.path.basename(record["file_name"]) for record in records)
+    return f"{len(records)} images ({hashlib.sha256(os.fsencode(names)).hexdigest()[:12]})"
 
 
 def _load(name: str) -> list[dict]:

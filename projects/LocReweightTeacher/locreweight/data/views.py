@@ -30,11 +30,16 @@ class View:
 
 @dataclass(frozen=True)
 class UnlabeledSample:
-    """The two views of one unlabeled image."""
+    """The two views of one unlabeled image.
+
+    Attributes:
+        skipped: for each image that was drawn before but could not be read, why.
+    """
 
     file_name: str
     weak: View
     strong: View
+    skipped: tuple[str, ...] = ()
 
 
 def matrix_of(transforms: T.TransformList, image_size: tuple[int, int]) -> Tensor:

@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.checks import check_classes
+from ..data.mapper import RecordMapper
 from ..errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
     """
     results = OrderedDict()
     for name in cfg.DATASETS.TEST:
-        loader = build_detection_test_loader(cfg, name)
+        loader = build_detection_test_loader(cfg, name, mapper=RecordMapper(cfg, is_train=False))
         classes = list(MetadataCatalog.get(name).get("thing_classes", []))
         if not classes:
             raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")

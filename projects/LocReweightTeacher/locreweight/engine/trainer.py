@@ -22,6 +22,7 @@ from ..config import check_supported, scale_to_world_size
 from ..data.mapper import ViewMapper
 from ..data.streams import Batch, BatchSchedule, StreamDataset, build_loader
 from ..data.training_sets import TrainingSets, load_training_sets
+from ..data.unreadable import UnreadableImages
 from ..errors import UsageError
 from ..method.teacher import keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
@@ -60,6 +61,7 @@ class SemiSupervisedTrainer(TrainerBase):
         need_weights(cfg.MODEL.WEIGHTS)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
+        self.unreadable = UnreadableImages(cfg.DATASETS.MAX_UNREADABLE_SHARE)
 
         self.student: SemiSupervisedRCNN = build_model(cfg)
         self.model = _distributed(self.student).train()
@@ -188,7 +190,11 @@ class SemiSupervisedTrainer(TrainerBase):
         # One transfer from the device for all of them.
         values = torch.stack([v.to(self.device, torch.float32) for v in measured]).tolist()
         mine = dict(zip(names, values, strict=True))
-        everyone = comm.all_gather({"data_time": data_time, "values": mine})
+        everyone = comm.all_gather(
+            {"data_time": data_time, "values": mine, "skipped": batch.skipped}
+        )
+        skipped = [message for e in everyone for message in e["skipped"]]
+        self.unreadable.update(skipped, read=len(everyone) * len(batch.unlabeled))
         if not all(math.isfinite(e["values"][name]) for e in everyone for name in result.losses):
             raise FloatingPointError(
                 f"a loss became infinite or NaN in iteration {self.iter}; no weight was changed. "
@@ -199,6 +205,7 @@ class SemiSupervisedTrainer(TrainerBase):
             averages[HIGHEST_SCORE] = max(e["values"][HIGHEST_SCORE] for e in everyone)
         total = sum(averages[name] for name in result.losses)
         known = {name: value for name, value in averages.items() if not math.isnan(value)}
+        known["data/unreadable"] = self.unreadable.files
         slowest = max(e["data_time"] for e in everyone)
         self.storage.put_scalars(data_time=slowest, total_loss=total, **known)
 
@@ -230,11 +237,14 @@ class SemiSupervisedTrainer(TrainerBase):
             # the last evaluation saves its teacher if it is the best.
             "iteration": min(self.iter, self.max_iter - 1),
             "seed": self._seed,
+            "data": self.sets.fingerprint,
             "optimizer": self.optimizer.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
+        allow_changed = self.cfg.DATASETS.ALLOW_CHANGED
+        self.sets.check_same(state_dict.get("data", {}), allow_changed=allow_changed)
         super().load_state_dict(state_dict)
         self._seed = state_dict["seed"]
         self.optimizer.load_state_dict(state_dict["optimizer"])

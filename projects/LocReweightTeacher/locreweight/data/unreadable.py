@@ -1,0 +1,65 @@
+"""Unlabeled images that cannot be read: how many are tolerated."""
+
+from __future__ import annotations
+
+import logging
+
+from ..errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+MIN_DRAWN = 100  # images drawn before a share of them says anything
+_NAMED = 1000  # so many files are named one by one
+
+
+class UnreadableImages:
+    """Counts them from the start of this process on, names each once, and says when to stop.
+
+    One file alone never ends a run, nor does any share of the first images.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        """
+        Args:
+            max_share: greatest tolerated share of the images drawn; with 0 the first one is an
+                error.
+
+        Raises:
+            UsageError: for a share outside of [0, 1].
+        """
+        if not 0 <= max_share <= 1:
+            raise UsageError(f"DATASETS.MAX_UNREADABLE_SHARE must lie in [0, 1], got {max_share}")
+        self._max_share = max_share
+        self._messages: set[str] = set()
+        self._drawn = 0
+        self._skipped = 0
+
+    @property
+    def files(self) -> int:
+        """Number of different files so far."""
+        return len(self._messages)
+
+    def update(self, skipped: list[str], read: int) -> None:
+        """Take note of one iteration. All processes have to be told the same.
+
+        Args:
+            skipped: why images could not be read, a message for each time; it names the file.
+            read: number of unlabeled images that were read.
+
+        Raises:
+            UsageError: if too many are unreadable.
+        """
+        for message in skipped:
+            if message not in self._messages and self.files < _NAMED:
+                logger.warning("skipped an unlabeled image: %s", message)
+            self._messages.add(message)
+        self._skipped += len(skipped)
+        self._drawn += len(skipped) + read
+        too_few = self._drawn < MIN_DRAWN or self.files < 2
+        if self._skipped <= self._max_share * self._drawn or (self._max_share and too_few):
+            return
+        raise UsageError(
+            f"{self._skipped} of {self._drawn} unlabeled images drawn could not be read, which is "
+            f"more than DATASETS.MAX_UNREADABLE_SHARE {self._max_share:g}; the last: "
+            f"{skipped[-1] if skipped else ''}, or raise that share; then go on with --resume"
+        )
