@@ -7,67 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_data import (
-    CLASSES,
-    edit_json,
-    make_coco,
-    make_folder,
-    make_voc,
-    write_voc_xml,
-)
+from tiny_data import edit_json, make_coco, write_voc_xml
 
 pytest.importorskip("detectron2")
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
 from locreweight.engine.checkpoint import need_weights
 from locreweight.errors import UsageError
+from tests.tiny_project import Project
 
 ROOT = Path(__file__).parents[1]
-
-
-class Project:
-    """Data sets that are in order, and the config that trains on them; tests spoil one thing."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.json, self.images = make_coco(folder / "labeled")
-        self.unlabeled = make_folder(folder / "unlabeled", images=3, seed=1)
-        self.test_json, self.test_images = make_coco(folder / "test", images=2, seed=2)
-        self.settings = {
-            "OUTPUT_DIR": str(folder / "output"),
-            "MODEL.DEVICE": "cpu",
-            "DATALOADER.NUM_WORKERS": 0,
-            "MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES),
-            "DATASETS.TRAIN": [f"coco:{self.json}:{self.images}"],
-            "DATASETS.UNLABELED": [f"folder:{self.unlabeled}"],
-            "DATASETS.TEST": [f"coco:{self.test_json}:{self.test_images}"],
-        }
-
-    @property
-    def options(self):
-        return [str(part) for pair in self.settings.items() for part in pair]
-
-    def set(self, key, value):
-        self.settings[key] = value
-
-    def voc(self):
-        """Train on Pascal VOC's layout instead; returns its folder."""
-        folder = make_voc(self.folder / "voc")
-        self.set("DATASETS.TRAIN", [f"voc:{folder}:trainval"])
-        self.set("DATASETS.CLASS_NAMES", list(CLASSES))
-        return folder
-
-    def config(self):
-        cfg = load_config("", self.options)
-        register_datasets(cfg)
-        return cfg
-
-    def start(self):
-        SemiSupervisedTrainer(self.config())
 
 
 @pytest.fixture
@@ -270,7 +222,7 @@ def test_training_does_not_start_and_says_why(project, case):
     spoil, words = SPOILED[case]
     spoil(project)
     with pytest.raises(UsageError) as caught:
-        project.start()
+        SemiSupervisedTrainer(project.config())
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"not in the message: {missing}; it is: {caught.value}"
     assert not (project.folder / "output").exists()
@@ -280,7 +232,7 @@ def test_the_project_that_is_spoiled_above_is_in_order(project, monkeypatch):
     reached = []
     monkeypatch.setattr("locreweight.engine.trainer.build_model", reached.append)
     with pytest.raises(AttributeError):  # there is no model to go on with
-        project.start()
+        SemiSupervisedTrainer(project.config())
     assert reached
 
 
@@ -291,7 +243,7 @@ def test_of_many_faults_some_are_named_and_all_counted(project, count):
     for file in project.images.iterdir():
         file.unlink()
     with pytest.raises(UsageError, match=rf"{count} of {count} images are missing") as caught:
-        project.start()
+        SemiSupervisedTrainer(project.config())
     assert str(caught.value).count(".png") == 5
     assert str(caught.value).endswith("...")
 

@@ -135,6 +135,7 @@ def test_metrics_have_plain_names(run):
         "proposals/reliability_foreground",
         "proposals/reliability_background",
         "proposals/foreground_per_image",
+        "data/unreadable",
         "data_time",
         "time",
         "eta_seconds",

@@ -97,8 +97,8 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
         check_test_set(name, records)
         check_images_exist(records)
     class_names = _checked_class_names(cfg)
-    labeled, rest = _split(cfg, annotated)
-    labeled = check_boxes(labeled, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
+    drawn, rest = _split(cfg, annotated)
+    labeled = check_boxes(drawn, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
     check_images_exist(labeled)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         labeled = filter_images_with_only_crowd_annotations(labeled)
@@ -113,8 +113,9 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
     unlabeled = _without_test_images(cfg, unlabeled, tested)
     _check_enough_unlabeled(cfg, unlabeled)
-    if cfg.DATASETS.CHECK_IMAGES:  # last, since it takes longest
-        check_images_decode([*labeled, *(record for name in tested for record in tested[name])])
+    if cfg.DATASETS.CHECK_IMAGES:
+        # Last, since it takes longest. Boxes that were left out may be due to a wrong size.
+        check_images_decode([*drawn, *(record for name in tested for record in tested[name])])
     if comm.is_main_process():
         print_instances_class_histogram(labeled, class_names)
         logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))

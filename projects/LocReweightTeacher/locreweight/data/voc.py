@@ -50,11 +50,14 @@ def _record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
     file = folder / "Annotations" / f"{image_id}.xml"
     try:
         root = ElementTree.parse(file).getroot()
+        width, height = (int(_text(root, f"size/{side}")) for side in ("width", "height"))
+        if min(width, height) < 1:
+            raise ValueError(f"it says that its image has {width} x {height} pixels")
         return {
             "file_name": str(folder / "JPEGImages" / f"{image_id}.jpg"),
             "image_id": image_id,
-            "height": int(_text(root, "size/height")),
-            "width": int(_text(root, "size/width")),
+            "height": height,
+            "width": width,
             "annotations": [_object(node, class_index) for node in root.findall("object")],
         }
     except OSError as error:
