@@ -294,12 +294,7 @@ HANDLED = {
     # name of the case: (what is odd, boxes of the first image, xyxy; class; words in a warning)
     "fractions": (only_boxes([0.5, 0.25, 10.5, 20.25]), [[0.5, 0.25, 11.0, 20.5]], 0, ""),
     "area of NaN": (only_boxes(GOOD, area=NAN), ONE, 0, ""),
-    "no crowd flag": (
-        edited(lambda c: c["annotations"][0].pop("iscrowd") and None),
-        None,
-        None,
-        "",
-    ),
+    "no crowd flag": (edited(without_crowd_flag), ONE, 0, ""),
     "crowd flag is false": (only_boxes(GOOD, iscrowd=False), ONE, 0, ""),
     "the same box twice": (only_boxes(GOOD, GOOD), ONE * 2, 0, ""),
     "the whole image": (only_boxes([0, 0, 64, 64]), [[0, 0, 64, 64]], 0, ""),
@@ -327,19 +322,17 @@ HANDLED = {
 def test_handled_as_stated(project, case, caplog, monkeypatch):
     spoil, boxes, label, words = HANDLED[case]
     monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
-    before, _ = project.read()
+    written_down = json.loads(project.json.read_text())["annotations"]
     spoil(project)
-    # What is registered keeps its settings; the same file by another name does not.
-    project.set(
-        "DATASETS.TRAIN", [f"coco:{project.folder}/labeled/./{project.json.name}:{project.images}"]
-    )
     with caplog.at_level(logging.WARNING):
         sets, dataset = project.read()
     (record,) = (r for r in sets.labeled if r["image_id"] == 1)
     if boxes is None:  # the image is the same, by whatever name
-        assert len(sets.labeled) == len(before.labeled)
-        assert record["annotations"] == before.labeled[0]["annotations"]
-        assert os.path.samefile(record["file_name"], before.labeled[0]["file_name"])
+        assert len(sets.labeled) == 4
+        assert [a["bbox"] for a in record["annotations"]] == [
+            a["bbox"] for a in written_down if a["image_id"] == 1
+        ]
+        assert os.path.samefile(record["file_name"], project.images / "0000.png")
     else:
         position = next(
             p

@@ -38,16 +38,12 @@ def read_rgb(file_name: str) -> np.ndarray:
     """
     # Whatever a damaged file makes the decoder raise.
     with naming(file_name, Exception), PathManager.open(file_name, "rb") as file:
-        image = Image.open(file, formats=FORMATS)
-        sixteen_bits = _has_sixteen_bits(image)
-        if image.mode in ("I", "F") and not sixteen_bits:
-            raise ValueError(
-                f"pixels of mode {image.mode} (32 bits) do not say how bright white is"
-            )
-        image = _apply_exif_orientation(image)
-        if sixteen_bits:
-            # Converting would turn everything above 255 to white.
+        stored = Image.open(file, formats=FORMATS)
+        image: Image.Image = _apply_exif_orientation(stored)
+        if _has_sixteen_bits(stored):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif stored.mode in ("I", "F"):
+            raise ValueError("with 32 bits for a pixel it is not known how bright white is")
         return convert_PIL_to_numpy(image, "RGB")
 
 

@@ -195,6 +195,7 @@ class SemiSupervisedTrainer(TrainerBase):
         )
         skipped = [message for e in everyone for message in e["skipped"]]
         self.unreadable.update(skipped, read=len(everyone) * len(batch.unlabeled))
+        self.storage.put_scalar("data/unreadable", self.unreadable.files, smoothing_hint=False)
         if not all(math.isfinite(e["values"][name]) for e in everyone for name in result.losses):
             raise FloatingPointError(
                 f"a loss became infinite or NaN in iteration {self.iter}; no weight was changed. "
@@ -205,7 +206,6 @@ class SemiSupervisedTrainer(TrainerBase):
             averages[HIGHEST_SCORE] = max(e["values"][HIGHEST_SCORE] for e in everyone)
         total = sum(averages[name] for name in result.losses)
         known = {name: value for name, value in averages.items() if not math.isnan(value)}
-        known["data/unreadable"] = self.unreadable.files
         slowest = max(e["data_time"] for e in everyone)
         self.storage.put_scalars(data_time=slowest, total_loss=total, **known)
 

@@ -1,0 +1,96 @@
+"""A config file from somebody else cannot run anything."""
+
+import os
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg
+
+from locreweight.config import load_config
+from locreweight.errors import UsageError
+
+ATTACKS = {
+    "a call": "SEED: !!python/object/apply:os.mkdir ['{target}']",
+    "a call by its name": "SEED: !!python/object/apply:os.system ['mkdir {target}']",
+    "a new object": "SEED: !!python/object/new:os.mkdir ['{target}']",
+    "a process": "SEED: !!python/object/apply:subprocess.call [[mkdir, '{target}']]",
+    "text that is evaluated": (
+        "SEED: !!python/object/apply:builtins.eval [\"__import__('os').mkdir('{target}')\"]"
+    ),
+    "as a key": "? !!python/object/apply:os.mkdir ['{target}']\n: 1",
+    "at the top": "!!python/object/apply:os.mkdir ['{target}']",
+    "behind an alias": "A: &a !!python/object/apply:os.mkdir ['{target}']\nSEED: *a",
+    "in a list": "DATASETS:\n  TRAIN:\n  - !!python/object/apply:os.mkdir ['{target}']",
+}
+# How a file may be reached from the one that is given.
+BASES = {
+    "itself": None,
+    "base": "_BASE_: attack.yaml",
+    "one of several bases": "_BASE_: [fine.yaml, attack.yaml]",
+    "base of a base": "_BASE_: between.yaml",
+}
+
+
+def write(folder, attack):
+    """The attack, and the files that lead to it; what it would make if it were run."""
+    target = folder / "ran"
+    (folder / "attack.yaml").write_text(attack.format(target=target))
+    (folder / "fine.yaml").write_text("SEED: 3")
+    (folder / "between.yaml").write_text("_BASE_: attack.yaml\nSEED: 3")
+    return target
+
+
+@pytest.mark.parametrize("way", BASES)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_runs(tmp_path, attack, way):
+    target = write(tmp_path, ATTACKS[attack])
+    file = tmp_path / "attack.yaml"
+    if BASES[way]:
+        file = tmp_path / "given.yaml"
+        file.write_text(f"{BASES[way]}\nSEED: 3")
+    with pytest.raises(UsageError, match=r"cannot read the config file .*\.yaml") as caught:
+        load_config(str(file), [])
+    assert not target.exists()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("attack", ["a call", "a new object", "a process", "behind an alias"])
+def test_the_attacks_are_real(tmp_path, attack):
+    """Detectron2 alone runs them, as it says itself."""
+    target = write(tmp_path, ATTACKS[attack])
+    with pytest.raises(Exception):  # noqa: B017  (what a folder that was made is no value for)
+        get_cfg().merge_from_file(str(tmp_path / "attack.yaml"))
+        raise ValueError("it ran and was a value")
+    assert target.exists()
+
+
+def test_values_on_the_command_line_are_not_run_either(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in ("__import__('os').mkdir('ran')", "!!python/object/apply:os.mkdir ['ran']"):
+        with pytest.raises(UsageError):
+            load_config("", ["SEED", value])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"_BASE_: given.yaml", "recursion"),
+        (b"_BASE_: [given.yaml]", "recursion"),
+        (b"SEED: \xff\xfe", "can't decode|not accepted|invalid"),
+        (b"SEED: \x00", "special characters are not allowed"),
+        (b"SEED: " + b"[" * 5000, "recursion"),
+        (b"1: 2", "given.yaml"),
+        (b"_BASE_: 3", "given.yaml"),
+        (b"_BASE_: .", "given.yaml"),
+        (b"3", "given.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, text, words):
+    file = tmp_path / "given.yaml"
+    file.write_bytes(text)
+    with pytest.raises(UsageError, match=words) as caught:
+        load_config(str(file), [])
+    assert "\n" not in str(caught.value)
