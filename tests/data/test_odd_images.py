@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from locreweight.data import image_checks
 from locreweight.data.streams import Position, Stream
 from locreweight.errors import UsageError
 from tests.odd_images import BROKEN, SOUND
@@ -71,7 +72,7 @@ def test_a_sound_image_without_labels(project, case):
     project.set("DATASETS.UNLABELED", [f"folder:{folder}"])
     _, dataset = project.read()
     sample = dataset[Position(Stream.UNLABELED, 0)]
-    assert (os.path.basename(sample.file_name), sample.skipped) == (name, ())
+    assert (os.path.basename(sample.file_name), sample.unread) == (name, ())
     assert_shows(sample.weak.image, expected, tolerance)
     assert sample.weak.matrix.tolist() == np.eye(3).tolist()
 
@@ -126,7 +127,7 @@ def test_a_broken_unlabeled_image_is_skipped_with_its_name(project, case, monkey
     sets, dataset = project.read()
     samples = [dataset[Position(Stream.UNLABELED, i)] for i in range(len(sets.unlabeled))]
     assert name not in {os.path.basename(sample.file_name) for sample in samples}
-    skipped = {message for sample in samples for message in sample.skipped}
+    skipped = {message for sample in samples for message in sample.unread}
     assert len(skipped) == 1
     assert str(project.unlabeled / name) in skipped.pop()
     assert not (project.folder / "OUT").exists()
@@ -147,6 +148,14 @@ def test_many_broken_images_are_counted_and_some_named(tmp_path):
     for file in project.images.iterdir():
         file.write_bytes(b"")
     with pytest.raises(UsageError, match="4 of 6 annotated images cannot be used.*0003.png"):
+        project.read()
+
+
+def test_one_process_of_a_machine_reads_and_all_learn_of_a_fault(project, monkeypatch):
+    monkeypatch.setattr(image_checks.comm, "get_local_rank", lambda: 1)
+    monkeypatch.setattr(image_checks.comm, "all_gather", lambda mine: [["a.png (broken)"], mine])
+    monkeypatch.setattr(image_checks, "read_rgb", lambda _: pytest.fail("it was read"))
+    with pytest.raises(UsageError, match=r"1 of 2 annotated .*: a\.png \(broken\)"):
         project.read()
 
 
@@ -196,7 +205,7 @@ class TestNoFile:
         NO_FILES[name](project.unlabeled / f"{name}.png")
         sets, dataset = project.read()
         samples = [dataset[Position(Stream.UNLABELED, i)] for i in range(len(sets.unlabeled))]
-        assert any(f"{name}.png" in message for s in samples for message in s.skipped)
+        assert any(f"{name}.png" in message for s in samples for message in s.unread)
 
     @pytest.mark.parametrize("name", ["pipe", "folder"])
     def test_pipes_and_folders_are_no_unlabeled_images(self, project, name):

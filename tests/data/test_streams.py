@@ -298,8 +298,8 @@ class TestUnreadable:
         assert first.file_name != str(broken)
         assert first.file_name in {r["file_name"] for r in records[3:]}
         assert content(first) == content(second)
-        assert {str(broken) in message for message in first.skipped} == {True}
-        assert first.skipped == second.skipped
+        assert {str(broken) in message for message in first.unread} == {True}
+        assert first.unread == second.unread
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_so_are_all_batches_with_it(self, folder, num_workers):
@@ -310,7 +310,7 @@ class TestUnreadable:
         assert [len(batch.unlabeled) for batch in made] == [4] * 3
         assert missing["file_name"] not in {n for batch in made for n in batch.file_names}
         # Twelve samples of seven images, of which one is missing.
-        skipped = [message for batch in made for message in batch.skipped]
+        skipped = [message for batch in made for message in batch.unread]
         assert skipped
         assert all(missing["file_name"] in message for message in skipped)
 

@@ -9,7 +9,12 @@ from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc
 
 from locreweight.config import load_config
 from locreweight.data.splits import split_indices
-from locreweight.data.training_sets import load_training_sets, register_datasets
+from locreweight.data.training_sets import (
+    TrainingSets,
+    load_training_sets,
+    register_datasets,
+)
+from locreweight.errors import UsageError
 
 
 @pytest.fixture
@@ -197,3 +202,35 @@ def test_the_split_does_not_touch_the_generators(coco, folder):
     np.random.seed(3)
     load("DATASETS.LABELED_PERCENT", "50.0", train=[coco[1]], unlabeled=[folder])
     assert np.random.rand() == expected
+
+
+def sets_of(*names):
+    return TrainingSets([{"file_name": name} for name in names], [], [])
+
+
+@pytest.mark.parametrize(
+    ("names", "same"),
+    [
+        (("a/1.png", "a/2.png"), True),
+        (("elsewhere/a/1.png", "b/2.png"), True),
+        (("a/2.png", "a/1.png"), False),
+        (("a/1.png",), False),
+        (("a/1.png", "a/3.png"), False),
+        (("a/1.png", "a/2.png", "a/2.png"), False),
+        (("a/1.png\0a/2.png",), False),
+        (("a/\udcff.png", "a/2.png"), False),
+        ((), False),
+    ],
+)
+def test_a_fingerprint_is_that_of_the_files_in_their_order(names, same):
+    known, other = sets_of("a/1.png", "a/2.png"), sets_of(*names)
+    assert (other.fingerprint == known.fingerprint) == same
+    if same:
+        other.check_same(known.fingerprint, allow_changed=False)
+    else:
+        with pytest.raises(UsageError, match=f"labeled ones were 2 images .*, now {len(names)} "):
+            other.check_same(known.fingerprint, allow_changed=False)
+
+
+def test_a_run_that_noted_no_fingerprint_is_taken_as_it_is():
+    sets_of("a.png").check_same({}, allow_changed=False)

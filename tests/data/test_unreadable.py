@@ -11,10 +11,10 @@ ONE, TWO = "cannot read a.png: it is empty", "cannot read b.png: it is empty"
 
 
 def after(max_share, *iterations):
-    """Iterations are (skipped messages, number of images read)."""
+    """Iterations are (messages of one process, number of images that it read)."""
     images = UnreadableImages(max_share)
-    for skipped, read in iterations:
-        images.update(skipped, read)
+    for messages, read in iterations:
+        images.update([messages], read)
     return images
 
 
@@ -32,13 +32,22 @@ def test_a_share_is_tolerated_and_not_more(share, bad):
     images = after(share, (skipped, 100 - bad))
     assert images.files == 2
     with pytest.raises(UsageError, match=f"{bad + 1} of 101 .*SHARE {share}") as caught:
-        images.update([TWO], 0)
-    assert "b.png" in str(caught.value)
+        images.update([[TWO]], 0)
+    assert "a.png" in str(caught.value)
 
 
 def test_it_is_that_of_all_images_drawn():
     images = after(0.1, ([], 10_000), *[([ONE, TWO], 0)] * 500)
     assert images.files == 2
+
+
+def test_all_processes_count():
+    images = UnreadableImages(0.1)
+    images.update([[ONE], [TWO], [], []], read=4)
+    assert images.files == 2
+    images.update([[]] * 4, read=40)
+    with pytest.raises(UsageError, match="52 of 228 "):
+        images.update([[ONE] * 25, [TWO] * 25, [], []], read=0)
 
 
 def test_a_share_of_nothing_ends_with_the_first():
@@ -62,8 +71,9 @@ def test_every_file_is_named_once(caplog):
 def test_of_thousands_not_all_are_named(caplog):
     messages = [f"cannot read {i}.png" for i in range(3000)]
     with caplog.at_level(logging.WARNING):
-        images = after(1.0, (messages, 0))
-    assert len(caplog.records) == 1000
+        images = after(1.0, (messages, 0), (messages, 0))
+    assert len(caplog.records) == 1001
+    assert "not named" in caplog.records[-1].getMessage()
     assert images.files == 3000
 
 

@@ -83,7 +83,7 @@ def SoftTeacherRecipe(cfg: CfgNode) -> Recipe:
 @RECIPE_REGISTRY.register()
 def StacRecipe(cfg: CfgNode) -> Recipe:
     """As SoftTeacherRecipe, but the weak view is always the same: the image as in testing."""
-    return replace(SoftTeacherRecipe(cfg), weak=build_augmentation(cfg, is_train=False))
+    return replace(SoftTeacherRecipe(cfg), weak=resize_and_flip(cfg, is_train=False))
 
 
 @RECIPE_REGISTRY.register()

@@ -57,9 +57,9 @@ class Batch:
         return [x["file_name"] for x in self.labeled] + [x.file_name for x in self.unlabeled]
 
     @property
-    def skipped(self) -> list[str]:
+    def unread(self) -> list[str]:
         """Of each unlabeled image that was to be in the batch but could not be read: why."""
-        return [message for sample in self.unlabeled for message in sample.skipped]
+        return [message for sample in self.unlabeled for message in sample.unread]
 
 
 class StreamDataset(Dataset):
@@ -102,17 +102,17 @@ class StreamDataset(Dataset):
         return records[int(order[offset])]
 
     def _first_readable(self, position: Position) -> UnlabeledSample:
-        skipped: list[str] = []
-        while len(skipped) < MAX_REPLACEMENTS:
+        unread: list[str] = []
+        while len(unread) < MAX_REPLACEMENTS:
             try:
                 sample = self._mapper.unlabeled(self.record(position))
-                return replace(sample, skipped=tuple(skipped))
+                return replace(sample, unread=tuple(unread))
             except UnreadableImage as error:
-                skipped.append(str(error))
+                unread.append(str(error))
                 other = np.random.randint(len(self._records[position.stream]))
                 position = Position(position.stream, other)
         raise UnreadableImage(
-            f"{MAX_REPLACEMENTS} unlabeled images in a row, at last: {skipped[-1]}"
+            f"{MAX_REPLACEMENTS} unlabeled images in a row, at last: {unread[-1]}"
         )
 
 

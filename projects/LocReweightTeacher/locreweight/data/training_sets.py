@@ -40,7 +40,7 @@ class TrainingSets:
         """
         return {"labeled": _fingerprint(self.labeled), "unlabeled": _fingerprint(self.unlabeled)}
 
-    def check_same(self, fingerprint: dict[str, str], *, allow_changed: bool) -> None:
+    def check_same(self, fingerprint: dict[str, str], allow_changed: bool) -> None:
         """These are the images that a run was trained on before it is resumed.
 
         Args:

@@ -32,34 +32,42 @@ class UnreadableImages:
         self._max_share = max_share
         self._messages: set[str] = set()
         self._drawn = 0
-        self._skipped = 0
+        self._unread = 0
 
     @property
     def files(self) -> int:
         """Number of different files so far."""
         return len(self._messages)
 
-    def update(self, skipped: list[str], read: int) -> None:
-        """Take note of one iteration. All processes have to be told the same.
+    def update(self, unread: list[list[str]], read: int) -> None:
+        """Take note of one iteration. All processes are told the same, and decide alike.
 
         Args:
-            skipped: why images could not be read, a message for each time; it names the file.
-            read: number of unlabeled images that were read.
+            unread: of each process, why images could not be read: a message for each time, which
+                names the file.
+            read: number of unlabeled images that each process read.
 
         Raises:
             UsageError: if too many are unreadable.
         """
-        for message in skipped:
+        messages = [message for of_process in unread for message in of_process]
+        for message in messages:
             if message not in self._messages and self.files < _NAMED:
                 logger.warning("skipped an unlabeled image: %s", message)
             self._messages.add(message)
-        self._skipped += len(skipped)
-        self._drawn += len(skipped) + read
-        too_few = self._drawn < MIN_DRAWN or self.files < 2
-        if self._skipped <= self._max_share * self._drawn or (self._max_share and too_few):
+            if self.files == _NAMED:
+                logger.warning("further unreadable images are counted, but not named")
+        self._unread += len(messages)
+        self._drawn += len(messages) + read * len(unread)
+        if self._tolerated():
             return
         raise UsageError(
-            f"{self._skipped} of {self._drawn} unlabeled images drawn could not be read, which is "
-            f"more than DATASETS.MAX_UNREADABLE_SHARE {self._max_share:g}; the last: "
-            f"{skipped[-1] if skipped else ''}, or raise that share; then go on with --resume"
+            f"{self._unread} of {self._drawn} unlabeled images drawn could not be read, which is "
+            f"more than DATASETS.MAX_UNREADABLE_SHARE {self._max_share:g}. One is: "
+            f"{min(self._messages)}, or raise that share; then go on with --resume, and with "
+            "DATASETS.ALLOW_CHANGED True if files were removed"
         )
+
+    def _tolerated(self) -> bool:
+        too_few = self._drawn < MIN_DRAWN or self.files < 2
+        return self._unread <= self._max_share * self._drawn or (self._max_share > 0 and too_few)

@@ -33,13 +33,13 @@ class UnlabeledSample:
     """The two views of one unlabeled image.
 
     Attributes:
-        skipped: for each image that was drawn before but could not be read, why.
+        unread: for each image that was drawn before but could not be read, why.
     """
 
     file_name: str
     weak: View
     strong: View
-    skipped: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def matrix_of(transforms: T.TransformList, image_size: tuple[int, int]) -> Tensor:

@@ -190,11 +190,8 @@ class SemiSupervisedTrainer(TrainerBase):
         # One transfer from the device for all of them.
         values = torch.stack([v.to(self.device, torch.float32) for v in measured]).tolist()
         mine = dict(zip(names, values, strict=True))
-        everyone = comm.all_gather(
-            {"data_time": data_time, "values": mine, "skipped": batch.skipped}
-        )
-        skipped = [message for e in everyone for message in e["skipped"]]
-        self.unreadable.update(skipped, read=len(everyone) * len(batch.unlabeled))
+        everyone = comm.all_gather({"data_time": data_time, "values": mine, "unread": batch.unread})
+        self.unreadable.update([e["unread"] for e in everyone], read=len(batch.unlabeled))
         self.storage.put_scalar("data/unreadable", self.unreadable.files, smoothing_hint=False)
         if not all(math.isfinite(e["values"][name]) for e in everyone for name in result.losses):
             raise FloatingPointError(
@@ -243,8 +240,7 @@ class SemiSupervisedTrainer(TrainerBase):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        allow_changed = self.cfg.DATASETS.ALLOW_CHANGED
-        self.sets.check_same(state_dict.get("data", {}), allow_changed=allow_changed)
+        self.sets.check_same(state_dict.get("data", {}), self.cfg.DATASETS.ALLOW_CHANGED)
         super().load_state_dict(state_dict)
         self._seed = state_dict["seed"]
         self.optimizer.load_state_dict(state_dict["optimizer"])
