@@ -106,6 +106,11 @@ def class_that_is_a_path(project):
     project.set("DATASETS.CLASS_NAMES", ["cat", "dog", "../owl"])
 
 
+def class_that_is_a_number(project):
+    project.voc()
+    project.set("DATASETS.CLASS_NAMES", [3, 4, 5])
+
+
 def in_test(box):
     def spoil(project):
         edit_json(project.test_json, lambda content: content["annotations"][0].update(bbox=box))
@@ -163,6 +168,7 @@ ERRORS = {
     "name is absolute": (named("/etc/passwd"), OUTSIDE),
     "name is absolute, and right": (named_absolutely, OUTSIDE),
     # annotations
+    "data set is a number": (lambda p: p.set("DATASETS.TRAIN", [7]), "unknown data set 7"),
     "annotation id is a text": (first("annotations", id="1"), f"'id' that {INTEGER}"),
     "image of it is a text": (first("annotations", image_id="1"), f"'image_id' that {INTEGER}"),
     "class of it is a text": (first("annotations", category_id="cat"), f"_id' that {INTEGER}"),
@@ -209,7 +215,8 @@ ERRORS = {
     "voc: size of zero": (voc_text("<width>64", "<width>0"), r"0001\.xml is broken: .*0 x 64"),
     "voc: fraction for a size": (voc_text("<width>64", "<width>64.5"), r"0001\.xml is broken"),
     "voc: NaN": (voc_text("<xmin>", "<xmin>nan</xmin><xmin>"), r"0001\.jpg.*DROP_BAD_BOXES True"),
-    "voc: class is a path": (class_that_is_a_path, "'../owl', which must not contain '/'"),
+    "voc: class is a number": (class_that_is_a_number, "CLASS_NAMES holds 3, no text"),
+    "voc: class is a path": (class_that_is_a_path, "'../owl', no text without '/'"),
 }
 
 

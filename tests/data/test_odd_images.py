@@ -4,8 +4,10 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from locreweight.data import image_checks
+from locreweight.data.images import UnreadableImage
 from locreweight.data.streams import Position, Stream
 from locreweight.errors import UsageError
 from tests.odd_images import BROKEN, SOUND
@@ -131,6 +133,27 @@ def test_a_broken_unlabeled_image_is_skipped_with_its_name(project, case, monkey
     assert len(skipped) == 1
     assert str(project.unlabeled / name) in skipped.pop()
     assert not (project.folder / "OUT").exists()
+
+
+@pytest.mark.parametrize(("limit", "read"), [(1300, True), (1200, True), (1199, False)])
+def test_images_of_twice_pillows_limit_are_read_and_larger_ones_refused(
+    project, monkeypatch, limit, read
+):
+    """The image has 2400 pixels. From the limit to twice as many Pillow alone warns."""
+    folder = project.folder / "alone"
+    folder.mkdir()
+    SOUND["grey"][1](folder / "a.png")
+    project.set("DATASETS.UNLABELED", [f"folder:{folder}"])
+    project.set("DATASETS.CHECK_IMAGES", False)  # the others are larger
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", limit)
+    _, dataset = project.read()
+    expected = (
+        pytest.warns(Image.DecompressionBombWarning)
+        if read
+        else pytest.raises(UnreadableImage, match=r"a\.png: DecompressionBombError")
+    )
+    with expected:
+        dataset[Position(Stream.UNLABELED, 0)]
 
 
 @pytest.mark.parametrize("role", ["labeled", "test"])

@@ -41,6 +41,8 @@ def _problem(json_file: str, image_folder: str, allow_outside: bool) -> str | No
     """What is wrong in the file; Detectron2's reader would trip over it, or go on in silence."""
     try:
         content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     except RecursionError:
         return "it is nested too deeply"
     except ValueError as error:

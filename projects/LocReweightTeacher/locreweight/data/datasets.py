@@ -44,7 +44,7 @@ def register(
         UsageError: for an unknown name, a missing file or folder, a class name that is a path.
     """
     for name in names:
-        kind, _, rest = name.partition(":")
+        kind, _, rest = str(name).partition(":")
         if name in DatasetCatalog.list():
             continue
         if kind == "coco":
@@ -123,10 +123,10 @@ def _register_coco(name: str, json_file: str, image_folder: str, allow_outside: 
 def _register_voc(
     name: str, folder: str, split: str, class_names: list[str], allow_outside: bool
 ) -> None:
-    paths = [class_name for class_name in class_names if os.sep in class_name]
-    if paths:
-        # Detectron2's evaluator writes a file of that name.
-        raise UsageError(f"DATASETS.CLASS_NAMES holds {paths[0]!r}, which must not contain '/'")
+    for class_name in class_names:
+        if not isinstance(class_name, str) or os.sep in class_name:
+            # Detectron2's evaluator writes a file of that name.
+            raise UsageError(f"DATASETS.CLASS_NAMES holds {class_name!r}, no text without '/'")
     _need_folder(folder, name)
     _need_file(os.path.join(folder, "ImageSets", "Main", f"{split}.txt"), name)
     load = partial(load_voc, folder, split, class_names, allow_outside=allow_outside)
