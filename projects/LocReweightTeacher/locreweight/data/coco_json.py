@@ -12,6 +12,7 @@ from detectron2.data.datasets import load_coco_json
 
 from ..errors import UsageError
 from .file_names import check_inside
+from .images import one_line
 
 
 def load_coco(
@@ -28,17 +29,18 @@ def load_coco(
     Raises:
         UsageError: if the file is not COCO json; says what is wrong with it.
     """
+    wrong = f"{json_file} is not a COCO annotation file: "
     problem = _problem(json_file, image_folder, allow_outside)
-    if problem is None:
-        try:
-            return load_coco_json(json_file, image_folder, name)
-        except Exception as error:  # what was overlooked, such as in polygons that nobody asks for
-            problem = f"{type(error).__name__}: {error}"
-    raise UsageError(f"{json_file} is not a COCO annotation file: {problem}")
+    if problem:
+        raise UsageError(wrong + problem)
+    try:
+        return load_coco_json(json_file, image_folder, name)
+    except Exception as error:  # what was overlooked, such as in polygons that nobody asks for
+        raise UsageError(wrong + one_line(error)) from error
 
 
-def _problem(json_file: str, image_folder: str, allow_outside: bool) -> str | None:
-    """What is wrong in the file; Detectron2's reader would trip over it, or go on in silence."""
+def _problem(json_file: str, image_folder: str, allow_outside: bool) -> str:
+    """What Detectron2's reader would trip over, or pass over in silence; empty if nothing."""
     try:
         content = json.loads(Path(json_file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -69,7 +71,7 @@ def _problem(json_file: str, image_folder: str, allow_outside: bool) -> str | No
             return f"category_id={entry['category_id']} of an annotation is in no category"
     for entry in content["images"]:
         check_inside(entry["file_name"], json_file, image_folder, allow_outside=allow_outside)
-    return None
+    return ""
 
 
 def _problem_of_entry(entry: Any, fields: dict[str, tuple[str, Callable[[Any], bool]]]) -> str:
