@@ -72,7 +72,7 @@ def test_it_resumes(arguments, folder):
     done = run(*arguments("--resume", **{"SOLVER.MAX_ITER": 5}))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed after iteration 2" in done.stdout
-    assert metrics_of(folder)[-2]["iteration"] == 4
+    assert metrics_of(folder)[-1]["iteration"] == 4
 
 
 def test_it_evaluates_the_teacher_of_its_output(arguments, folder):

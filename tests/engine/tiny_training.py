@@ -119,10 +119,7 @@ def same(first: dict, second: dict) -> bool:
 
 
 class Recorder(HookBase):
-    """What went in and what came out of each iteration.
-
-    Draws of anchors and proposals follow from the iteration, so that two runs can be compared.
-    """
+    """What went in and what came out of each iteration."""
 
     def __init__(self) -> None:
         self.students, self.teachers, self.images, self.rates = [], [], [], []
@@ -138,7 +135,6 @@ class Recorder(HookBase):
         self.trainer.student.register_forward_pre_hook(note)
 
     def before_step(self) -> None:
-        torch.manual_seed(self.trainer.iter)
         self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:

@@ -31,14 +31,6 @@ SETTINGS = {
 WITHOUT_LABELS = 1  # rank
 
 
-class RecorderByRank(Recorder):
-    """The processes draw differently, as in a real run."""
-
-    def before_step(self) -> None:
-        super().before_step()
-        torch.manual_seed(100 * self.trainer.iter + comm.get_rank())
-
-
 def train(datasets: dict, folder: Path) -> None:
     """Train, write what this process has in the end, then evaluate on a set that is solved."""
     rank = comm.get_rank()
@@ -51,7 +43,7 @@ def train(datasets: dict, folder: Path) -> None:
     if rank == WITHOUT_LABELS:
         blind = replace(trainer.settings.strategy, choose_pseudo_labels=AboveThreshold(1.0))
         trainer.settings = replace(trainer.settings, strategy=blind)
-    recorder = RecorderByRank()
+    recorder = Recorder()
     trainer.register_hooks([recorder])
     mine = {}
 
