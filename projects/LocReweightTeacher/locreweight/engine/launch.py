@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
 from ..errors import UsageError
-from .preemption import EXIT_CODE, STOP, Stopped, handling_signals
+from .preemption import EXIT_CODE, STOP, Stopped, handle_signals
 
 logger = logging.getLogger(__name__)
 
@@ -55,47 +54,45 @@ def launch(main: Main, args: argparse.Namespace) -> None:
     if distributed.is_torchelastic_launched():
         _run(_as_one_of_torchruns, (main, args, timeout))
         return
-    starts_others = args.num_gpus * args.num_machines > 1
-    with handling_signals(_pass_on) if starts_others else contextlib.nullcontext():
-        try:
-            launch_processes(
-                _run,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, (args,)),
-                timeout=timeout,
-            )
-        except ProcessExitedException as error:
-            # One of several processes: it has said why, unless a signal ended it.
-            if STOP.received and error.signal_name:
-                raise Stopped from error
-            if error.signal_name:
-                raise
-            sys.exit(error.exit_code)
+    if args.num_gpus * args.num_machines > 1:
+        handle_signals(_pass_on)
+    try:
+        launch_processes(
+            _run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, (args,)),
+            timeout=timeout,
+        )
+    except ProcessExitedException as error:
+        # One of several processes: it has said why, unless a signal ended it.
+        if STOP.received and error.signal_name:
+            raise Stopped from error
+        if error.signal_name:
+            raise
+        sys.exit(error.exit_code)
 
 
 def _run(main: Callable[..., object], arguments: tuple) -> None:
     """One process of the run."""
-    with STOP.listening():
-        try:
-            main(*arguments)
-        except UsageError as error:
-            # From a loader's worker the message comes with its traceback, of which it is the end.
-            last_line = str(error).strip().splitlines()[-1]
-            sys.exit(
-                "error: " + last_line.removeprefix("locreweight.data.mapper.UnreadableImage: ")
-            )
-        except Stopped:
-            logger.warning("stopped by a signal, exit code %d: go on with --resume", EXIT_CODE)
+    STOP.listen()
+    try:
+        main(*arguments)
+    except UsageError as error:
+        # From a loader's worker the message comes with its traceback, of which it is the end.
+        last_line = str(error).strip().splitlines()[-1]
+        sys.exit("error: " + last_line.removeprefix("locreweight.data.mapper.UnreadableImage: "))
+    except Stopped:
+        logger.warning("stopped by a signal, exit code %d: go on with --resume", EXIT_CODE)
+        raise
+    except Exception as error:
+        if not STOP.received:
             raise
-        except Exception as error:
-            if not STOP.received:
-                raise
-            # The same signal has ended what this process depends on: a worker, another process.
-            logger.warning("stopped by a signal, before anything could be saved: %s", error)
-            raise Stopped from error
+        # The same signal has ended what this process depends on: a worker, another process.
+        logger.warning("stopped by a signal, before anything could be saved: %s", error)
+        raise Stopped from error
 
 
 def _as_one_of_torchruns(main: Main, args: argparse.Namespace, timeout: timedelta) -> None:

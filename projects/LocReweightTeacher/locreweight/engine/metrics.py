@@ -42,7 +42,7 @@ class ResumableWriter(PeriodicWriter):
         """
         super().__init__([], PERIOD)
         self.takes_back = False
-        self._folder = folder
+        self._folder = Path(folder)
         self._history: History = {}
         self._written = -1  # the last iteration of which something is in metrics.json
 
@@ -54,13 +54,14 @@ class ResumableWriter(PeriodicWriter):
             self._writers = self._build_writers()
 
     def _build_writers(self) -> list[EventWriter]:
-        file = os.path.join(self._folder, "metrics.json")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / "metrics.json"
         purge = {}
         if self.takes_back:
-            cut_after(Path(file), self._written)
+            cut_after(file, self._written)
             purge = {"purge_step": self._written + 1}
-        self._json_writer = JSONWriter(file)
-        tensorboard = TensorboardXWriter(self._folder, **purge)
+        self._json_writer = JSONWriter(str(file))
+        tensorboard = TensorboardXWriter(str(self._folder), **purge)
         # There is no other way to tell them what has been written before.
         self._json_writer._last_write = tensorboard._last_write = self._written
         printers = [CommonMetricPrinter(self.trainer.max_iter), PseudoLabelPrinter()]

@@ -42,11 +42,9 @@ class StopRequest:
         if self._asked_at is None:
             self._asked_at = time.monotonic()
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listens to the signals; a first one ends the process unless :meth:`held`."""
-        with handling_signals(self._on_signal):
-            yield
+    def listen(self) -> None:
+        """From now on; a first signal ends the process unless :meth:`held`."""
+        handle_signals(self._on_signal)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -83,15 +81,10 @@ class StopRequest:
 STOP = StopRequest()
 
 
-@contextlib.contextmanager
-def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Has :data:`SIGNALS` handled by a function; to be entered in the main thread."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Has :data:`SIGNALS` handled by a function; to be called in the main thread."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
 
 
 def leave_signals_to_trainer(worker: int) -> None:

@@ -75,8 +75,8 @@ class SkippedSteps:
         if self._in_a_row >= self._most:
             raise UsageError(
                 f"{self._in_a_row} steps in a row were left out, the last because {problem}; their "
-                f"images and losses are in {self.file}. If the images are not at fault, lower "
-                "SOLVER.BASE_LR or turn on SOLVER.CLIP_GRADIENTS, and go on with --resume"
+                f"images and losses are in {self.file}. If the images are not at fault the "
+                "weights are: lower SOLVER.BASE_LR or turn on SOLVER.CLIP_GRADIENTS, and start anew"
             )
 
     def end_of_row(self) -> None:
