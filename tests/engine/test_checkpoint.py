@@ -23,7 +23,7 @@ from tests.engine.tiny_training import (
     copy_of,
     found_as_truth,
     image_tensor,
-    process_of_its_own,
+    logging_of_its_own,
     same,
     training_config,
 )
@@ -121,10 +121,10 @@ def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_p
         ],
     }
     (tmp_path / "config.yaml").write_text(trained.cfg.dump())
-    args = train_net.default_argument_parser().parse_args(
+    args = train_net.argument_parser().parse_args(
         ["--config-file", str(tmp_path / "config.yaml"), "--eval-only", *as_options(settings)]
     )
-    with process_of_its_own():
+    with logging_of_its_own():
         average_precision = train_net.main(args)["bbox"]["AP"]
     assert average_precision < 50 if swapped else average_precision == pytest.approx(100)
     assert "evaluating the teacher" in (tmp_path / "log.txt").read_text()

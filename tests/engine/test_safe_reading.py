@@ -17,7 +17,7 @@ from locreweight.engine import load_for_evaluation
 from locreweight.engine.checkpoint import TeacherCheckpointer
 from locreweight.engine.safe_reading import read_weights
 from locreweight.errors import UsageError
-from tests.engine.tiny_training import build_trainer, process_of_its_own, training_config
+from tests.engine.tiny_training import build_trainer, logging_of_its_own, training_config
 from tests.modeling.tiny_model import as_options, plain_config, tiny_config, tiny_model
 from tests.tiny_data import make_folder
 
@@ -121,10 +121,10 @@ def test_the_command_line_runs_nothing(datasets, tmp_path, hostile, marker, flag
     }
     cfg = training_config(datasets, tmp_path / "output", settings)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    args = train_net.default_argument_parser().parse_args(
+    args = train_net.argument_parser().parse_args(
         ["--config-file", str(tmp_path / "config.yaml"), *flags]
     )
-    with process_of_its_own(), pytest.raises(UsageError, match=r"posix\.system"):
+    with logging_of_its_own(), pytest.raises(UsageError, match=r"posix\.system"):
         train_net.main(args)
     assert not marker.exists()
 

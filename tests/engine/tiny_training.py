@@ -97,8 +97,8 @@ def build_trainer(cfg, resume: bool = False) -> SemiSupervisedTrainer:
 
 
 @contextmanager
-def process_of_its_own() -> Iterator[None]:
-    """Undoes what the command line does to loggers and signals, for good and the whole process."""
+def logging_of_its_own() -> Iterator[None]:
+    """Undoes what the command line does, for good, to the loggers and signals of a process."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "locreweight")]
     before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
     handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}

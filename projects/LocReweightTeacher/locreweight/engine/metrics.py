@@ -18,6 +18,8 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
+from .writers import LenientWriter
+
 logger = logging.getLogger(__name__)
 
 PERIOD = 20  # iterations from one line to the next
@@ -65,7 +67,12 @@ class ResumableWriter(PeriodicWriter):
         # There is no other way to tell them what has been written before.
         self._json_writer._last_write = tensorboard._last_write = self._written
         printers = [CommonMetricPrinter(self.trainer.max_iter), PseudoLabelPrinter()]
-        return [*printers, self._json_writer, tensorboard]
+        return [LenientWriter(w) for w in (*printers, self._json_writer, tensorboard)]
+
+    def after_train(self) -> None:
+        """Writes nothing more, unlike Detectron2's: after a stop it is the resumed run's affair."""
+        for writer in self._writers:
+            writer.close()
 
     def state_dict(self) -> dict:
         return {"written": self._json_writer._last_write, "history": recent(self.trainer.storage)}
@@ -115,6 +122,7 @@ def cut_after(file: Path, iteration: int) -> None:
 
 
 def _is_after(line: bytes, iteration: int) -> bool:
-    if not line.endswith(b"\n"):
+    try:
+        return not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration
+    except ValueError:  # half of a line: the disk was full
         return True
-    return json.loads(line)["iteration"] > iteration

@@ -62,22 +62,28 @@ class SkippedSteps:
             self.file,
         )
         if comm.is_main_process():
-            with self.file.open("a") as file:
-                for rank, report in enumerate(reports):
-                    line = {
-                        "iteration": iteration,
-                        "process": rank,
-                        "problem": problem,
-                        "losses": {name: _strict(x) for name, x in report.losses.items()},
-                        "images": report.images,
-                    }
-                    file.write(json.dumps(line) + "\n")
+            try:
+                self._write(iteration, problem, reports)
+            except OSError as error:
+                logger.error("cannot write %s: %s. Training goes on", self.file, error)
         if self._in_a_row >= self._most:
             raise UsageError(
                 f"{self._in_a_row} steps in a row were left out, the last because {problem}; their "
                 f"images and losses are in {self.file}. If the images are not at fault the "
                 "weights are: lower SOLVER.BASE_LR or turn on SOLVER.CLIP_GRADIENTS, and start anew"
             )
+
+    def _write(self, iteration: int, problem: str, reports: list[StepReport]) -> None:
+        with self.file.open("a") as file:
+            for rank, report in enumerate(reports):
+                line = {
+                    "iteration": iteration,
+                    "process": rank,
+                    "problem": problem,
+                    "losses": {name: _strict(x) for name, x in report.losses.items()},
+                    "images": report.images,
+                }
+                file.write(json.dumps(line) + "\n")
 
     def end_of_row(self) -> None:
         """A step was not left out."""
