@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,14 +48,22 @@ TIMES = {"time", "data_time", "eta_seconds"}
 # -- one process -----------------------------------------------------------------------------------
 
 
-def start(folder: Path, datasets: dict, settings: dict, launcher: list[str] | None = None):
-    """A process that begins, or goes on with, the run in a folder; its own process group."""
+def start(
+    folder: Path, datasets: dict, settings: dict, launcher: Sequence[str] = (), *flags: str
+) -> subprocess.Popen:
+    """A process that begins, or goes on with, the run in a folder; its own process group.
+
+    Args:
+        folder: of the run.
+        datasets, settings: config keys and values.
+        launcher: what is to start the script, after ``python``.
+        flags: of the command line.
+    """
     options = TINY | TRAINING | datasets | SETTINGS | {"OUTPUT_DIR": folder} | settings
-    launcher = launcher or [sys.executable]
-    base = ROOT / "configs/Base-LocReweight.yaml"
+    config = ["--config-file", str(ROOT / "configs/Base-LocReweight.yaml"), *as_options(options)]
     with open(folder / "output.txt", "a") as output:
         return subprocess.Popen(
-            [*launcher, "train_net.py", "--resume", "--config-file", base, *as_options(options)],
+            [sys.executable, *launcher, "train_net.py", "--resume", *flags, *config],
             cwd=ROOT,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdout=output,
