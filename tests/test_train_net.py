@@ -83,19 +83,6 @@ def test_it_evaluates_the_teacher_of_its_output(arguments, folder):
     assert "copypaste: AP,AP50,AP75" in done.stdout
 
 
-def test_it_runs_in_two_processes(arguments, tmp_path):
-    """Over GLOO, with batch norm; each message comes once."""
-    changed = {"OUTPUT_DIR": tmp_path, "MODEL.RESNETS.NORM": "BN"}
-    done = run(*arguments("--num-gpus", "2", "--dist-url", "auto", **changed))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Effective values on 2 process(es)") == 1
-    text = (tmp_path / "log.txt").read_text()
-    assert text.count("2 labeled + 2 unlabeled images an iteration (1 + 1 each)") == 1
-    (results,) = [line for line in metrics_of(tmp_path) if "bbox/AP" in line]
-    assert "student/bbox/AP" in results
-    assert (tmp_path / "model_final.pth").exists()
-
-
 # --- what the user has to put right ---------------------------------------------------------------
 
 

@@ -77,6 +77,7 @@ def test_a_process_that_is_killed_loses_nothing(run, datasets, tmp_path):
 
 SMALL = {
     "SOLVER.MAX_ITER": 40,
+    "SOLVER.STEPS": (25,),
     "SOLVER.CHECKPOINT_PERIOD": 5,
     "SEMI.BURN_IN_ITERS": 10,
     "TEST.EVAL_PERIOD": 0,
@@ -89,11 +90,16 @@ def test_two_processes_are_stopped_and_killed_and_lose_nothing(run, datasets, tm
     whole.mkdir()
     reference = soak.start(whole, datasets, SMALL, *LAUNCHED)
     assert reference.wait() == 0, output_of(whole)[-2000:]
+    # Each message comes once.
+    text = (whole / "log.txt").read_text()
+    assert text.count("Effective values on 2 process(es)") == 1
+    assert text.count("2 labeled + 2 unlabeled images an iteration (1 + 1 each)") == 1
+    (results,) = [line for line in soak.metrics_of(whole) if "bbox/AP" in line]
+    assert "student/bbox/AP" in results
 
     # One is killed: the other ends as well, and so does what started them.
     launcher = run(*LAUNCHED, "--timeout", "60", **SMALL)
-    assert soak.wait_for(launcher, soak.said(tmp_path, "Starting training"))
-    assert soak.wait_for(launcher, soak.writing(tmp_path))
+    assert soak.wait_for(launcher, soak.said(tmp_path, f"saved {tmp_path}"))
     first, second = processes_of(launcher)
     os.kill(second, signal.SIGKILL)
     assert launcher.wait(timeout=120) not in (0, soak.EXIT_CODE)
@@ -101,7 +107,7 @@ def test_two_processes_are_stopped_and_killed_and_lose_nothing(run, datasets, tm
     soak.check_files(tmp_path)
 
     # One is asked to stop: both do.
-    launcher, resumed = run(*TORCHRUN, **SMALL), soak.said(tmp_path, "Starting training")
+    launcher, resumed = run(*TORCHRUN, **SMALL), soak.said(tmp_path, f"saved {tmp_path}")
     assert soak.wait_for(launcher, resumed)
     os.kill(processes_of(launcher)[1], signal.SIGUSR1)
     assert launcher.wait(timeout=120) != 0
@@ -109,7 +115,7 @@ def test_two_processes_are_stopped_and_killed_and_lose_nothing(run, datasets, tm
     assert (tmp_path / "last_checkpoint").read_text() == "model_resume.pth"
 
     # What started them is asked: they do, and it says so.
-    launcher, resumed = run(*LAUNCHED, **SMALL), soak.said(tmp_path, "Starting training")
+    launcher, resumed = run(*LAUNCHED, **SMALL), soak.said(tmp_path, f"saved {tmp_path}")
     assert soak.wait_for(launcher, resumed)
     os.kill(launcher.pid, signal.SIGTERM)
     assert launcher.wait(timeout=120) == soak.EXIT_CODE, output_of(tmp_path)[-2000:]
