@@ -6,6 +6,7 @@ import argparse
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,7 +17,10 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 from torch import distributed
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import (  # type: ignore[attr-defined]
+    ProcessExitedException,
+    _prctl_pr_set_pdeathsig,
+)
 
 from ..errors import UsageError
 from .preemption import EXIT_CODE, STOP, Stopped, handle_signals
@@ -98,6 +102,8 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
 def _as_one_of_torchruns(main: Main, args: argparse.Namespace, timeout: timedelta) -> None:
     if args.num_gpus != 1:
         raise UsageError("torchrun decides on the number of processes: leave out --num-gpus")
+    # Should torchrun be killed its processes would train on, beside those that it starts anew.
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
