@@ -6,26 +6,32 @@ The command line is Detectron2's own (``--help`` shows it):
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --resume
     python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
+
+torchrun starts it as well, without ``--num-gpus``. docs/reliability.md: stops and restarts.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import sys
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessExitedException
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.training_sets import register_datasets
-from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
+from locreweight.engine import (
+    SemiSupervisedTrainer,
+    argument_parser,
+    evaluate,
+    launch,
+    load_for_evaluation,
+)
 from locreweight.errors import UsageError
 
 
@@ -56,29 +62,5 @@ def main(args: argparse.Namespace) -> dict:
     return trainer.train()
 
 
-def run(args: argparse.Namespace) -> dict:
-    """:func:`main`, where what the user has to put right ends the process with one line."""
-    try:
-        return main(args)
-    except UsageError as error:
-        # From a loader's worker the message comes with its traceback, of which it is the end.
-        last_line = str(error).strip().splitlines()[-1]
-        sys.exit("error: " + last_line.removeprefix("locreweight.data.images.UnreadableImage: "))
-
-
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:
-        launch(
-            run,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as error:
-        # One of several processes: it has said why, unless a signal ended it.
-        if error.signal_name:
-            raise
-        sys.exit(error.exit_code)
+    launch(main, argument_parser().parse_args())

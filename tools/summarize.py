@@ -45,7 +45,7 @@ def results_of(run: Path) -> list[Result]:
     for line in (run / "metrics.json").read_text().splitlines():
         record = json.loads(line)
         if "bbox/AP" in record:
-            # An evaluation after the last iteration is logged under the number after it.
+            # Iterations are counted from 0; Detectron2's own hooks log the last one as the next.
             evaluations[min(record["iteration"] + 1, end)] = record
     if not evaluations:
         return []

@@ -93,7 +93,7 @@ def test_a_training_that_cannot_keep_its_end_fails_and_can_be_resumed(make_train
 
 def arguments_of(cfg, folder, *flags):
     (folder / "config.yaml").write_text(cfg.dump())
-    return train_net.default_argument_parser().parse_args(
+    return train_net.argument_parser().parse_args(
         ["--config-file", str(folder / "config.yaml"), *flags]
     )
 
@@ -101,7 +101,7 @@ def arguments_of(cfg, folder, *flags):
 def test_the_exit_code_says_that_the_end_was_not_kept(datasets, tmp_path):
     cfg = training_config(datasets, tmp_path, {"SOLVER.MAX_ITER": 1})
     with logging_of_its_own(), full_disk(CHECKPOINT), pytest.raises(SystemExit) as exit_:
-        train_net.run(arguments_of(cfg, tmp_path))
+        train_net.launch(train_net.main, arguments_of(cfg, tmp_path))
     assert exit_.value.code.startswith("error: ")
     assert "model_final.pth could not be saved: File too large" in exit_.value.code
     assert "there is no checkpoint yet" in exit_.value.code
@@ -147,7 +147,9 @@ def test_metrics_that_cannot_be_written_do_not_end_a_training(caplog):
 
 
 def test_every_writer_of_a_training_is_lenient(make_trainer):
-    (writers,) = [h._writers for h in make_trainer()._hooks if hasattr(h, "_writers")]
+    trainer = make_trainer({"SOLVER.MAX_ITER": 1})
+    trainer.train()
+    (writers,) = [h._writers for h in trainer._hooks if hasattr(h, "_writers")]
     assert len(writers) == 4
     assert all(isinstance(writer, LenientWriter) for writer in writers)
 

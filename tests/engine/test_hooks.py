@@ -69,3 +69,24 @@ def test_the_warning_names_the_highest_score_the_threshold_and_the_way_out(warni
         "SEMI.BURN_IN_ITERS",
     ):
         assert part in text
+
+
+def test_a_resumed_run_goes_on_waiting(warnings_of, monkeypatch):
+    """The warning comes as late, and as seldom, as without the stop."""
+    states = []
+
+    class Resumed(PseudoLabelWatch):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            if states:
+                self.load_state_dict(states[-1])
+
+        def after_step(self):
+            super().after_step()
+            states.append(self.state_dict())
+
+    monkeypatch.setattr(f"{__name__}.PseudoLabelWatch", Resumed)
+    assert not warnings_of([0.0] * (PATIENCE - 1), highest=(0.7,))
+    (text,) = warnings_of([0.0], highest=(0.1,))
+    assert "0.700" in text
+    assert not warnings_of([0.0] * 3 * PATIENCE)

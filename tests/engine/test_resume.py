@@ -1,64 +1,88 @@
 """A run that was interrupted goes on as if it had not been."""
 
+import os
 import shutil
+import signal
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
 
+from locreweight.engine import metrics, preemption, resumable
 from locreweight.engine import trainer as trainer_module
+from locreweight.engine.evaluation import evaluate_both
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
+    logging_of_its_own,
     recorded_training,
     same,
     training_config,
 )
+from tests.soak import metrics_of
 
-BURN_IN, MAX_ITER = 3, 6
+BURN_IN, MAX_ITER = 3, 8
 SETTINGS = {
     "SEMI.BURN_IN_ITERS": BURN_IN,
     "SOLVER.MAX_ITER": MAX_ITER,
     "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.KEEP_CHECKPOINTS": 0,
     # The rate changes in every iteration, and jumps in the fifth.
     "SOLVER.WARMUP_ITERS": 4,
     "SOLVER.STEPS": (4,),
+    "TEST.EVAL_PERIOD": 4,
 }
 
 
+@pytest.fixture(autouse=True)
+def _a_line_of_metrics_every_third_iteration(monkeypatch):
+    monkeypatch.setattr(metrics, "PERIOD", 3)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(datasets, tmp_path_factory):
+def settings(datasets):
+    return SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(datasets, settings, tmp_path_factory):
     """The output folder of a whole run, with a checkpoint after each iteration; its record."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    trainer = build_trainer(training_config(datasets, folder, SETTINGS))
-    record = recorded_training(trainer)
-    return folder, record, trainer.optimizer.state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "PERIOD", 3)
+        trainer = build_trainer(training_config(datasets, folder, settings))
+        return folder, recorded_training(trainer), trainer.optimizer.state_dict()
 
 
 @pytest.fixture
 def stopped_after(uninterrupted, tmp_path):
-    """Leaves an output folder as it was after so many iterations."""
+    """Leaves an output folder as it was after so many iterations, or some time later."""
 
     def stop(iterations):
         name = f"model_{iterations - 1:07d}.pth"
         shutil.copy(uninterrupted[0] / name, tmp_path)
+        shutil.copy(uninterrupted[0] / "metrics.json", tmp_path)
         (tmp_path / "last_checkpoint").write_text(name)
 
     return stop
 
 
 STOPS = pytest.mark.parametrize(
-    "iterations", [2, BURN_IN, 5], ids=["in burn-in", "at its end", "after it"]
+    ("iterations", "workers"),
+    [(2, 0), (BURN_IN, 1), (5, 2), (7, 0)],
+    ids=["in burn-in", "at its end", "after it", "before the last iteration"],
 )
 
 
 @STOPS
 def test_a_resumed_run_ends_as_the_uninterrupted_one(
-    uninterrupted, stopped_after, make_trainer, iterations
+    uninterrupted, stopped_after, make_trainer, settings, iterations, workers, tmp_path
 ):
-    _, whole, optimizer = uninterrupted
+    """With any number of loader workers."""
+    folder, whole, optimizer = uninterrupted
     stopped_after(iterations)
-    trainer = make_trainer(SETTINGS, resume=True)
+    trainer = make_trainer(settings | {"DATALOADER.NUM_WORKERS": workers}, resume=True)
     assert trainer.start_iter == iterations
     record = recorded_training(trainer)
     assert trainer.iter == MAX_ITER
@@ -76,14 +100,130 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         for state in (trainer.optimizer.state_dict(), optimizer)
     )
     assert same(momenta, expected)
+    assert metrics_of(tmp_path) == metrics_of(folder)
+    assert sorted(line["iteration"] for line in metrics_of(folder)) == [2, 3, 5, 7]
+
+
+def test_a_hook_that_draws_numbers_changes_nothing(uninterrupted, make_trainer, settings, tmp_path):
+    class Draws(HookBase):
+        def after_step(self):
+            torch.rand(3)
+            np.random.rand(3)
+
+    trainer = make_trainer(settings)
+    trainer.register_hooks([Draws()])
+    assert same(recorded_training(trainer).students[-1], uninterrupted[1].students[-1])
+
+
+# --- stopped by a signal, or in an evaluation -----------------------------------------------------
+
+
+class SignalIn(HookBase):
+    """Sends this process a signal in the middle of an iteration."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.fixture
+def stop_request(monkeypatch):
+    """A new one, which listens."""
+    request = preemption.StopRequest()
+    for module in (resumable, trainer_module):
+        monkeypatch.setattr(module, "STOP", request)
+    with logging_of_its_own():
+        request.listen()
+        yield request
+
+
+@pytest.mark.parametrize("at", [BURN_IN - 1, 3, 5, MAX_ITER - 1])
+def test_a_signal_lets_the_step_end_and_loses_nothing(
+    uninterrupted, make_trainer, settings, stop_request, monkeypatch, tmp_path, at
+):
+    """Also in iterations that are followed by an evaluation (3, 7) or a line of metrics (2, 5)."""
+    settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 3}
+    trainer = make_trainer(settings)
+    trainer.register_hooks([SignalIn(at)])
+    with pytest.raises(preemption.Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 75
+    assert (tmp_path / "last_checkpoint").read_text() == "model_resume.pth"
+    for module in (resumable, trainer_module):
+        monkeypatch.setattr(module, "STOP", preemption.StopRequest())
+    resumed = make_trainer(settings, resume=True)
+    assert resumed.start_iter == at + 1
+    resumed.train()
+    assert_ends_alike(tmp_path, uninterrupted[0])
+    # A file is missing neither of those that are written every third iteration.
+    names = {file.name for file in tmp_path.glob("model_00*")}
+    assert names == {"model_0000002.pth", "model_0000005.pth"}
+
+
+def assert_ends_alike(folder, reference):
+    assert metrics_of(folder) == metrics_of(reference)
+    for name in ("model_final.pth", "model_best.pth"):
+        mine, theirs = (torch.load(f / name, weights_only=True) for f in (folder, reference))
+        assert same(mine["model"], theirs["model"]), name
+        assert same(mine["student"], theirs["student"]), name
+        hooks, expected = (x["trainer"]["hooks"] for x in (mine, theirs))
+        assert hooks["ResumableBestCheckpointer"] == expected["ResumableBestCheckpointer"]
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+@pytest.mark.parametrize("how", [preemption.Stopped, RuntimeError])
+def test_an_evaluation_that_was_stopped_is_done_after_all(
+    uninterrupted, make_trainer, settings, monkeypatch, tmp_path, evaluation, how
+):
+    """The one on the way, and the last one, after which there is nothing left to train."""
+    count = 0
+
+    def stopped(*arguments, **keywords):
+        nonlocal count
+        count += 1
+        if count == evaluation:
+            raise how
+        return evaluate_both(*arguments, **keywords)
+
+    settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 1000}
+    with monkeypatch.context() as patch, pytest.raises(how):
+        patch.setattr(trainer_module, "evaluate_both", stopped)
+        make_trainer(settings).train()
+    resumed = make_trainer(settings, resume=True)
+    assert resumed.start_iter == 4 * evaluation
+    assert not resumed.is_finished
+    assert "bbox/AP" in resumed.train()
+    assert_ends_alike(tmp_path, uninterrupted[0])
+    finished = make_trainer(settings, resume=True)
+    assert finished.is_finished and finished.train() == {}
+
+
+def test_metrics_of_a_run_that_left_no_checkpoint_are_taken_back(
+    uninterrupted, make_trainer, settings, tmp_path
+):
+    shutil.copy(uninterrupted[0] / "metrics.json", tmp_path)
+    make_trainer(settings, resume=True).train()
+    assert metrics_of(tmp_path) == metrics_of(uninterrupted[0])
+
+
+def test_without_resume_earlier_metrics_stay(uninterrupted, make_trainer, settings, tmp_path):
+    shutil.copy(uninterrupted[0] / "metrics.json", tmp_path)
+    make_trainer(settings).train()
+    assert metrics_of(tmp_path) == 2 * metrics_of(uninterrupted[0])
+
+
+# --- what a resumed run begins with ---------------------------------------------------------------
 
 
 def test_resuming_restores_both_models_and_the_optimizer(
-    uninterrupted, stopped_after, make_trainer
+    uninterrupted, stopped_after, make_trainer, settings
 ):
     _, whole, _ = uninterrupted
     stopped_after(5)
-    trainer = make_trainer(SETTINGS, resume=True)
+    trainer = make_trainer(settings, resume=True)
     assert same(copy_of(trainer.student), whole.students[4])
     assert same(copy_of(trainer.teacher), whole.teachers[4])
     assert not same(whole.students[4], whole.teachers[4])
@@ -91,45 +231,46 @@ def test_resuming_restores_both_models_and_the_optimizer(
     assert momenta and all(m.any() for m in momenta[:1])
 
 
-def test_burn_in_is_not_done_again(stopped_after, make_trainer):
+def test_burn_in_is_not_done_again(stopped_after, make_trainer, settings):
     stopped_after(5)
-    trainer = make_trainer(SETTINGS, resume=True)
-    (images,) = recorded_training(trainer).images
-    assert len(images) == 2 + 2
+    trainer = make_trainer(settings, resume=True)
+    assert [len(images) for images in recorded_training(trainer).images] == [2 + 2] * 3
     assert not same(copy_of(trainer.student), copy_of(trainer.teacher))
 
 
-def test_without_resume_a_run_starts_anew(stopped_after, make_trainer):
+def test_without_resume_a_run_starts_anew(stopped_after, make_trainer, settings):
     stopped_after(5)
-    trainer = make_trainer(SETTINGS)
+    trainer = make_trainer(settings)
     assert trainer.start_iter == 0
     assert same(copy_of(trainer.student), copy_of(trainer.teacher))
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning(make_trainer):
-    trainer = make_trainer(SETTINGS, resume=True)
+def test_resume_without_a_checkpoint_starts_from_the_beginning(make_trainer, settings):
+    trainer = make_trainer(settings, resume=True)
     assert trainer.start_iter == 0
 
 
-def test_a_finished_run_has_nothing_left_to_do(stopped_after, make_trainer):
-    stopped_after(6)
-    trainer = make_trainer(SETTINGS, resume=True)
+def test_a_finished_run_has_nothing_left_to_do(stopped_after, make_trainer, settings):
+    stopped_after(MAX_ITER)
+    trainer = make_trainer(settings, resume=True)
     before = copy_of(trainer.student)
     assert trainer.train() == {}
     assert same(copy_of(trainer.student), before)
 
 
-def test_a_training_that_is_stopped_by_an_exception_can_be_resumed(uninterrupted, make_trainer):
+def test_a_training_that_is_stopped_by_an_exception_can_be_resumed(
+    uninterrupted, make_trainer, settings
+):
     class Stop(HookBase):
         def after_step(self):
             if self.trainer.iter == 3:
                 raise KeyboardInterrupt
 
-    trainer = make_trainer(SETTINGS)
+    trainer = make_trainer(settings)
     trainer.register_hooks([Stop()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    resumed = make_trainer(SETTINGS, resume=True)
+    resumed = make_trainer(settings, resume=True)
     assert resumed.start_iter == 4
     assert recorded_training(resumed).images == uninterrupted[1].images[4:]
 

@@ -121,7 +121,7 @@ def test_the_command_line_runs_nothing(datasets, tmp_path, hostile, marker, flag
     }
     cfg = training_config(datasets, tmp_path / "output", settings)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    args = train_net.default_argument_parser().parse_args(
+    args = train_net.argument_parser().parse_args(
         ["--config-file", str(tmp_path / "config.yaml"), *flags]
     )
     with logging_of_its_own(), pytest.raises(UsageError, match=r"posix\.system"):

@@ -1,20 +1,27 @@
 """Training in two processes, over GLOO on the CPU."""
 
+import json
 import math
+import shutil
 from datetime import timedelta
 
 import pytest
 import torch
 from detectron2.engine import launch
 
+from locreweight.engine import evaluate
 from tests.engine import two_processes
 from tests.engine.tiny_training import build_trainer, recorded_training, same, training_config
 
 
 @pytest.fixture(scope="module")
-def ranks(datasets, tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two_processes")
+
+
+@pytest.fixture(scope="module")
+def ranks(datasets, folder):
     """What the two processes had in the end."""
-    folder = tmp_path_factory.mktemp("two_processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         launch(
@@ -35,6 +42,31 @@ def test_both_processes_have_the_same_weights_and_statistics(ranks, model):
     assert same(first, second)
 
 
+@pytest.mark.parametrize("model", ["students", "teachers"])
+def test_both_processes_have_the_same_weights_after_each_step(ranks, model):
+    """One of them with pseudo-labels and the other without, in steps that are left out as well."""
+    first, second = (rank[model] for rank in ranks)
+    assert len(first) == two_processes.SETTINGS["SOLVER.MAX_ITER"]
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    left_out = {two_processes.LOSS_GONE_WRONG[1], two_processes.GRADIENT_GONE_WRONG[1]}
+    for i in range(1, len(first)):
+        assert same(first[i], first[i - 1]) == (i in left_out), i
+
+
+def test_a_step_is_left_out_by_both_processes(ranks, folder):
+    lines = [json.loads(line) for line in (folder / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["process"]) for line in lines] == [
+        (3, 0),
+        (3, 1),
+        (5, 0),
+        (5, 1),
+    ]
+    assert {line["problem"] for line in lines[:2]} == {"loss_cls is nan in process 0"}
+    assert lines[0]["losses"]["loss_cls"] == "nan" and lines[1]["losses"]["loss_cls"] != "nan"
+    assert all("the gradient of" in line["problem"] for line in lines[2:])
+    assert not set(lines[0]["images"]) & set(lines[1]["images"])
+
+
 def test_training_changed_the_models(ranks):
     state = ranks[0]
     assert not same(state["start"], state["student"])
@@ -45,7 +77,7 @@ def test_together_they_see_the_images_of_one_process(ranks, datasets, tmp_path):
     """Each labeled and unlabeled image once, whatever the number of processes."""
     cfg = training_config(datasets, tmp_path, two_processes.SETTINGS)
     alone = recorded_training(build_trainer(cfg)).images
-    assert len(alone) == 4
+    assert len(alone) == two_processes.SETTINGS["SOLVER.MAX_ITER"]
     for whole, *parts in zip(alone, *(rank["images"] for rank in ranks), strict=True):
         assert sorted(whole) == sorted([*parts[0], *parts[1]])
         assert len(parts[0]) == len(parts[1])
@@ -70,3 +102,32 @@ def test_evaluation_gathers_the_detections_of_both_processes(ranks):
     """Three images, two processes: without those of the other no one would reach 100."""
     assert ranks[0]["results"]["bbox"]["AP"] == pytest.approx(100)
     assert not ranks[1]["results"].get("bbox")
+
+
+def test_one_process_draws_the_same_split_and_evaluates_alike(ranks, datasets, folder, tmp_path):
+    """The checkpoint that two wrote; of the student, which is neither all right nor all wrong."""
+    assert ranks[0]["labeled"] == ranks[1]["labeled"]
+    images = datasets["DATASETS.TEST"][0].rpartition(":")[2]
+    solved = {"DATASETS.TEST": [f"coco:{folder / 'solved.json'}:{images}"]}
+    cfg = training_config(datasets, tmp_path, two_processes.SETTINGS | solved)
+    for name in ("model_final.pth", "last_checkpoint"):
+        shutil.copy(folder / name, tmp_path)
+    alone = build_trainer(cfg, resume=True)
+    assert [record["file_name"] for record in alone.sets.labeled] == ranks[0]["labeled"]
+    assert alone.start_iter == two_processes.SETTINGS["SOLVER.MAX_ITER"]
+    results, expected = evaluate(cfg, alone.student), ranks[0]["students_results"]
+    assert 0 < expected["bbox"]["AP"] < 100
+    assert dict(results["bbox"]) == pytest.approx(expected["bbox"], abs=0, nan_ok=True)
+
+
+def test_its_checkpoint_has_the_fields_of_one_process(folder, datasets, tmp_path):
+    settings = two_processes.SETTINGS | {"SOLVER.MAX_ITER": 2}
+    build_trainer(training_config(datasets, tmp_path, settings)).train()
+
+    def fields(value):
+        if not isinstance(value, dict):
+            return type(value)
+        return {key: fields(x) for key, x in value.items() if key != "history"}
+
+    one, two = (torch.load(f / "model_final.pth", weights_only=True) for f in (tmp_path, folder))
+    assert fields(one) == fields(two)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
 
 from locreweight.data.training_sets import register_datasets
-from locreweight.engine import SemiSupervisedTrainer
+from locreweight.engine import SemiSupervisedTrainer, preemption
 from tests.modeling.tiny_model import tiny_config
 from tests.tiny_data import make_coco, make_folder
 
@@ -97,14 +98,17 @@ def build_trainer(cfg, resume: bool = False) -> SemiSupervisedTrainer:
 
 @contextmanager
 def logging_of_its_own() -> Iterator[None]:
-    """Undoes what the command line does to loggers, for good and of the whole process."""
+    """Undoes what the command line does, for good, to the loggers and signals of a process."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "locreweight")]
     before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
+    handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     try:
         yield
     finally:
-        for logger, (propagate, handlers) in zip(loggers, before, strict=True):
-            logger.propagate, logger.handlers = propagate, handlers
+        for logger, (propagate, own) in zip(loggers, before, strict=True):
+            logger.propagate, logger.handlers = propagate, own
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def copy_of(module) -> dict[str, torch.Tensor]:
@@ -119,10 +123,7 @@ def same(first: dict, second: dict) -> bool:
 
 
 class Recorder(HookBase):
-    """What went in and what came out of each iteration.
-
-    Draws of anchors and proposals follow from the iteration, so that two runs can be compared.
-    """
+    """What went in and what came out of each iteration."""
 
     def __init__(self) -> None:
         self.students, self.teachers, self.images, self.rates = [], [], [], []
@@ -138,7 +139,6 @@ class Recorder(HookBase):
         self.trainer.student.register_forward_pre_hook(note)
 
     def before_step(self) -> None:
-        torch.manual_seed(self.trainer.iter)
         self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:

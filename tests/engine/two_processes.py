@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,21 +23,18 @@ from tests.engine.tiny_training import (
 
 SETTINGS = {
     "SEMI.BURN_IN_ITERS": 1,
+    "DATASETS.LABELED_PERCENT": 60.0,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
-    "SOLVER.MAX_ITER": 4,
+    # So slow that the teacher still finds something in the end.
+    "SOLVER.BASE_LR": 0.0001,
+    "SOLVER.MAX_ITER": 10,
     # One of the processes finds no pseudo-label, which must keep neither from going on.
     "SEMI.PSEUDO_LABEL_THRESHOLD": 0.2,
 }
 WITHOUT_LABELS = 1  # rank
-
-
-class RecorderByRank(Recorder):
-    """The processes draw differently, as in a real run."""
-
-    def before_step(self) -> None:
-        super().before_step()
-        torch.manual_seed(100 * self.trainer.iter + comm.get_rank())
+# A loss of one process, and a gradient of the other, are not finite in these iterations.
+LOSS_GONE_WRONG, GRADIENT_GONE_WRONG = (0, 3), (1, 5)  # rank, iteration
 
 
 def train(datasets: dict, folder: Path) -> None:
@@ -51,13 +49,17 @@ def train(datasets: dict, folder: Path) -> None:
     if rank == WITHOUT_LABELS:
         blind = replace(trainer.settings.strategy, choose_pseudo_labels=AboveThreshold(1.0))
         trainer.settings = replace(trainer.settings, strategy=blind)
-    recorder = RecorderByRank()
+    recorder = Recorder()
     trainer.register_hooks([recorder])
     mine = {}
 
     def step(*arguments):
         result = training_step(*arguments)
         mine.update({n: v.item() for n, v in (result.losses | result.metrics).items()})
+        if (rank, trainer.iter) == LOSS_GONE_WRONG:
+            result.losses["loss_cls"] = result.losses["loss_cls"] * math.nan
+        if (rank, trainer.iter) == GRADIENT_GONE_WRONG:
+            result.losses["loss_cls"].register_hook(lambda gradient: gradient * math.nan)
         return result
 
     trainer_module.training_step = step
@@ -71,6 +73,7 @@ def train(datasets: dict, folder: Path) -> None:
     test_cfg = training_config(datasets, folder, {"DATASETS.TEST": [f"coco:{solved}:{images}"]})
     register_datasets(test_cfg)
     results = evaluate(test_cfg, trainer.teacher)
+    students = evaluate(test_cfg, trainer.student)
 
     state = {
         "start": start,
@@ -80,5 +83,9 @@ def train(datasets: dict, folder: Path) -> None:
         "mine": mine,  # what this process measured in the last iteration
         "logged": {name: value for name, (value, _) in trainer.storage.latest().items()},
         "results": {name: dict(scores) for name, scores in results.items()},
+        "students_results": {name: dict(scores) for name, scores in students.items()},
+        "students": recorder.students,
+        "teachers": recorder.teachers,
+        "labeled": [record["file_name"] for record in trainer.sets.labeled],
     }
     torch.save(state, folder / f"rank_{rank}.pt")

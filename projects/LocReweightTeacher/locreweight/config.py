@@ -64,6 +64,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD writes, the newest so many stay; 0: all. The
     # best and the final one stay in any case. With 1 a damaged file has none before it.
     cfg.SOLVER.KEEP_CHECKPOINTS = 3
+    # A step whose loss or gradient is not finite is left out, and its images are written to
+    # OUTPUT_DIR/skipped_steps.jsonl. So many of them in a row end training.
+    cfg.SOLVER.MAX_SKIPPED_STEPS = 10
     # What SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 

@@ -2,6 +2,13 @@
 
 from .checkpoint import load_for_evaluation
 from .evaluation import evaluate
+from .launch import argument_parser, launch
 from .trainer import SemiSupervisedTrainer
 
-__all__ = ["SemiSupervisedTrainer", "evaluate", "load_for_evaluation"]
+__all__ = [
+    "SemiSupervisedTrainer",
+    "argument_parser",
+    "evaluate",
+    "launch",
+    "load_for_evaluation",
+]

@@ -5,16 +5,64 @@ from __future__ import annotations
 import logging
 
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.engine.hooks import BestCheckpointer, EvalHook
+from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
 
+from .preemption import Stopped
 from .step import HIGHEST_SCORE
 
 logger = logging.getLogger(__name__)
 
 
+class SafePoint(HookBase):
+    """Saves a checkpoint before each evaluation, and one to leave with when asked to stop."""
+
+    NAME = "model_resume"  # written again and again
+
+    def __init__(self, checkpointer: Checkpointer, evaluation: PeriodicEvaluation | None) -> None:
+        self._checkpointer = checkpointer
+        self._evaluation = evaluation
+
+    def after_step(self) -> None:
+        stop = self.trainer.stop_agreed
+        if stop or (self._evaluation and self._evaluation.is_due()):
+            self._checkpointer.save(self.NAME)
+        if stop:
+            # The first process that leaves ends the others: none may before the file is written.
+            comm.synchronize()
+            raise Stopped
+
+
+class PeriodicEvaluation(EvalHook):
+    """Detectron2's, but the last evaluation belongs to the last iteration, as all others do.
+
+    So there is nothing left to do once training is over, and nothing that a stop could lose.
+    """
+
+    def is_due(self) -> bool:
+        done = self.trainer.iter + 1
+        periodic = self._period > 0 and done % self._period == 0
+        return periodic or done == self.trainer.max_iter
+
+    def after_step(self) -> None:
+        if self.is_due():
+            self._do_eval()
+
+    def after_train(self) -> None:
+        """Nothing; Detectron2's evaluates now, even after a failure in the last iteration."""
+
+
 class ResumableBestCheckpointer(BestCheckpointer):
     """Detectron2's, but a resumed run remembers the best result so far."""
+
+    def after_step(self) -> None:
+        _, evaluated = self.trainer.storage.latest().get(self._val_metric, (0.0, -1))
+        if evaluated == self.trainer.iter:
+            self._best_checking()
+
+    def after_train(self) -> None:
+        """Nothing: the last evaluation belongs to the last iteration."""
 
     def _best_checking(self) -> None:
         latest = self.trainer.storage.latest().get(self._val_metric)
@@ -35,21 +83,6 @@ class ResumableBestCheckpointer(BestCheckpointer):
 
     def load_state_dict(self, state: dict) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
-
-
-class PseudoLabelPrinter(EventWriter):
-    """Prints what mutual learning measures; Detectron2's own printer shows losses only."""
-
-    def write(self) -> None:
-        storage = get_event_storage()
-        measured = {
-            name: value
-            for name, (value, iteration) in storage.latest_with_smoothing_hint(20).items()
-            if name.startswith(("pseudo_labels/", "proposals/")) and iteration == storage.iter
-        }
-        if measured:
-            numbers = "  ".join(f"{name}: {value:.3g}" for name, value in measured.items())
-            logger.info("iter: %d  %s", storage.iter, numbers)
 
 
 class PseudoLabelWatch(HookBase):
@@ -88,3 +121,10 @@ class PseudoLabelWatch(HookBase):
                 self._highest,
                 self._threshold,
             )
+
+    def state_dict(self) -> dict:
+        return {"without": self._without, "highest": self._highest, "done": self._done}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._without, self._highest = state["without"], state["highest"]
+        self._done = state["done"]

@@ -1,0 +1,40 @@
+"""Running statistics of batch norm, which the forward pass changes and no optimizer knows of."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class RunningStatistics:
+    """Those of a model that learns them; of none with frozen batch norm, at no cost then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._statistics = [
+            statistics
+            for module in model.modules()
+            if isinstance(module, _NormBase) and module.track_running_stats
+            for statistics in module.buffers(recurse=False)
+        ]
+        self._kept = [statistics.clone() for statistics in self._statistics]
+
+    def keep(self) -> None:
+        """Remember them as they are."""
+        self._copy(self._kept, self._statistics)
+
+    def restore(self) -> None:
+        """Put back what :meth:`keep` remembered."""
+        self._copy(self._statistics, self._kept)
+
+    def share(self) -> None:
+        """Give all processes the first one's; without, their teachers would differ."""
+        if comm.get_world_size() > 1:
+            for statistics in self._statistics:
+                torch.distributed.broadcast(statistics, src=0)
+
+    @staticmethod
+    def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        if targets:
+            torch._foreach_copy_(targets, sources)

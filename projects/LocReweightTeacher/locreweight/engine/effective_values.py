@@ -1,0 +1,37 @@
+"""What the config comes to on this number of GPUs and with these data sets."""
+
+from __future__ import annotations
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..data.training_sets import TrainingSets
+
+logger = logging.getLogger(__name__)
+
+
+def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
+    """One line of the log: images an iteration, learning rate, iterations and epochs."""
+    world_size = comm.get_world_size()
+    labeled, unlabeled = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH_UNLABELED
+    mutual = max(0, cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS)
+    epochs = mutual * unlabeled / len(sets.unlabeled) if sets.unlabeled else 0.0
+    logger.info(
+        "Effective values on %d process(es): %d labeled + %d unlabeled images an iteration "
+        "(%d + %d each), learning rate %g, %d iterations of which %d burn-in; "
+        "%.1f epochs of %d labeled and %.1f epochs of %d unlabeled images",
+        world_size,
+        labeled,
+        unlabeled,
+        labeled // world_size,
+        unlabeled // world_size,
+        cfg.SOLVER.BASE_LR,
+        cfg.SOLVER.MAX_ITER,
+        min(cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER),
+        cfg.SOLVER.MAX_ITER * labeled / len(sets.labeled),
+        len(sets.labeled),
+        epochs,
+        len(sets.unlabeled),
+    )

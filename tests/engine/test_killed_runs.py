@@ -1,0 +1,124 @@
+"""Real processes that are killed. ``python -m tests.soak`` does it many more times."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests import soak
+from tests.engine.tiny_training import build_trainer, logging_of_its_own, training_config
+
+LAUNCHED = ([], "--num-gpus", "2", "--dist-url", "auto")
+TORCHRUN = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],)
+
+
+@pytest.fixture
+def run(datasets, tmp_path):
+    """Starts or resumes the run of a test; one that is left over is killed."""
+    processes = []
+
+    def begin(*how, **settings):
+        processes.append(soak.start(tmp_path, datasets, settings, *how))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def output_of(folder):
+    return (folder / "output.txt").read_text()
+
+
+def children_of(pid):
+    return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def processes_of(launcher):
+    """Its processes that train; it may have another one, which keeps count of their resources."""
+    commands = {i: Path(f"/proc/{i}/cmdline").read_bytes() for i in children_of(launcher.pid)}
+    return [i for i, command in commands.items() if b"resource_tracker" not in command]
+
+
+def is_gone(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+def test_a_process_that_is_killed_loses_nothing(run, datasets, tmp_path):
+    """In training, while it writes a checkpoint, and in its last evaluation."""
+    whole = tmp_path / "whole"
+    settings = soak.SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]}
+    with logging_of_its_own():
+        build_trainer(training_config(datasets, whole, settings)).train()
+
+    process, trains = run(), soak.said(tmp_path, "iter: 19")
+    assert soak.wait_for(process, trains)
+    assert soak.end_by(process, signal.SIGKILL) == -signal.SIGKILL
+    soak.check_files(tmp_path)
+
+    process, resumes = run(**{"DATALOADER.NUM_WORKERS": 2}), soak.said(tmp_path, "resumed after")
+    assert soak.wait_for(process, resumes)
+    assert soak.wait_for(process, soak.writing(tmp_path))
+    assert soak.end_by(process, signal.SIGKILL) == -signal.SIGKILL
+    soak.check_files(tmp_path)
+
+    # Until all iterations are done.
+    process, trained = run(), soak.said(tmp_path, "iter: 69")
+    assert process.wait() == 0, output_of(tmp_path)[-2000:]
+    assert trained()
+    assert soak.differences(soak.result_of(whole), soak.result_of(tmp_path)) == []
+
+
+SMALL = {
+    "SOLVER.MAX_ITER": 40,
+    "SOLVER.STEPS": (25,),
+    "SOLVER.CHECKPOINT_PERIOD": 5,
+    "SEMI.BURN_IN_ITERS": 10,
+    "TEST.EVAL_PERIOD": 0,
+}
+
+
+def test_two_processes_are_stopped_and_killed_and_lose_nothing(run, datasets, tmp_path):
+    """Started by Detectron2 and by torchrun, which comes to the same bit for bit."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    reference = soak.start(whole, datasets, SMALL, *LAUNCHED)
+    assert reference.wait() == 0, output_of(whole)[-2000:]
+    # Each message comes once.
+    text = (whole / "log.txt").read_text()
+    assert text.count("Effective values on 2 process(es)") == 1
+    assert text.count("2 labeled + 2 unlabeled images an iteration (1 + 1 each)") == 1
+    (results,) = [line for line in soak.metrics_of(whole) if "bbox/AP" in line]
+    assert "student/bbox/AP" in results
+
+    # One is killed: the other ends as well, and so does what started them.
+    launcher = run(*LAUNCHED, "--timeout", "60", **SMALL)
+    assert soak.wait_for(launcher, soak.said(tmp_path, f"saved {tmp_path}"))
+    first, second = processes_of(launcher)
+    os.kill(second, signal.SIGKILL)
+    assert launcher.wait(timeout=120) not in (0, soak.EXIT_CODE)
+    assert is_gone(first)
+    soak.check_files(tmp_path)
+
+    # One is asked to stop: both do.
+    launcher, resumed = run(*TORCHRUN, **SMALL), soak.said(tmp_path, f"saved {tmp_path}")
+    assert soak.wait_for(launcher, resumed)
+    os.kill(processes_of(launcher)[1], signal.SIGUSR1)
+    assert launcher.wait(timeout=120) != 0
+    assert "stopped by a signal, exit code 75" in output_of(tmp_path)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_resume.pth"
+
+    # What started them is asked: they do, and it says so.
+    launcher, resumed = run(*LAUNCHED, **SMALL), soak.said(tmp_path, f"saved {tmp_path}")
+    assert soak.wait_for(launcher, resumed)
+    os.kill(launcher.pid, signal.SIGTERM)
+    assert launcher.wait(timeout=120) == soak.EXIT_CODE, output_of(tmp_path)[-2000:]
+
+    assert run(*TORCHRUN, **SMALL).wait() == 0, output_of(tmp_path)[-2000:]
+    assert soak.differences(soak.result_of(whole), soak.result_of(tmp_path)) == []

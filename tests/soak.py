@@ -1,0 +1,244 @@
+"""Kill trainings at random moments, many times over, and see whether anything is lost.
+
+    python -m tests.soak --kills 50
+
+Small runs of ``train_net.py --resume`` are killed (SIGKILL, now and then SIGTERM or SIGUSR1) and
+started again until they are done: anywhere between start and end, while a checkpoint is written,
+in evaluation. After each kill every checkpoint must be readable; in the end weights, optimizer and
+metrics must be, bit for bit, those of a run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tests.engine.tiny_training import TRAINING, make_datasets, same
+from tests.modeling.tiny_model import TINY, as_options
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {
+    "SEMI.BURN_IN_ITERS": 15,
+    "SEMI.NORMALIZE_BY_SAMPLED": True,
+    "SEMI.PSEUDO_LABEL_THRESHOLD": 0.05,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.MAX_ITER": 70,
+    "SOLVER.CHECKPOINT_PERIOD": 8,
+    "SOLVER.STEPS": (40,),
+    "SOLVER.WARMUP_ITERS": 5,
+    "SOLVER.KEEP_CHECKPOINTS": 2,
+    "TEST.EVAL_PERIOD": 20,
+}
+EXIT_CODE = 75  # of a run that was asked to stop
+TIMES = {"time", "data_time", "eta_seconds"}
+
+
+# -- one process -----------------------------------------------------------------------------------
+
+
+def start(
+    folder: Path, datasets: dict, settings: dict, launcher: Sequence[str] = (), *flags: str
+) -> subprocess.Popen:
+    """A process that begins, or goes on with, the run in a folder; its own process group.
+
+    Args:
+        folder: of the run.
+        datasets, settings: config keys and values.
+        launcher: what is to start the script, after ``python``.
+        flags: of the command line.
+    """
+    options = TINY | TRAINING | datasets | SETTINGS | {"OUTPUT_DIR": folder} | settings
+    config = ["--config-file", str(ROOT / "configs/Base-LocReweight.yaml"), *as_options(options)]
+    with open(folder / "output.txt", "a") as output:
+        return subprocess.Popen(
+            [sys.executable, *launcher, "train_net.py", "--resume", *flags, *config],
+            cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait_for(process: subprocess.Popen, moment: Callable[[], bool], seconds: float = 300) -> bool:
+    """Whether the moment came before the process ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        if moment():
+            return True
+        assert time.monotonic() < end, "neither did the moment come nor did the process end"
+        time.sleep(0.001)
+    return False
+
+
+def end_by(process: subprocess.Popen, number: signal.Signals, seconds: float = 120) -> int:
+    """Signals the whole process group, as terminals and schedulers do; the exit code."""
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+    return process.wait(timeout=seconds)
+
+
+# -- moments ---------------------------------------------------------------------------------------
+
+
+def writing(folder: Path) -> Callable[[], bool]:
+    """While a checkpoint is written."""
+    return lambda: any(name.endswith(".partial") for name in os.listdir(folder))
+
+
+def said(folder: Path, text: str) -> Callable[[], bool]:
+    """Once a process that starts now has said something."""
+    file = folder / "output.txt"
+    begin = file.stat().st_size if file.exists() else 0
+
+    def moment() -> bool:
+        with file.open("rb") as output:
+            output.seek(begin)
+            return text.encode() in output.read()
+
+    return moment
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+# -- what must be so -------------------------------------------------------------------------------
+
+
+def check_files(folder: Path) -> int:
+    """Every checkpoint can be read, and so can the one that is named the last; their number."""
+    files = list(folder.glob("*.pth"))
+    for file in files:
+        content = torch.load(file, weights_only=True)
+        assert {"model", "student", "trainer"} <= content.keys(), file
+    last = folder / "last_checkpoint"
+    assert not last.exists() or folder / last.read_text() in files
+    return len(files)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """All lines, without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
+
+
+def result_of(folder: Path) -> dict[str, object]:
+    """All that a run leaves behind, for :func:`differences`."""
+    result: dict[str, object] = {"metrics": metrics_of(folder)}
+    result["files"] = sorted(f.name for f in folder.glob("*.pth") if f.stem != "model_resume")
+    for name in ("model_final", "model_best"):
+        content = torch.load(folder / f"{name}.pth", weights_only=True)
+        trainer = content["trainer"]
+        optimizer = trainer["optimizer"]["state"]
+        result[f"{name} teacher"] = content["model"]
+        result[f"{name} student"] = content["student"]
+        result[f"{name} momentum"] = {str(i): s["momentum_buffer"] for i, s in optimizer.items()}
+        hooks = {k: v for k, v in trainer["hooks"].items() if k != "ResumableWriter"}
+        history = trainer["hooks"]["ResumableWriter"]["history"]
+        result[f"{name} history"] = {k: v for k, v in history.items() if k not in TIMES}
+        result[f"{name} rest"] = [trainer["optimizer"]["param_groups"], hooks] + [
+            trainer[key] for key in ("iteration", "seed", "grad_scaler", "skipped_steps")
+        ]
+    return result
+
+
+def differences(first: dict[str, object], second: dict[str, object]) -> list[str]:
+    """Names of what is not bit for bit the same."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not _alike(first[name], second[name])]
+
+
+def _alike(first: object, second: object) -> bool:
+    if isinstance(first, dict) and isinstance(next(iter(first.values())), torch.Tensor):
+        return same(first, second)
+    return repr(first) == repr(second)  # NaN is like NaN
+
+
+# -- many kills ------------------------------------------------------------------------------------
+
+
+def uninterrupted(folder: Path, datasets: dict) -> tuple[dict[str, object], float]:
+    """The result of a whole run, and the seconds that it took."""
+    folder.mkdir()
+    begin = time.monotonic()
+    assert start(folder, datasets, {}).wait() == 0, (folder / "output.txt").read_text()[-2000:]
+    return result_of(folder), time.monotonic() - begin
+
+
+def killed_run(
+    folder: Path, datasets: dict, whole: float, rng: random.Random, kills: int
+) -> Counter[str]:
+    """A run that is killed up to so many times; when and how it was."""
+    folder.mkdir()
+    seen: Counter[str] = Counter()
+    while True:
+        workers = rng.choice([0, 1, 2])
+        when = rng.choice(["any time", "any time", "training", "writing", "evaluation"])
+        how = rng.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGUSR1])
+        moments = {
+            "any time": [after(rng.uniform(0, whole))],
+            "training": [said(folder, "Starting training"), lambda: after(rng.uniform(0, 5))],
+            "writing": [said(folder, "Starting training"), lambda: after(rng.uniform(0, 5))],
+            "evaluation": [said(folder, "Start inference"), lambda: after(rng.uniform(0, 0.5))],
+        }[when]
+        process = start(folder, datasets, {"DATALOADER.NUM_WORKERS": workers})
+        came = seen.total() < kills and all(
+            wait_for(process, moment() if i else moment) for i, moment in enumerate(moments)
+        )
+        if came and when == "writing":
+            came = wait_for(process, writing(folder))
+        if not came:
+            assert process.wait() == 0, (folder / "output.txt").read_text()[-3000:]
+            return seen
+        code = end_by(process, how)
+        if how is signal.SIGKILL:
+            assert code in (-how, 0), code
+        else:
+            # Before Python listens to it, a signal ends it the hard way.
+            assert code in (EXIT_CODE, -how, 0), (code, (folder / "output.txt").read_text()[-3000:])
+        check_files(folder)
+        seen[f"{how.name}, {when}" + (f", exit code {code}" if code != -how else "")] += 1
+        print(f"{folder.name}: {how.name}, {when}, exit code {code}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50, help="number of SIGKILLs, at least")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per-run", type=int, default=12, help="stops of one run, at most")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    seen: Counter[str] = Counter()
+    runs, begin = 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        datasets = make_datasets(Path(temporary, "datasets"))
+        reference, whole = uninterrupted(Path(temporary, "whole"), datasets)
+        print(f"a run without a stop takes {whole:.0f} s", flush=True)
+        while sum(n for name, n in seen.items() if name.startswith("SIGKILL")) < args.kills:
+            runs += 1
+            folder = Path(temporary, f"run {runs}")
+            seen += killed_run(folder, datasets, whole, rng, args.per_run)
+            different = differences(reference, result_of(folder))
+            assert not different, f"{folder.name} differs in {different}"
+            print(f"{folder.name}: as the run without a stop, bit for bit", flush=True)
+    for name, count in sorted(seen.items()):
+        print(f"{count:4d} {name}")
+    print(f"{seen.total()} stops in {runs} runs, {time.monotonic() - begin:.0f} s: nothing lost")
+
+
+if __name__ == "__main__":
+    main()
