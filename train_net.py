@@ -7,7 +7,8 @@ The command line is Detectron2's own (``--help`` shows it):
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --resume
     python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 
-torchrun starts it as well, without ``--num-gpus``. docs/reliability.md: stops and restarts.
+torchrun starts it as well, without ``--num-gpus``. Stops and restarts:
+docs/reliability_training.md.
 """
 
 from __future__ import annotations

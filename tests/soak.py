@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from locreweight.engine.metrics import TIMES
 from tests.engine.tiny_training import TRAINING, make_datasets, same
 from tests.modeling.tiny_model import TINY, as_options
 
@@ -42,7 +43,6 @@ SETTINGS = {
     "TEST.EVAL_PERIOD": 20,
 }
 EXIT_CODE = 75  # of a run that was asked to stop
-TIMES = {"time", "data_time", "eta_seconds"}
 
 
 # -- one process -----------------------------------------------------------------------------------
@@ -148,8 +148,7 @@ def result_of(folder: Path) -> dict[str, object]:
         result[f"{name} student"] = content["student"]
         result[f"{name} momentum"] = {str(i): s["momentum_buffer"] for i, s in optimizer.items()}
         hooks = {k: v for k, v in trainer["hooks"].items() if k != "ResumableWriter"}
-        history = trainer["hooks"]["ResumableWriter"]["history"]
-        result[f"{name} history"] = {k: v for k, v in history.items() if k not in TIMES}
+        result[f"{name} history"] = trainer["hooks"]["ResumableWriter"]["history"]
         result[f"{name} rest"] = [trainer["optimizer"]["param_groups"], hooks] + [
             trainer[key] for key in ("iteration", "seed", "grad_scaler", "skipped_steps")
         ]

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PERIOD = 20  # iterations from one line to the next
 WINDOW = 20  # iterations; Detectron2's writers smooth over so many
+TIMES = ("time", "data_time", "eta_seconds")  # they tell of a process, not of the run
 
 # name -> whether it is smoothed, and (value, iteration) of the last iterations
 History = dict[str, tuple[bool, list[tuple[float, int]]]]
@@ -47,6 +48,7 @@ class ResumableWriter(PeriodicWriter):
         self._folder = Path(folder)
         self._history: History = {}
         self._written = -1  # the last iteration of which something is in metrics.json
+        self._json_writer: JSONWriter | None = None
 
     def before_train(self) -> None:
         for name, (smoothed, values) in self._history.items():
@@ -75,6 +77,8 @@ class ResumableWriter(PeriodicWriter):
             writer.close()
 
     def state_dict(self) -> dict:
+        if self._json_writer is None:  # training has not begun
+            return {"written": self._written, "history": self._history}
         return {"written": self._json_writer._last_write, "history": recent(self.trainer.storage)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -102,6 +106,7 @@ def recent(storage: EventStorage) -> History:
     return {
         name: (hints[name], history.values()[-storage.count_samples(name, WINDOW) :])
         for name, history in storage.histories().items()
+        if name not in TIMES
     }
 
 
