@@ -8,7 +8,7 @@ The command line is Detectron2's own (``--help`` shows it):
     python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 
 torchrun starts it as well, without ``--num-gpus``. Stops and restarts:
-docs/reliability_training.md.
+docs/reliability.md.
 """
 
 from __future__ import annotations
