@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -26,6 +27,7 @@ import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
+from locreweight.engine.run_record import write_run_record
 from locreweight.errors import UsageError
 
 
@@ -53,6 +55,8 @@ def main(args: argparse.Namespace) -> dict:
         return evaluate(cfg, model)
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():
+        write_run_record(Path(cfg.OUTPUT_DIR), sys.argv, comm.get_world_size())
     return trainer.train()
 
 

@@ -27,8 +27,10 @@ from ..errors import UsageError
 from ..method.teacher import keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
 from .checkpoint import TeacherCheckpointer, need_weights
+from .checkpoint_description import CheckpointDescription
 from .evaluation import evaluate_both, main_metric, write_ground_truth
 from .hooks import PseudoLabelPrinter, PseudoLabelWatch, ResumableBestCheckpointer
+from .panels import PseudoLabelPanels
 from .step import HIGHEST_SCORE, StepResult, StepSettings, training_step
 from .writers import LenientWriter
 
@@ -82,6 +84,7 @@ class SemiSupervisedTrainer(TrainerBase):
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
+            description=CheckpointDescription(cfg.dump(), self.sets.class_names),
             trusted=cfg.MODEL.TRUST_WEIGHTS,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             student=self.student,
@@ -149,6 +152,8 @@ class SemiSupervisedTrainer(TrainerBase):
             built.append(hooks.EvalHook(period, self._evaluate))
             if main:
                 built.append(ResumableBestCheckpointer(period, self.checkpointer, main_metric(cfg)))
+        if main and self.sets.watched:
+            built.append(PseudoLabelPanels.from_config(cfg, self.labeler, self.sets))
         if main:
             writers = [*default_writers(cfg.OUTPUT_DIR, self.max_iter), PseudoLabelPrinter()]
             built.append(hooks.PeriodicWriter([LenientWriter(w) for w in writers], period=20))
