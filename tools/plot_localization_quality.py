@@ -6,7 +6,8 @@
 Each point is a detection: its IoU with the ground truth against (a) its foreground score and (b)
 its localization quality, with Pearson's and Spearman's correlation. (c) is the calibration of the
 variances that the quality is made of: predicted variance against actual error, in the units of the
-box coding; on the diagonal a prediction means what it says.
+box coding; on the diagonal a prediction means what it says. The error is squared, and, in a second
+curve, as the loss takes it (Eq. 9 grows slower than the square beyond an error of 1).
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from localization import (
-    Calibration,
     Correlation,
     Localization,
     annotated_records,
@@ -50,45 +50,50 @@ def measure(data: Localization, threshold: float) -> dict[str, Correlation]:
     }
 
 
-def plot(data: Localization, threshold: float, *, width: float = 11.0) -> Figure:
-    """The three panels; ``width`` in inches."""
-    figure = Figure(figsize=(width, width * 0.34), layout="constrained")
+def plot(data: Localization, threshold: float) -> Figure:
+    """The three panels side by side."""
+    figure = Figure(figsize=(11.0, 3.8), layout="constrained")
     by_score, by_quality, variances = figure.subplots(1, 3)
-    correlations = measure(data, threshold)
-    chosen = data.score > threshold
-    for axes, values, name, label in (
-        (by_score, data.score, "score", "foreground score"),
-        (by_quality, data.quality, "quality", "localization quality"),
-    ):
-        for part, color, group in ((~chosen, ALL, "all"), (chosen, CHOSEN, "pseudo-labels")):
-            r = correlations[f"{name}, {group}"]
-            text = f"{group}: r {r.pearson:.2f}, ρ {r.spearman:.2f}, n {r.count}"
-            axes.scatter(
-                values[part], data.iou[part], s=6, alpha=0.5, lw=0, color=color, rasterized=True
-            )
-            axes.scatter([], [], s=20, color=color, label=text)
-        axes.set(xlabel=label, ylabel="IoU with ground truth", ylim=(-0.02, 1.3))
-        axes.set_yticks(np.linspace(0, 1, 6))
-        axes.legend(loc="upper left", fontsize="small", frameon=False)
-    by_score.set_title("(a)", loc="left")
-    by_quality.set_title("(b)", loc="left")
-    variances.set_title("(c) calibration", loc="left")
-    if data.variance.size:
-        _plot_calibration(variances, calibration(data.variance, data.error))
-    for axes in (by_score, by_quality, variances):
-        axes.spines[["top", "right"]].set_visible(False)
+    plot_against_iou(by_score, data, "score", threshold)
+    plot_against_iou(by_quality, data, "quality", threshold)
+    plot_calibration(variances, data)
+    for axes, letter in zip((by_score, by_quality, variances), "abc", strict=True):
+        axes.set_title(f"({letter})", loc="left")
     return figure
 
 
-def _plot_calibration(axes: Axes, groups: Calibration) -> None:
+def plot_against_iou(axes: Axes, data: Localization, name: str, threshold: float) -> None:
+    """IoU against ``name``, "score" or "quality", with the correlations in the legend."""
+    correlations, chosen = measure(data, threshold), data.score > threshold
+    values = getattr(data, name)
+    for part, color, group in ((~chosen, ALL, "all"), (chosen, CHOSEN, "pseudo-labels")):
+        r = correlations[f"{name}, {group}"]
+        text = f"{group}: r {r.pearson:.2f}, ρ {r.spearman:.2f}, n {r.count}"
+        # One picture and not a thousand shapes, where the format is one of shapes.
+        axes.scatter(
+            values[part], data.iou[part], s=6, alpha=0.5, lw=0, color=color, rasterized=True
+        )
+        axes.scatter([], [], s=20, color=color, label=text)
+    label = {"score": "foreground score", "quality": "localization quality"}[name]
+    axes.set(xlabel=label, ylabel="IoU with ground truth", ylim=(-0.02, 1.3))
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.legend(loc="upper left", fontsize="small", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_calibration(axes: Axes, data: Localization) -> None:
+    """Actual error against predicted variance, both in the units of the box coding, squared."""
+    axes.set(xlabel="predicted variance", ylabel="actual error")
+    axes.spines[["top", "right"]].set_visible(False)
+    if not data.variance.size:
+        return
+    groups = calibration(data.variance, data.error)
     values = np.concatenate([groups.variance, groups.squared_error, groups.fitted_error])
     ends = [values[values > 0].min() * 0.8, values.max() * 1.25]
     axes.plot(ends, ends, "--", lw=1, color="gray", label="calibrated")
     axes.plot(groups.variance, groups.squared_error, "o-", ms=4, color=ALL, label="squared error")
-    axes.plot(
-        groups.variance, groups.fitted_error, "s-", ms=4, color=FITTED, label="as Eq. 8, 9 fit"
-    )
-    axes.set(xscale="log", yscale="log", xlabel="predicted variance", ylabel="actual error")
+    axes.plot(groups.variance, groups.fitted_error, "s-", ms=4, color=FITTED, label="Eq. 8 and 9")
+    axes.set(xscale="log", yscale="log")
     axes.legend(loc="upper left", fontsize="small", frameon=False)
 
 
