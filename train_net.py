@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> dict:
         return evaluate(cfg, model)
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if comm.is_main_process():
+    if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
         write_run_record(Path(cfg.OUTPUT_DIR), sys.argv, comm.get_world_size())
     return trainer.train()
 

@@ -31,6 +31,7 @@ from localization import (
     correlation,
     localize,
 )
+from locreweight.analysis.matching import IOU_THRESHOLD
 from locreweight.engine.detector import open_checkpoint
 from locreweight.errors import UsageError
 from predict import add_checkpoint_arguments
@@ -40,13 +41,25 @@ ALL, CHOSEN, FITTED = "#3b8fd6", "#e8762d", "#1f9e76"
 
 
 def measure(data: Localization, threshold: float) -> dict[str, Correlation]:
-    """Correlations of IoU over all detections, and over those that would be pseudo-labels."""
-    chosen = data.score > threshold
+    """Correlations of IoU with score and with quality, over different groups of detections.
+
+    Args:
+        data: of all detections.
+        threshold: a detection above this score would be a pseudo-label.
+
+    Returns:
+        over all, over would-be pseudo-labels, and over those that overlap an object by at least
+        0.5, where labels that are missing from the ground truth do not count.
+    """
+    groups = {
+        "all": np.full(len(data.iou), True),
+        "pseudo-labels": data.score > threshold,
+        "on objects": data.iou >= IOU_THRESHOLD,
+    }
     return {
-        "score, all": correlation(data.iou, data.score),
-        "quality, all": correlation(data.iou, data.quality),
-        "score, pseudo-labels": correlation(data.iou[chosen], data.score[chosen]),
-        "quality, pseudo-labels": correlation(data.iou[chosen], data.quality[chosen]),
+        f"{name}, {group}": correlation(data.iou[chosen], getattr(data, name)[chosen])
+        for group, chosen in groups.items()
+        for name in ("score", "quality")
     }
 
 

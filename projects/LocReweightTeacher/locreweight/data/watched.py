@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -124,15 +125,21 @@ def choose_watched(
     truth: dict[str, dict] = {}
     for record in [*set_aside, *_annotated(cfg, others, class_names)]:
         truth[os.path.realpath(record["file_name"])] = record
-    chosen = list(_drawn(unlabeled, truth, count, cfg.DATASETS.SPLIT_SEED))
-    if chosen:
+    order = np.random.RandomState(cfg.DATASETS.SPLIT_SEED).permutation(len(unlabeled))
+    shuffled = [unlabeled[index] for index in order]
+    with_truth = (
+        truth[path] | record
+        for record in shuffled
+        if (path := os.path.realpath(record["file_name"])) in truth
+    )
+    if truth and (chosen := list(islice(with_truth, count))):
         return check_boxes(chosen, drop_bad=True)
     if cfg.DATASETS.UNLABELED_TRUTH:
         raise UsageError(
             f"no image of DATASETS.UNLABELED_TRUTH {', '.join(cfg.DATASETS.UNLABELED_TRUTH)} is "
             "among the unlabeled ones; name the annotations of these, or leave the key empty"
         )
-    return list(_drawn(unlabeled, {}, count, cfg.DATASETS.SPLIT_SEED))
+    return shuffled[:count]
 
 
 def _annotated(
@@ -142,7 +149,7 @@ def _annotated(
         # Detectron2 gives images of a set without annotations an empty list of them.
         if not any(record.get("annotations") for record in records):
             continue
-        if list(MetadataCatalog.get(name).thing_classes) == class_names:
+        if list(MetadataCatalog.get(name).get("thing_classes", [])) == class_names:
             yield from records
         else:
             logger.info("%s has other classes: pseudo-labels there are not measured", name)
@@ -151,20 +158,3 @@ def _annotated(
         classes = list(MetadataCatalog.get(name).get("thing_classes", []))
         check_classes({"the model": class_names, name: classes}, len(class_names))
         yield from records
-
-
-def _drawn(
-    unlabeled: list[dict], truth: Mapping[str, dict], count: int, seed: int
-) -> Iterator[dict]:
-    """So many of the unlabeled records; where any truth is known, those that have it, with it."""
-    for index in np.random.RandomState(seed).permutation(len(unlabeled)):
-        if count == 0:
-            return
-        record = unlabeled[index]
-        if truth:
-            annotated = truth.get(os.path.realpath(record["file_name"]))
-            if annotated is None:
-                continue
-            record = annotated | record
-        count -= 1
-        yield record
