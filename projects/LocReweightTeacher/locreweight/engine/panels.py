@@ -64,8 +64,8 @@ class PanelStyle:
 class PseudoLabelPanels(HookBase):
     """Draws and, where the truth is known, measures pseudo-labels of fixed images now and then.
 
-    Panels go to ``OUTPUT_DIR/panels/iter_*.jpg`` and to TensorBoard, measurements to the metrics as
-    ``pseudo_truth/...``. Nothing that training draws or computes is changed by it.
+    Panels go to ``OUTPUT_DIR/panels/iter_*.jpg`` and, their first row, to TensorBoard; measurements
+    go to the metrics as ``pseudo_truth/...``. Nothing that training draws or computes is changed by it.
     """
 
     def __init__(
@@ -121,9 +121,12 @@ class PseudoLabelPanels(HookBase):
                 cells.append(draw_pseudo_labels(sample, chosen, self._style))
             if sample.truth is not None:
                 matches.append(match(chosen, sample.truth))
-        panel = panel_of(cells, f"pseudo-labels after {done} iterations", self._style)
+        caption = f"pseudo-labels after {done} iterations"
+        panel = panel_of(cells, caption, self._style)
         save_picture(panel, self._folder / f"iter_{done:07d}.jpg")
-        self.trainer.storage.put_image("pseudo_labels", panel.transpose(2, 0, 1))
+        # TensorBoard keeps PNG: to encode the whole panel takes longer than to make it.
+        part = panel_of(cells[:IMAGES_A_ROW], caption, self._style)
+        self.trainer.storage.put_image("pseudo_labels", part.transpose(2, 0, 1))
         if matches:
             self._measure(join(matches))
 
