@@ -28,6 +28,7 @@ from locreweight.data.watched import truth_of
 from locreweight.engine.detector import Detector, open_checkpoint
 from locreweight.errors import UsageError
 from predict import draw_detections
+from run_folder import unique_names
 
 SIDE = 360  # pixels of a picture's longer side
 
@@ -81,16 +82,6 @@ def choose(records: list[dict], inputs: Sequence[str], count: int) -> list[dict]
     return chosen
 
 
-def unique_names(weights: Sequence[str]) -> list[str]:
-    """What tells checkpoints apart: the file, and as much of the path before it as is needed."""
-    parts = [Path(w).resolve().with_suffix("").parts for w in weights]
-    for length in range(1, max(len(p) for p in parts) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,7 +96,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=6, help="compare so many images at most")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score")
     args = parser.parse_args()
-    names = args.names or unique_names(args.weights)
+    names = args.names or unique_names([Path(weights) for weights in args.weights])
     try:
         if len(set(names)) != len(args.weights):
             raise UsageError(f"{len(args.weights)} checkpoints need as many --names, all different")

@@ -27,7 +27,7 @@ from locreweight.errors import UsageError
 from plot_localization_quality import measure
 from ranking import draw_ranked, rank
 from report_figures import WebFigure, compared_figures, localization_figures, run_figures
-from run_folder import RunFolder, differing_keys, read_run
+from run_folder import RunFolder, differing_keys, read_runs
 from summarize import METRICS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -178,7 +178,7 @@ def write_report(folders: Sequence[Path], output: Path, images: int, device: str
     Raises:
         UsageError: for a folder that is not that of a run.
     """
-    page = render([read_run(folder) for folder in folders], images, device)
+    page = render(read_runs(folders), images, device)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
 

@@ -32,6 +32,7 @@ class RunFolder:
     """One run.
 
     Attributes:
+        name: what it is called beside others.
         path: its ``OUTPUT_DIR``.
         config: all keys, dotted, and their values as YAML; empty if ``config.yaml`` is missing.
         metrics: iteration -> what was measured then, by name.
@@ -39,15 +40,12 @@ class RunFolder:
         panels: pictures of pseudo-labels, oldest first.
     """
 
+    name: str
     path: Path
     config: dict[str, str]
     metrics: dict[int, dict[str, float]]
     starts: list[RunRecord]
     panels: list[Path]
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
 
     @property
     def burn_in(self) -> int:
@@ -59,7 +57,8 @@ class RunFolder:
     def results(self) -> list[Result]:
         """The rows of ``summarize.py``; none before the first evaluation."""
         known = self.config and any("bbox/AP" in record for record in self.metrics.values())
-        return results_of(self.path) if known else []
+        found = results_of(self.path) if known else []
+        return [result._replace(run=self.name) for result in found]
 
     @property
     def has_checkpoint(self) -> bool:
@@ -80,8 +79,17 @@ class RunFolder:
         ]
 
 
-def read_run(path: Path) -> RunFolder:
+def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """Several of :func:`read_run`, under names that tell them apart."""
+    return [read_run(path, name) for path, name in zip(paths, unique_names(paths), strict=True)]
+
+
+def read_run(path: Path, name: str) -> RunFolder:
     """Read what there is.
+
+    Args:
+        path: its ``OUTPUT_DIR``.
+        name: what to call it.
 
     Raises:
         UsageError: if the folder does not exist, or has nothing that training writes.
@@ -90,6 +98,7 @@ def read_run(path: Path) -> RunFolder:
         raise UsageError(f"the folder {path} does not exist: name the OUTPUT_DIR of a run")
     config_file = path / "config.yaml"
     run = RunFolder(
+        name=name,
         path=path,
         config=flat_config(config_file) if config_file.is_file() else {},
         metrics=_read_metrics(path / "metrics.json"),
@@ -99,6 +108,16 @@ def read_run(path: Path) -> RunFolder:
     if not (run.config or run.metrics or run.starts or run.has_checkpoint):
         raise UsageError(f"{path} is not the OUTPUT_DIR of a run: no config.yaml, no metrics.json")
     return run
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """What tells files or folders apart: the last part, and as many before it as are needed."""
+    parts = [(p.with_suffix("") if p.suffix == ".pth" else p).resolve().parts for p in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def flat_config(file: Path) -> dict[str, str]:

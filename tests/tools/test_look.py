@@ -128,18 +128,6 @@ def test_an_image_of_another_set_cannot_be_compared(run, call, tmp_path):
     assert "is not in the data set" in code
 
 
-@pytest.mark.parametrize(
-    ("weights", "names"),
-    [
-        (["a/model.pth", "b/model.pth"], ["a/model", "b/model"]),
-        (["a/x.pth", "a/y.pth"], ["x", "y"]),
-        (["output/a"], ["a"]),
-    ],
-)
-def test_columns_are_named_by_what_tells_them_apart(weights, names):
-    assert compare_detections.unique_names(weights) == names
-
-
 # --- export ---------------------------------------------------------------------------------------
 
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 import report
 from locreweight.errors import UsageError
 from report_figures import Line, line_figure
-from run_folder import Curve, read_run
+from run_folder import Curve, read_run, unique_names
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
@@ -147,7 +148,7 @@ def test_test_images_that_are_gone_are_told(run, tmp_path):
     shutil.copytree(run.output, other)
     file = other / "gone.pth"
     (other / "last_checkpoint").write_text(file.name)
-    seen = report.look_at_test_images(read_run(other), 3, "cpu")
+    seen = report.look_at_test_images(read_run(other, "a"), 3, "cpu")
     assert "does not exist" in seen.missing
 
 
@@ -159,7 +160,7 @@ def test_a_folder_that_is_no_run_is_told(tmp_path, folder, monkeypatch):
         report.main()
     assert end.value.code.startswith("error: ") and folder in end.value.code
     with pytest.raises(UsageError):
-        read_run(tmp_path / folder)
+        read_run(tmp_path / folder, "a")
 
 
 def test_what_a_name_contains_cannot_break_the_page(run, tmp_path):
@@ -170,13 +171,26 @@ def test_what_a_name_contains_cannot_break_the_page(run, tmp_path):
     assert "<b>a & b" in page.text and not page.all("b")
 
 
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/model.pth", "b/model.pth"], ["a/model", "b/model"]),
+        (["a/x.pth", "a/y.pth"], ["x", "y"]),
+        (["output/v1.0", "output/v1.1"], ["v1.0", "v1.1"]),
+        (["output/a"], ["a"]),
+    ],
+)
+def test_runs_and_checkpoints_are_named_by_what_tells_them_apart(paths, names):
+    assert unique_names(list(map(Path, paths))) == names
+
+
 def test_a_number_that_was_measured_twice_holds_as_it_was_last(run, tmp_path):
     other = tmp_path / "resumed"
     shutil.copytree(run.output, other)
     lines = [{"iteration": 3, "x": 1.0}, {"iteration": 5, "x": 2.0}, {"iteration": 3, "x": 7.0}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"iteration": 9, "x"'  # still being written
     (other / "metrics.json").write_text(text)
-    assert read_run(other).curve("x") == Curve([3, 5], [7.0, 2.0])
+    assert read_run(other, "a").curve("x") == Curve([3, 5], [7.0, 2.0])
 
 
 def test_figures_take_their_ink_from_the_page():

@@ -65,7 +65,7 @@ class PseudoLabelPanels(HookBase):
     """Draws and, where the truth is known, measures pseudo-labels of fixed images now and then.
 
     Panels go to ``OUTPUT_DIR/panels/iter_*.jpg`` and, their first row, to TensorBoard; measurements
-    go to the metrics as ``pseudo_truth/...``. Nothing that training draws or computes is changed by it.
+    go to the metrics as ``pseudo_truth/...``. Nothing that training draws or computes is changed.
     """
 
     def __init__(
