@@ -73,9 +73,8 @@ def test_a_panel_goes_to_tensorboard(trained, tmp_path):
     assert "pseudo_labels" in events.Tags()["images"]
 
 
-def test_what_the_teacher_finds_is_measured_against_the_truth(datasets, make_trainer, tmp_path):
+def test_what_the_teacher_finds_is_measured_against_the_truth(make_trainer, tmp_path):
     """As truth what this very teacher finds: all pseudo-labels are right, by definition."""
-    labeled = datasets["DATASETS.TRAIN"][0]
     settings = {
         # Views that are the images themselves.
         "INPUT.MIN_SIZE_TRAIN": (64,),
@@ -87,7 +86,6 @@ def test_what_the_teacher_finds_is_measured_against_the_truth(datasets, make_tra
     settings["DATASETS.UNLABELED"] = [f"folder:{images}"]
     teacher = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": ()}).teacher
     truth = found_as_truth(teacher, f"coco:{json_file}:{images}", tmp_path / "truth.json")
-    assert labeled
     trainer = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": [truth]})
     assert same(copy_of(trainer.teacher), copy_of(teacher))
     (hook,) = [h for h in trainer._hooks if isinstance(h, PseudoLabelPanels)]
@@ -113,6 +111,8 @@ def test_of_many_images_without_truth_only_the_shown_ones_are_looked_at(datasets
     looked = []
 
     class Teacher:
+        device = torch.device("cpu")
+
         def look(self, inputs):
             looked.extend(inputs)
             empty = Instances(
@@ -132,7 +132,7 @@ def test_of_many_images_without_truth_only_the_shown_ones_are_looked_at(datasets
     settings = {"DATASETS.UNLABELED": [f"folder:{images}"], "VIS_PERIOD": 1}
     cfg = training_config(datasets, tmp_path, settings)
     register_datasets(cfg)
-    hook = PseudoLabelPanels.from_config(cfg, Teacher(), load_training_sets(cfg))
+    hook = PseudoLabelPanels.from_config(cfg, Teacher(), load_training_sets(cfg), torch.float16)
     with EventStorage() as storage:
         hook.trainer = SimpleNamespace(iter=0, max_iter=9, storage=storage)
         hook.after_step()

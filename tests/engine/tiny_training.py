@@ -34,6 +34,7 @@ TRAINING = {
     "SOLVER.KEEP_CHECKPOINTS": 0,
     "TEST.EVAL_PERIOD": 0,
     "DATASETS.TEST": (),
+    "VIS_PERIOD": 0,
 }
 
 

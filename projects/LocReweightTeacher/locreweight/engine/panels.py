@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.structures import Instances
@@ -77,6 +78,7 @@ class PseudoLabelPanels(HookBase):
         threshold: float,
         output: Path,
         style: PanelStyle,
+        amp_dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
@@ -86,6 +88,7 @@ class PseudoLabelPanels(HookBase):
             threshold: a detection above this score is a pseudo-label.
             output: ``OUTPUT_DIR``.
             style: how the panels are drawn.
+            amp_dtype: what the teacher computes in when it labels for training; None for float32.
         """
         self._teacher = teacher
         self._watched = watched
@@ -93,10 +96,15 @@ class PseudoLabelPanels(HookBase):
         self._threshold = threshold
         self._folder = output / PANEL_FOLDER
         self._style = style
+        self._amp_dtype = amp_dtype
 
     @classmethod
     def from_config(
-        cls, cfg: CfgNode, teacher: SemiSupervisedRCNN, sets: TrainingSets
+        cls,
+        cfg: CfgNode,
+        teacher: SemiSupervisedRCNN,
+        sets: TrainingSets,
+        amp_dtype: torch.dtype,
     ) -> PseudoLabelPanels:
         return cls(
             teacher,
@@ -105,6 +113,7 @@ class PseudoLabelPanels(HookBase):
             threshold=cfg.SEMI.PSEUDO_LABEL_THRESHOLD,
             output=Path(cfg.OUTPUT_DIR),
             style=PanelStyle.from_config(cfg, sets.class_names),
+            amp_dtype=amp_dtype if cfg.SOLVER.AMP.ENABLED else None,
         )
 
     def after_step(self) -> None:
@@ -136,7 +145,10 @@ class PseudoLabelPanels(HookBase):
         count = min(count, len(self._watched))
         for start in range(0, count, _LOOK_AT_ONCE):
             samples = [self._watched[i] for i in range(start, min(start + _LOOK_AT_ONCE, count))]
-            seen = self._teacher.look([{"image": s.views.weak.image} for s in samples])
+            inputs = [{"image": sample.views.weak.image} for sample in samples]
+            dtype = self._amp_dtype
+            with torch.autocast(self._teacher.device.type, dtype=dtype, enabled=dtype is not None):
+                seen = self._teacher.look(inputs)
             yield from zip(samples, (d.to("cpu") for d in seen.detections), strict=True)
 
     def _measure(self, matched: Match) -> None:

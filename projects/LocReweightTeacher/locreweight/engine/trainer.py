@@ -153,7 +153,9 @@ class SemiSupervisedTrainer(TrainerBase):
             if main:
                 built.append(ResumableBestCheckpointer(period, self.checkpointer, main_metric(cfg)))
         if main and self.sets.watched:
-            built.append(PseudoLabelPanels.from_config(cfg, self.labeler, self.sets))
+            built.append(
+                PseudoLabelPanels.from_config(cfg, self.labeler, self.sets, self._amp_dtype)
+            )
         if main:
             writers = [*default_writers(cfg.OUTPUT_DIR, self.max_iter), PseudoLabelPrinter()]
             built.append(hooks.PeriodicWriter([LenientWriter(w) for w in writers], period=20))
