@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
 from images import INPUT_HELP, find_inputs
 from localization import annotated_records
 from locreweight.analysis.drawing import Layer, captioned, class_colors, draw, grid, save_picture
+from locreweight.data.images import read_rgb
 from locreweight.data.watched import truth_of
 from locreweight.engine.detector import Detector, open_checkpoint
 from locreweight.errors import UsageError
@@ -53,7 +53,7 @@ def compare(
     """A row for each image: ground truth, and what each of the named detectors finds; RGB."""
     rows = []
     for record in tqdm(records, desc="images", disable=None):
-        image = read_image(record["file_name"], format="RGB")
+        image = read_rgb(record["file_name"])
         names = next(iter(detectors.values())).class_names
         cells = [captioned(draw_truth(image, record, names, SIDE), "ground truth")]
         for name, detector in detectors.items():
@@ -109,9 +109,10 @@ def main() -> None:
                 raise UsageError(f"{names[0]} and {name} have different classes")
         records = annotated_records(detectors[names[0]], args.dataset)
         chosen = choose(records, args.input, args.count)
+        picture = compare(detectors, chosen, args.threshold)
     except UsageError as error:
         sys.exit(f"error: {error}")
-    save_picture(compare(detectors, chosen, args.threshold), args.output)
+    save_picture(picture, args.output)
     print(f"{len(chosen)} images: {args.output}")
 
 

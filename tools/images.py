@@ -10,12 +10,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
-from PIL import Image
 from tqdm import tqdm
 
 from locreweight.data.datasets import IMAGE_SUFFIXES
+from locreweight.data.images import UnreadableImage, read_rgb
 from locreweight.engine.detector import Detector
 from locreweight.errors import UsageError
 
@@ -103,9 +102,9 @@ def _readable(
 ) -> Iterator[tuple[InputFile, np.ndarray]]:
     for file in files:
         try:
-            yield file, read_image(str(file.path), format="RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            unreadable.append(f"{file.path}: {type(error).__name__}: {error}".splitlines()[0])
+            yield file, read_rgb(str(file.path))
+        except UnreadableImage as error:
+            unreadable.append(str(error))
 
 
 def _groups(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances, pairwise_iou
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from locreweight.analysis.matching import IOU_THRESHOLD
 from locreweight.data.checks import check_boxes, check_classes
 from locreweight.data.datasets import register
+from locreweight.data.images import read_rgb
 from locreweight.data.watched import truth_of
 from locreweight.engine.detector import Detector
 from locreweight.errors import UsageError
@@ -112,7 +112,8 @@ def annotated_records(detector: Detector, name: str, count: int | None = None) -
     if not name and not detector.cfg.DATASETS.TEST:
         raise UsageError("the config of the checkpoint has no DATASETS.TEST: name a --dataset")
     name = name or detector.cfg.DATASETS.TEST[0]
-    register([name], detector.cfg.DATASETS.CLASS_NAMES)
+    settings = detector.cfg.DATASETS
+    register([name], settings.CLASS_NAMES, allow_outside=settings.ALLOW_OUTSIDE_PATHS)
     records = DatasetCatalog.get(name)
     classes = list(MetadataCatalog.get(name).get("thing_classes", []))
     check_classes({"the checkpoint": detector.class_names, name: classes}, len(classes))
@@ -141,7 +142,7 @@ def localize(detector: Detector, records: Sequence[dict]) -> Localization:
 def _localize_one(detector: Detector, record: dict) -> tuple[np.ndarray, ...]:
     """The fields of :class:`Localization` of one image, in the frame of the model's input."""
     model = detector.model
-    inputs = detector.model_input(read_image(record["file_name"], format="RGB"))
+    inputs = detector.model_input(read_rgb(record["file_name"]))
     images = model.preprocess_image([inputs])
     features = model.backbone(images.tensor)
     proposals, _ = model.proposal_generator(images, features, None)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
 from compare_detections import draw_truth
 from locreweight.analysis.drawing import captioned, grid
 from locreweight.analysis.matching import agreement, match
+from locreweight.data.images import read_rgb
 from locreweight.data.watched import truth_of
 from locreweight.engine.detector import Detector
 from predict import draw_detections
@@ -47,7 +47,7 @@ def rank(detector: Detector, records: Sequence[dict], threshold: float) -> list[
     """
     ranked = []
     for record in tqdm(records, desc="best and worst", disable=None):
-        image = read_image(record["file_name"], format="RGB")
+        image = read_rgb(record["file_name"])
         (found,) = detector.detect([image])
         truth = truth_of(record, torch.eye(3), image.shape[:2])
         matched = match(found[found.scores > threshold], truth)
@@ -63,7 +63,7 @@ def rank(detector: Detector, records: Sequence[dict], threshold: float) -> list[
 
 def draw_ranked(detector: Detector, image: RankedImage, threshold: float) -> np.ndarray:
     """Ground truth | detections of one image, RGB."""
-    pixels = read_image(image.record["file_name"], format="RGB")
+    pixels = read_rgb(image.record["file_name"])
     (found,) = detector.detect([pixels])
     truth = draw_truth(pixels, image.record, detector.class_names, SIDE)
     drawn = draw_detections(pixels, found[found.scores > threshold], detector, SIDE)

@@ -47,11 +47,12 @@ def records_of(cfg: CfgNode) -> list[dict]:
     Raises:
         UsageError: if one of ``DATASETS.TRAIN`` is not.
     """
-    register(cfg.DATASETS.TRAIN, cfg.DATASETS.CLASS_NAMES)
+    outside = cfg.DATASETS.ALLOW_OUTSIDE_PATHS
+    register(cfg.DATASETS.TRAIN, cfg.DATASETS.CLASS_NAMES, allow_outside=outside)
     records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     for name in (*cfg.DATASETS.UNLABELED_TRUTH, *cfg.DATASETS.TEST):
         try:
-            register([name], cfg.DATASETS.CLASS_NAMES)
+            register([name], cfg.DATASETS.CLASS_NAMES, allow_outside=outside)
         except UsageError:
             continue  # not needed to look at views
         records += DatasetCatalog.get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
 from ..config import config_from_text, load_config
+from ..data.augmentations import resize_and_flip
 from ..data.datasets import register
 from ..errors import UsageError
 from ..modeling.detector import SemiSupervisedRCNN
@@ -28,6 +27,8 @@ from .checkpoint import (
     need_weights,
 )
 from .checkpoint_description import CheckpointDescription
+from .checkpoint_files import last_checkpoint
+from .safe_reading import read_weights
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Detector:
     def model_input(self, image: np.ndarray) -> dict:
         """An image, ``(H, W, 3)`` uint8 RGB, as the model takes it: resized, in its own format."""
         resized = T.AugInput(image)
-        T.AugmentationList(build_augmentation(self.cfg, is_train=False))(resized)
+        T.AugmentationList(resize_and_flip(self.cfg, is_train=False))(resized)
         pixels = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
         ordered = pixels if self.cfg.INPUT.FORMAT == "RGB" else pixels.flip(0)
         return {"image": ordered, "height": image.shape[0], "width": image.shape[1]}
@@ -93,7 +94,8 @@ def open_checkpoint(
     """
     file = _checkpoint_file(weights)
     need_weights(file)
-    description = None if file.endswith(".pkl") else read_description(file)
+    trusted = load_config("", options).MODEL.TRUST_WEIGHTS
+    description = None if file.endswith(".pkl") else read_description(file, trusted=trusted)
     cfg = _config_of(file, config_file, description, options)
     cfg.MODEL.WEIGHTS = file
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,18 +127,17 @@ def open_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
     return student
 
 
-def read_description(file: str) -> CheckpointDescription | None:
-    """What a checkpoint says of itself; weights stay on disk.
+def read_description(file: str, *, trusted: bool = False) -> CheckpointDescription | None:
+    """What a checkpoint says of itself.
+
+    Args:
+        file: a path or an address.
+        trusted: as in :func:`.safe_reading.read_weights`.
 
     Raises:
         UsageError: if it cannot be read.
     """
-    path = PathManager.get_local_path(file)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{file} is not a checkpoint: {reason}") from error
+    content = read_weights(PathManager.get_local_path(file), trusted=trusted)
     return CheckpointDescription.from_fields(content) if isinstance(content, dict) else None
 
 
@@ -144,12 +145,12 @@ def _checkpoint_file(weights: str) -> str:
     folder = Path(weights)
     if not folder.is_dir():
         return weights
-    pointer = folder / "last_checkpoint"
-    if not pointer.is_file():
+    name = last_checkpoint(folder)
+    if name is None:
         raise UsageError(
             f"the folder {weights} has no checkpoint yet: name a file or an OUTPUT_DIR"
         )
-    return str(folder / pointer.read_text().strip())
+    return str(folder / name)
 
 
 def _config_of(
@@ -176,7 +177,11 @@ def _class_names_of(cfg: CfgNode) -> list[str]:
     count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         try:
-            register([name], cfg.DATASETS.CLASS_NAMES)
+            register(
+                [name],
+                cfg.DATASETS.CLASS_NAMES,
+                allow_outside=cfg.DATASETS.ALLOW_OUTSIDE_PATHS,
+            )
             if not hasattr(MetadataCatalog.get(name), "thing_classes"):
                 DatasetCatalog.get(name)  # a COCO json says its classes when it is read
         except (OSError, UsageError):  # the data are elsewhere

@@ -32,7 +32,8 @@ from ..data.training_sets import TrainingSets
 from ..data.views import View
 from ..data.watched import WatchedImages, WatchedSample
 from ..modeling.detector import SemiSupervisedRCNN
-from .step import select_pseudo_labels, to_strong_view
+from .step import to_strong_view
+from .strategies.strategy import select_pseudo_labels
 
 logger = logging.getLogger(__name__)
 
