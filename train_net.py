@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -33,6 +35,7 @@ from locreweight.engine import (
     launch,
     load_for_evaluation,
 )
+from locreweight.engine.run_record import write_run_record
 from locreweight.errors import UsageError
 
 
@@ -60,6 +63,8 @@ def main(args: argparse.Namespace) -> dict:
         return evaluate(cfg, model)
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
+        write_run_record(Path(cfg.OUTPUT_DIR), sys.argv, comm.get_world_size())
     return trainer.train()
 
 

@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "method": set(),
     "modeling": {"method", "errors"},
     "data": {"method", "errors"},
-    "engine": {"method", "modeling", "data", "errors", "config"},
+    "analysis": {"errors"},
+    "engine": {"method", "modeling", "data", "analysis", "errors", "config"},
 }
 METHOD_NEEDS = {"torch", "math", "__future__"}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The main job in small: make a data set, train on it, print a table, draw pictures.
+"""The main job in small: make a data set, train on it, draw pictures, write a report.
 
     make quickstart        or        python tools/quickstart.py [KEY VALUE ...]
 
@@ -14,18 +14,18 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "datasets"))
 
 from make_synthetic import make_dataset  # noqa: E402
 
-from draw_predictions import draw_folder  # noqa: E402  (beside this file)
+from images import find_inputs  # noqa: E402  (beside this file)
 from locreweight.config import load_config  # noqa: E402
-from locreweight.data.datasets import load_folder  # noqa: E402
-from locreweight.data.training_sets import register_datasets  # noqa: E402
+from locreweight.engine.detector import open_checkpoint  # noqa: E402
 from locreweight.errors import UsageError  # noqa: E402
+from predict import predict  # noqa: E402
+from report import write_report  # noqa: E402
 from summarize import results_of, table  # noqa: E402
 
 CONFIG = "configs/quickstart.yaml"
@@ -46,27 +46,18 @@ def main() -> None:
     if code := subprocess.run([sys.executable, *command]).returncode:
         sys.exit(code)  # it has said why
 
-    print("3/3  drawing", flush=True)
-    cfg = load_config(str(ROOT / CONFIG), options)
-    output = ROOT / cfg.OUTPUT_DIR
-    _draw(cfg, output)
+    print("3/3  drawing, and writing the report", flush=True)
+    output = ROOT / load_config(str(ROOT / CONFIG), options).OUTPUT_DIR
+    files = find_inputs(["datasets/synthetic/val"])[:PICTURES]
+    predict(open_checkpoint(str(output)), files, output / "detections", threshold=0.5, batch=1)
+    write_report([output], output / "report.html", images=200)
     print(f"\n{table(results_of(output))}\n")
+    print(f"report         {output / 'report.html'}")
     print(f"detections     {output / 'detections'}")
-    print(f"pseudo-labels  {output / 'pseudo_labels'}")
+    print(f"pseudo-labels  {output / 'panels'}")
     print(f"curves         tensorboard --logdir {output}")
     print(f"checkpoints    {output}: model_best.pth, model_final.pth (the teacher is `model`)")
     print("to train anew, remove that folder; to train on your own data, see README.md")
-
-
-def _draw(cfg: CfgNode, output: Path) -> None:
-    cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
-    register_datasets(cfg, training=False)
-    for name, folder, threshold in (
-        ("detections", "datasets/synthetic/val", 0.5),
-        ("pseudo_labels", "datasets/synthetic/unlabeled", cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
-    ):
-        images = [record["file_name"] for record in load_folder(folder)]
-        draw_folder(cfg, images[:PICTURES], output / name, threshold)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def file(trained):
 
 def test_a_checkpoint_holds_the_teacher_as_model_and_student_and_trainer_beside_it(trained, file):
     content = torch.load(file, weights_only=True)
-    assert set(content) == {"model", "student", "trainer", "iteration", "corner_coding"}
+    described = {"corner_coding", "config", "class_names"}
+    assert set(content) == {"model", "student", "trainer", "iteration"} | described
     assert same(content["model"], copy_of(trained.teacher))
     assert same(content["student"], copy_of(trained.student))
     assert content["trainer"]["iteration"] == trained.max_iter - 1

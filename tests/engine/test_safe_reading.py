@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-import draw_predictions
+import predict
 import train_net
 from locreweight.engine import load_for_evaluation
 from locreweight.engine.checkpoint import TeacherCheckpointer
@@ -138,9 +138,9 @@ def test_drawing_runs_nothing(datasets, tmp_path, hostile, marker, monkeypatch):
         "--input": make_folder(tmp_path / "photos", images=1, seed=1),
         "--output": tmp_path / "pictures",
     }
-    monkeypatch.setattr(sys, "argv", ["draw_predictions.py", *as_options(files)])
+    monkeypatch.setattr(sys, "argv", ["predict.py", *as_options(files)])
     with pytest.raises(SystemExit, match=r"error: .*posix\.system"):
-        draw_predictions.main()
+        predict.main()
     assert not marker.exists()
 
 

@@ -253,7 +253,8 @@ def results(monkeypatch):
     ids=lambda value: str(value) if isinstance(value, torch.dtype) else "",
 )
 def test_the_backbones_compute_in_the_configured_precision(make_trainer, results, settings, dtype):
-    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 1, "SOLVER.MAX_ITER": 3} | settings)
+    steps = {"SEMI.BURN_IN_ITERS": 1, "SOLVER.MAX_ITER": 3, "VIS_PERIOD": 2}
+    trainer = make_trainer(steps | settings)
     seen = {"student": set(), "teacher": set()}
     for name, found in seen.items():
         getattr(trainer, name).backbone.fpn_lateral3.register_forward_hook(

@@ -35,6 +35,7 @@ TRAINING = {
     "SOLVER.KEEP_CHECKPOINTS": 0,
     "TEST.EVAL_PERIOD": 0,
     "DATASETS.TEST": (),
+    "VIS_PERIOD": 0,
 }
 
 

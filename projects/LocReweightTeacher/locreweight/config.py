@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -103,6 +104,10 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.SPLIT_SEED = 1
     # Class names of "voc:" data sets, in the order of the model's classes. Empty: VOC's twenty.
     cfg.DATASETS.CLASS_NAMES = ()
+    # The truth of unlabeled images, to measure pseudo-labels with and for nothing else: annotated
+    # data sets whose images are (also) in DATASETS.UNLABELED. That of images which LABELED_PERCENT
+    # set aside, and of annotated sets in DATASETS.UNLABELED, is known without it.
+    cfg.DATASETS.UNLABELED_TRUTH = ()
     # An unlabeled image that is among the labeled ones is an error, one among the test images a
     # warning; True leaves them out instead.
     cfg.DATASETS.EXCLUDE_LABELED = False
@@ -120,38 +125,59 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Resume although there are more, less or other training images than before. False: an error.
     cfg.DATASETS.ALLOW_CHANGED = False
 
+    # Detectron2's VIS_PERIOD is how often, in iterations, the pseudo-labels of some fixed unlabeled
+    # images are drawn and measured (0: never); so many of them are measured.
+    cfg.TEST.WATCHED_IMAGES = 200
+
     # How views are made (data/recipes.py): "SoftTeacherRecipe", "UnbiasedTeacherRecipe",
     # "StacRecipe", or the name of your own in RECIPE_REGISTRY. Sizes and flips follow Detectron2's
     # INPUT keys.
     cfg.INPUT.RECIPE = "SoftTeacherRecipe"
 
 
-def load_config(config_file: str, options: list[str]) -> CfgNode:
+def load_config(config_file: str, options: Sequence[str]) -> CfgNode:
     """Detectron2's defaults, this project's keys, a file and ``KEY VALUE`` pairs, in that order.
 
     Raises:
         UsageError: for a missing file, an unknown key or a value of the wrong type.
     """
+    if config_file and not Path(config_file).is_file():
+        raise UsageError(f"config file {config_file!r} does not exist")
+
+    def merge(cfg: CfgNode) -> None:
+        if config_file:
+            # Detectron2's default would run whatever Python the file asks for.
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+
+    return _merged(merge, f"the config file {config_file!r}", options)
+
+
+def config_from_text(text: str, options: Sequence[str]) -> CfgNode:
+    """The same with the config that a checkpoint carries, as ``cfg.dump()`` wrote it."""
+
+    def merge(cfg: CfgNode) -> None:
+        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(text)))
+
+    return _merged(merge, "the config in the checkpoint", options)
+
+
+def _merged(merge: Callable[[CfgNode], None], source: str, options: Sequence[str]) -> CfgNode:
     cfg = get_cfg()
     add_locreweight_config(cfg)
     known = _key_paths(cfg)
-    if config_file and not Path(config_file).is_file():
-        raise UsageError(f"config file {config_file!r} does not exist")
     if len(options) % 2:
         raise UsageError(f"options come in pairs, KEY VALUE; got {options}")
     for key in options[::2]:
         if key not in known:
             raise UsageError(_unknown_key_message(key, known))
     try:
-        if config_file:
-            # Detectron2's default would run whatever Python the file asks for.
-            cfg.merge_from_file(config_file, allow_unsafe=False)
-        cfg.merge_from_list(options)
+        merge(cfg)
+        cfg.merge_from_list(list(options))
     except KeyError as error:
         raise UsageError(_unknown_key_message(str(error), known)) from error
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"cannot read the config file {config_file!r}: {reason}") from error
+        raise UsageError(f"cannot read {source}: {reason}") from error
     except ValueError as error:
         raise UsageError(
             f"config value of the wrong type: {error}. Fractions need their point (10.0, not 10), "

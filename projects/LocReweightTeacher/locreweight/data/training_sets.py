@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,17 +20,23 @@ from .checks import check_boxes, check_classes, check_test_set, without_overlap
 from .datasets import register
 from .image_checks import check_images_decode, check_images_exist
 from .splits import split_indices
+from .watched import choose_watched
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingSets:
-    """Records in Detectron2's standard format; the unlabeled ones have a ``file_name`` only."""
+    """Records in Detectron2's standard format; the unlabeled ones have a ``file_name`` only.
+
+    ``watched`` are a few of the unlabeled ones, with annotations where they are known: for looking
+    and measuring, never for training.
+    """
 
     labeled: list[dict]
     unlabeled: list[dict]
     class_names: list[str]
+    watched: list[dict] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -79,7 +85,7 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     """
     names = [*cfg.DATASETS.TEST]
     if training:
-        names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED]
+        names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED, *cfg.DATASETS.UNLABELED_TRUTH]
     register(names, cfg.DATASETS.CLASS_NAMES, allow_outside=cfg.DATASETS.ALLOW_OUTSIDE_PATHS)
 
 
@@ -108,18 +114,20 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
             f"no labeled image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on: its "
             "annotations are missing or left out, or DATASETS.LABELED_PERCENT drew none of them"
         )
-    others = [record for name in cfg.DATASETS.UNLABELED for record in _load(name)]
-    unlabeled = [{"file_name": r["file_name"]} for r in [*rest, *others]]
+    others = {name: _load(name) for name in cfg.DATASETS.UNLABELED}
+    found = [*rest, *(record for records in others.values() for record in records)]
+    unlabeled = [{"file_name": r["file_name"]} for r in found]
     unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
     unlabeled = _without_test_images(cfg, unlabeled, tested)
     _check_enough_unlabeled(cfg, unlabeled)
+    watched = choose_watched(cfg, unlabeled, rest, others, class_names)
     if cfg.DATASETS.CHECK_IMAGES:
         # Last, since it takes longest. Boxes that were left out may be due to a wrong size.
         check_images_decode([*drawn, *(record for name in tested for record in tested[name])])
     if comm.is_main_process():
         print_instances_class_histogram(labeled, class_names)
         logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))
-    return TrainingSets(labeled, unlabeled, class_names)
+    return TrainingSets(labeled, unlabeled, class_names, watched)
 
 
 def _fingerprint(records: list[dict]) -> str:

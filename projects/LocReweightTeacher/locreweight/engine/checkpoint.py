@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..modeling.box_coding import CornerBoxTransform
 from ..modeling.detector import SemiSupervisedRCNN
+from .checkpoint_description import CheckpointDescription
 from .safe_checkpointer import SafeCheckpointer
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class TeacherCheckpointer(SafeCheckpointer):
         save_dir: str = "",
         *,
         translate: bool = True,
+        description: CheckpointDescription | None = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -55,13 +57,16 @@ class TeacherCheckpointer(SafeCheckpointer):
             model: the teacher.
             save_dir: folder of the checkpoints.
             translate: rewrite the box branch of a plain detector, as described above.
+            description: what is written beside the weights, so that a file can be used by itself.
             kwargs: those of :class:`SafeCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
         self._translates = translate
+        self._description = description
 
     def save(self, name: str, **kwargs: Any) -> bool:
-        return super().save(name, corner_coding=self._codes_corners, **kwargs)
+        described = self._description.as_fields() if self._description else {}
+        return super().save(name, corner_coding=self._codes_corners, **described, **kwargs)
 
     @property
     def _codes_corners(self) -> bool:

@@ -27,10 +27,12 @@ from ..method.teacher import keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
 from .batch_norm import RunningStatistics
 from .checkpoint import TeacherCheckpointer, need_weights
+from .checkpoint_description import CheckpointDescription
 from .effective_values import log_effective_values
 from .evaluation import evaluate_both, main_metric, write_ground_truth
 from .hooks import PeriodicEvaluation, PseudoLabelWatch, ResumableBestCheckpointer, SafePoint
 from .metrics import ResumableWriter, cut_after
+from .panels import PseudoLabelPanels
 from .preemption import STOP, leave_signals_to_trainer
 from .reports import StepReport, averages, numbers_of, problem_of
 from .resumable import ResumableTrainer
@@ -88,6 +90,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
+            description=CheckpointDescription(cfg.dump(), self.sets.class_names),
             trusted=cfg.MODEL.TRUST_WEIGHTS,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             student=self.student,
@@ -160,6 +163,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
                 cfg.TEST.EVAL_PERIOD, self.checkpointer, main_metric(cfg)
             )
             built += [evaluation, best]
+        if comm.is_main_process() and self.sets.watched:
+            built.append(
+                PseudoLabelPanels.from_config(cfg, self.labeler, self.sets, self._amp_dtype)
+            )
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         return [*built, self._writer, hooks.PeriodicCheckpointer(self.checkpointer, period)]
 

@@ -1,14 +1,10 @@
-"""The tools beside training: the table of a run, and pictures of detections."""
+"""The table of a run."""
 
 import json
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from detectron2.structures import Boxes, Instances
 
-from draw_predictions import draw, montage
 from summarize import results_of, table
 
 
@@ -56,41 +52,3 @@ def test_table_is_markdown_with_one_line_for_each_result(tmp_path):
 def test_summary_of_a_folder_that_is_no_run_fails(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         results_of(tmp_path)
-
-
-def instances(boxes):
-    count = len(boxes)
-    return Instances(
-        (60, 90),
-        pred_boxes=Boxes(torch.tensor(boxes).reshape(-1, 4)),
-        pred_classes=torch.zeros(count, dtype=torch.long),
-        scores=torch.full((count,), 0.9),
-        localization_quality=torch.full((count,), 0.4),
-    )
-
-
-def test_small_images_are_enlarged_and_boxes_drawn_where_they_are():
-    image = np.full((60, 90, 3), 128, np.uint8)
-    empty, boxed = (
-        draw(image, instances(b), ["cell"]).astype(int) for b in ([], [[50.0, 20.0, 80.0, 50.0]])
-    )
-    assert empty.shape == (480, 720, 3)
-    rows, columns = np.nonzero(np.abs(boxed - empty).sum(axis=2) > 60)
-    assert 140 <= rows.min() and 390 <= columns.min()  # eight times the box, and its label
-    assert 380 <= rows.max() <= 420 and 630 <= columns.max() <= 650
-
-
-def test_draw_keeps_the_order_of_channels():
-    image = np.zeros((480, 480, 3), np.uint8)
-    image[..., 0] = 255  # blue
-    assert draw(image, instances([]), ["cell"])[240, 240].tolist() == [255, 0, 0]
-
-
-def test_montage_lays_pictures_of_different_sizes_in_rows(tmp_path):
-    import cv2
-
-    files = []
-    for i, (height, width) in enumerate([(10, 10), (10, 20), (20, 10)]):
-        files.append(tmp_path / f"{i}.png")
-        cv2.imwrite(str(files[-1]), np.zeros((height, width, 3), np.uint8))
-    assert montage(files, columns=2, height=10).shape == (20, 30, 3)

@@ -1,0 +1,168 @@
+"""Boxes over images, and pictures of several of them. All pictures are ``(H, W, 3)`` uint8 RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from matplotlib import colormaps, font_manager
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
+
+Color = tuple[int, int, int]
+
+WHITE: Color = (255, 255, 255)
+TRUTH: Color = (0, 200, 90)  # of ground truth
+BORDER: Color = (40, 40, 40)  # between the cells of a grid
+FONT = font_manager.findfont("DejaVu Sans")  # comes with matplotlib
+# From red over yellow to blue: told apart by the colour-blind, too.
+_QUALITY_MAP = colormaps["RdYlBu"]
+_CLASS_MAP = colormaps["Set1"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Boxes that are drawn alike.
+
+    Attributes:
+        boxes: ``(N, 4)`` xyxy, absolute pixels of the image that they are drawn on.
+        colors: one for each box.
+        labels: a text for each box; None for boxes without.
+        width: of the lines, in pixels; more on pictures of more than 640 pixels.
+    """
+
+    boxes: Tensor
+    colors: Sequence[Color]
+    labels: Sequence[str] | None = None
+    width: int = 2
+
+
+def draw(image: np.ndarray, layers: Sequence[Layer], side: int = 480) -> np.ndarray:
+    """An image with boxes, the later layers over the earlier ones.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 RGB.
+        layers: boxes; empty ones and those outside of the image are left out.
+        side: the image is scaled so that its longer side has so many pixels, before it is drawn
+            on: labels stay readable on small images, and files of large ones small.
+    """
+    scale = side / max(image.shape[:2])
+    shrinks = scale < 1
+    size = tuple(max(1, round(length * scale)) for length in image.shape[1::-1])
+    scaled = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    picture = torch.from_numpy(scaled).permute(2, 0, 1).contiguous()
+    for layer in layers:
+        limit = torch.tensor([size[0], size[1], size[0], size[1]]) - 1
+        boxes = (layer.boxes.detach().cpu().float() * scale).clamp(min=0).minimum(limit)
+        seen = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1).nonzero().flatten().tolist()
+        if not seen:  # torchvision warns of nothing to draw
+            continue
+        picture = draw_bounding_boxes(
+            picture,
+            boxes[seen],
+            labels=None if layer.labels is None else [layer.labels[i] for i in seen],
+            colors=[layer.colors[i] for i in seen],
+            width=max(1, layer.width * side // 640) if side > 640 else layer.width,
+            font=FONT,
+            font_size=max(11, side // 55),
+            label_colors=[_readable_on(layer.colors[i]) for i in seen],
+            fill_labels=layer.labels is not None,
+        )
+    return picture.permute(1, 2, 0).contiguous().numpy()
+
+
+def quality_colors(quality: Tensor, highest: float = 0.5) -> list[Color]:
+    """From red at half of the highest possible localization quality, or less, to blue at it.
+
+    Half of it is what a box has before anything was learned of its variance (about 0.27 of 0.5).
+    """
+    return [_rgb(_QUALITY_MAP(2 * value / highest - 1)) for value in quality.tolist()]
+
+
+def class_colors(classes: Tensor) -> list[Color]:
+    """One of nine colours for each class index."""
+    return [_rgb(_CLASS_MAP(label % 9)) for label in classes.tolist()]
+
+
+def detection_labels(
+    found: Instances, class_names: list[str], *, quality: bool = True
+) -> list[str]:
+    """``class score`` and, if wanted, ``q`` localization quality: what is written beside a box."""
+    return [
+        f"{class_names[label]} {score:.0%}" + (f" q {value:.2f}" if quality else "")
+        for label, score, value in zip(
+            found.pred_classes.tolist(),
+            found.scores.tolist(),
+            found.localization_quality.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def captioned(picture: np.ndarray, text: str, height: int = 22) -> np.ndarray:
+    """The picture with a line of text above it, cut off where the picture ends."""
+    strip = Image.new("RGB", (picture.shape[1], height), BORDER)
+    font = ImageFont.truetype(FONT, height - 9)
+    ImageDraw.Draw(strip).text((4, height // 2), text, fill=WHITE, font=font, anchor="lm")
+    return np.concatenate([np.asarray(strip), picture])
+
+
+def quality_legend(width: int, highest: float = 0.5, height: int = 22) -> np.ndarray:
+    """A strip that shows which colour means which localization quality."""
+    ramp = _QUALITY_MAP(np.linspace(0, 1, width))[None, :, :3] * 255
+    strip = Image.fromarray(np.repeat(ramp, height, axis=0).astype(np.uint8))
+    font = ImageFont.truetype(FONT, height - 9)
+    pen, middle = ImageDraw.Draw(strip), height // 2
+    low = f"localization quality: {highest / 2:g} or less"
+    pen.text((4, middle), low, fill=WHITE, font=font, anchor="lm")
+    pen.text((width - 4, middle), f"{highest:g}", fill=WHITE, font=font, anchor="rm")
+    return np.asarray(strip)
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> np.ndarray:
+    """Pictures in rows and columns, each in the middle of its cell."""
+    widths = [
+        max(row[i].shape[1] for row in rows if i < len(row))
+        for i in range(max(len(row) for row in rows))
+    ]
+    lines = []
+    for row in rows:
+        height = max(cell.shape[0] for cell in row)
+        cells = [_centred(cell, height, widths[i], gap) for i, cell in enumerate(row)]
+        cells += [_centred(row[0][:0, :0], height, w, gap) for w in widths[len(row) :]]
+        lines.append(np.concatenate(cells, axis=1))
+    return np.concatenate(lines)
+
+
+def save_picture(picture: np.ndarray, file: Path) -> None:
+    """Write a picture; its format follows from the file's suffix."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lossy = file.suffix.lower() in (".jpg", ".jpeg", ".webp")
+    settings: dict[str, Any] = {"quality": 88} if lossy else {}
+    Image.fromarray(picture).save(file, **settings)
+
+
+def _centred(cell: np.ndarray, height: int, width: int, gap: int) -> np.ndarray:
+    above, left = (height - cell.shape[0]) // 2, (width - cell.shape[1]) // 2
+    framed = np.empty((height + gap, width + gap, 3), np.uint8)
+    framed[:] = BORDER
+    framed[above : above + cell.shape[0], left : left + cell.shape[1]] = cell
+    return framed
+
+
+def _rgb(rgba: tuple[float, ...]) -> Color:
+    red, green, blue = (round(255 * value) for value in rgba[:3])
+    return red, green, blue
+
+
+def _readable_on(color: Color) -> Color:
+    """Black or white, whichever stands out from the colour (ITU-R BT.601 luma)."""
+    luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    return (0, 0, 0) if luma > 140 else WHITE

@@ -1,0 +1,162 @@
+"""Views, comparisons, exported pseudo-labels: what is drawn and written is right."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes
+from PIL import Image
+
+import compare_detections
+import export_pseudo_labels
+import show_views
+from locreweight.data.datasets import load_coco
+from locreweight.data.views import UnlabeledSample, View
+from locreweight.engine.detector import open_checkpoint
+from tests.modeling.tiny_model import TINY, as_options
+
+BASE = Path(__file__).parents[2] / "configs/Base-LocReweight.yaml"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a tool; returns its exit code or message, and what it printed."""
+
+    def call(tool, *arguments):
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
+        try:
+            tool.main()
+        except SystemExit as end:
+            return end.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    return call
+
+
+def size_of(file):
+    with Image.open(file) as image:
+        return image.size
+
+
+# --- views ----------------------------------------------------------------------------------------
+
+
+def pixels_of(picture, color):
+    """x1, y1, x2, y2 of what has this colour."""
+    rows, columns = np.nonzero((picture == color).all(axis=2))
+    return [columns.min(), rows.min(), columns.max(), rows.max()]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_wrong_matrix_is_seen(wrong):
+    """A bright square in both views: its box lies on it in the strong one only by a true matrix."""
+    weak = torch.full((3, 100, 100), 50, dtype=torch.uint8)
+    weak[:, 10:30, 10:30] = 250
+    strong = torch.roll(weak, (40, 20), dims=(1, 2))
+    shift = torch.tensor([[1, 0, 20], [0, 1, 40], [0, 0, 1]], dtype=torch.float64)
+    if wrong:
+        shift[0, 2] = -5
+    sample = UnlabeledSample(
+        "a", View(weak, torch.eye(3, dtype=torch.float64)), View(strong, shift)
+    )
+    record = {"annotations": [{"bbox": [10, 10, 20, 20], "bbox_mode": 1, "category_id": 0}]}
+    _, picture = show_views.draw_views(sample, record, Boxes(torch.zeros(0, 4)), "RGB")
+    box = pixels_of(picture, show_views.TRUTH)
+    square = [4 * v for v in (30, 50, 50, 70)]
+    assert (np.abs(np.subtract(box, square)).max() < 8) != wrong
+
+
+def test_proposals_are_carried_into_the_weak_view():
+    view = torch.full((3, 100, 100), 128, dtype=torch.uint8)
+    shift = torch.tensor([[1, 0, 20], [0, 1, 40], [0, 0, 1]], dtype=torch.float64)
+    sample = UnlabeledSample("a", View(view, torch.eye(3, dtype=torch.float64)), View(view, shift))
+    boxes = Boxes(torch.tensor([[40.0, 50, 80, 90]]))
+    weak, strong = show_views.draw_views(sample, {"file_name": "a"}, boxes, "RGB")
+    (color,) = show_views._colors(1)
+    assert pixels_of(strong, color) == pytest.approx([160, 200, 320, 360], abs=4)
+    assert pixels_of(weak, color) == pytest.approx([80, 40, 240, 200], abs=4)
+
+
+def config_options(run):
+    return ["--config-file", BASE], as_options(
+        TINY | {"MODEL.RESNETS.NORM": "BN", "DATASETS.TRAIN": (run.test_set,)}
+    )
+
+
+def test_views_before_training(run, call, tmp_path):
+    config, options = config_options(run)
+    code, printed = call(
+        show_views, *config, "--output", tmp_path / "v.jpg", "--count", 2, *options
+    )
+    assert code == 0 and "2 images" in printed.out
+    assert size_of(tmp_path / "v.jpg")[0] > 2 * 400
+
+
+def test_views_of_given_images_and_a_trained_student(run, call, tmp_path):
+    """Those that no data set knows have no truth, and are shown all the same."""
+    config, options = config_options(run)
+    inputs = ["--input", run.unlabeled / "0000.png", run.test_images / "0001.png"]
+    weights = ["--weights", run.output]
+    code, printed = call(
+        show_views, *config, *inputs, *weights, "--output", tmp_path / "v.png", *options
+    )
+    assert code == 0 and "2 images" in printed.out
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+
+def test_checkpoints_side_by_side(run, call, tmp_path):
+    files = [run.output / name for name in ("model_best.pth", "model_final.pth")]
+    arguments = ["--weights", *files, "--output", tmp_path / "c.png", "--count", 2]
+    assert call(compare_detections, *arguments)[0] == 0
+    width, height = size_of(tmp_path / "c.png")
+    cell = compare_detections.SIDE + 4
+    assert width == 3 * cell and height == 2 * (cell + 22)
+
+
+def test_an_image_of_another_set_cannot_be_compared(run, call, tmp_path):
+    code, _ = call(
+        compare_detections,
+        *("--weights", run.output, "--output", tmp_path / "c.png"),
+        *("--input", run.unlabeled / "0000.png"),
+    )
+    assert "is not in the data set" in code
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def test_exported_pseudo_labels_are_a_coco_data_set(run, call, tmp_path):
+    file = tmp_path / "labels.json"
+    code, printed = call(
+        export_pseudo_labels, "--weights", run.output, "--json", file, "--device", "cpu"
+    )
+    assert code == 0
+    name = printed.out.split("as a data set: ")[1].strip()
+    assert name == f"coco:{file}:{run.unlabeled}"
+    records = load_coco("exported", str(file), str(run.unlabeled))
+    assert len(records) == 5 and all(Path(r["file_name"]).is_file() for r in records)
+    detector = open_checkpoint(str(run.output), device="cpu")
+    threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
+    annotations = json.loads(file.read_text())["annotations"]
+    assert annotations and all(a["score"] > threshold for a in annotations)
+    assert len(annotations) == sum(len(record["annotations"]) for record in records)
+
+
+def test_exported_boxes_are_the_detections(run, call, tmp_path):
+    image = run.test_images / "0000.png"
+    arguments = ["--weights", run.output, "--json", tmp_path / "a.json", "--input", image]
+    call(export_pseudo_labels, *arguments, "--threshold", 0, "--device", "cpu")
+    detector = open_checkpoint(str(run.output), device="cpu")
+    with Image.open(image) as pixels:
+        (found,) = detector.detect([np.asarray(pixels.convert("RGB"))])
+    annotations = json.loads((tmp_path / "a.json").read_text())["annotations"]
+    assert len(annotations) == len(found)
+    for one, (x1, y1, x2, y2) in zip(annotations, found.pred_boxes.tensor.tolist(), strict=True):
+        assert one["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.01)
+        assert math.isclose(one["area"], one["bbox"][2] * one["bbox"][3], abs_tol=0.01)

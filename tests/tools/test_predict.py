@@ -1,0 +1,153 @@
+"""What goes in is found, nothing overwrites anything, and what cannot be read is named."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import predict
+from images import find_inputs
+from locreweight.errors import UsageError
+
+
+def picture(file: Path, value=128, size=(40, 60)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(file)
+    return file
+
+
+def names(inputs, output=None):
+    return [str(file.name) for file in find_inputs([str(i) for i in inputs], output)]
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def test_folders_keep_their_tree_and_files_their_names(tmp_path):
+    for name in ("in/b.jpg", "in/a.png", "in/sub/a.jpg", "in/notes.txt", "c.jpg"):
+        picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("")
+    assert names([tmp_path / "in", tmp_path / "c.jpg"]) == ["a.png", "b.jpg", "sub/a.jpg", "c.jpg"]
+
+
+def test_no_two_pictures_get_one_name(tmp_path):
+    files = [picture(tmp_path / folder / "a.jpg") for folder in ("x", "y", "z")]
+    assert names(files) == ["a.jpg", "a-2.jpg", "a-3.jpg"]
+
+
+def test_patterns_and_standard_input(tmp_path, monkeypatch):
+    files = [picture(tmp_path / f"{i}.png") for i in range(3)]
+    assert names([tmp_path / "[01].png"]) == ["0.png", "1.png"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{files[2]}\n\n{files[0]}\n"))
+    assert names(["-"]) == ["2.png", "0.png"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    picture(tmp_path / "1.png")
+    assert names([picture(tmp_path / "[1].png")]) == ["[1].png"]
+
+
+def test_pictures_of_an_earlier_call_are_not_inputs(tmp_path):
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / "found" / "a.jpg")
+    assert names([tmp_path], output=tmp_path / "found") == ["a.jpg"]
+
+
+def test_originals_cannot_be_overwritten(tmp_path):
+    picture(tmp_path / "a.jpg")
+    with pytest.raises(UsageError, match="does not count"):
+        find_inputs([str(tmp_path)], output=tmp_path)
+
+
+@pytest.mark.parametrize("given", ["none.jpg", "none/*.jpg", "empty"])
+def test_inputs_that_are_not_there_are_told(tmp_path, given):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=given.replace("*", r"\*")):
+        find_inputs([str(tmp_path / given)])
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(run, monkeypatch, capsys, tmp_path):
+    """Runs the tool; returns its exit code or message, and what it printed."""
+
+    def call(*arguments):
+        weights = ["--weights", str(run.output / "model_final.pth"), "--device", "cpu"]
+        output = ["--output", str(tmp_path / "out"), "--threshold", "0.1"]
+        monkeypatch.setattr(sys, "argv", ["predict.py", *weights, *output, *map(str, arguments)])
+        try:
+            predict.main()
+        except SystemExit as end:
+            return end.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    return call
+
+
+def test_pictures_and_json(run, call, tmp_path):
+    code, printed = call("--input", run.test_images, "--json", tmp_path / "found.json")
+    assert code == 0
+    pictures = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert pictures == sorted(file.name for file in run.test_images.iterdir())
+    entries = json.loads((tmp_path / "found.json").read_text())
+    assert f"{len(entries)} detections in 3 images" in printed.out
+    assert {entry["image_id"] for entry in entries} == {1, 2, 3}
+    for entry in entries:
+        x, y, width, height = entry["bbox"]
+        assert x >= 0 and y >= 0 and x + width <= 64.01 and y + height <= 64.01
+        assert entry["category_name"] == ("cat", "dog", "owl")[entry["category_id"] - 1]
+        assert 0 < entry["localization_quality"] < 0.5
+        assert Path(entry["file_name"]).is_file()
+
+
+def test_no_progress_bar_where_nobody_looks(run, call):
+    assert "images" not in call("--input", run.test_images)[1].err
+
+
+def test_batches_find_what_single_images_do(run, call, tmp_path):
+    found = []
+    for batch in (1, 2):
+        call("--input", run.test_images, "--json", tmp_path / "a.json", "--batch", batch)
+        found.append(json.loads((tmp_path / "a.json").read_text()))
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert one["file_name"] == other["file_name"]
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.05)
+
+
+def test_what_cannot_be_read_is_skipped_and_named(run, call, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    code, printed = call(
+        "--input", tmp_path / "broken.png", tmp_path / "broken.mp4", run.test_images
+    )
+    assert code == "error: 2 of 5 inputs could not be read"
+    assert "broken.png" in printed.err and "broken.mp4" in printed.err
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_video_becomes_a_video(run, call, tmp_path):
+    writer = cv2.VideoWriter(
+        str(tmp_path / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 5, (64, 48)
+    )
+    for value in (60, 120, 180):
+        writer.write(np.full((48, 64, 3), value, np.uint8))
+    writer.release()
+    code, _ = call("--input", tmp_path / "film.mp4", "--json", tmp_path / "a.json", "--batch", "2")
+    assert code == 0
+    film = cv2.VideoCapture(str(tmp_path / "out" / "film.mp4"))
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    assert (film.get(cv2.CAP_PROP_FRAME_WIDTH), film.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (64, 48)
+    frames = {entry["frame"] for entry in json.loads((tmp_path / "a.json").read_text())}
+    assert frames <= {0, 1, 2} and frames
+
+
+def test_a_mistake_is_one_line(call):
+    code, _ = call("--input", "none.jpg")
+    assert code == "error: the input 'none.jpg' does not exist"

@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Look at what training will see, before it starts: the weak and the strong view of some images.
+
+    python tools/show_views.py --config-file configs/quickstart.yaml --output views.jpg
+
+Each row is an image: its weak view (the teacher's), its strong view (the student's), both with the
+ground truth (green), and the student's proposals: found in the strong view, carried into the weak
+one, in the same colour and under the same number in both. If a box does not enclose the same thing
+in both views, an augmentation or its matrix is wrong. Without --weights the student is random: its
+proposals lie anywhere, but have to lie at the same place in both views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes
+from matplotlib import colormaps
+
+from images import INPUT_HELP, find_inputs
+from locreweight.analysis.drawing import TRUTH, Color, Layer, captioned, draw, grid, save_picture
+from locreweight.config import load_config
+from locreweight.data.datasets import register
+from locreweight.data.mapper import ViewMapper
+from locreweight.data.views import UnlabeledSample
+from locreweight.data.watched import WatchedImages, known, truth_of
+from locreweight.engine.detector import open_student
+from locreweight.engine.panels import view_pixels
+from locreweight.errors import UsageError
+from locreweight.method.geometry import between_views, warp_boxes
+from locreweight.modeling.detector import SemiSupervisedRCNN
+
+_PALETTE = colormaps["tab10"]
+SIDE = 400  # pixels of a view's longer side
+
+
+def records_of(cfg: CfgNode) -> list[dict]:
+    """The records of all annotated data sets of the config that are at hand.
+
+    Raises:
+        UsageError: if one of ``DATASETS.TRAIN`` is not.
+    """
+    outside = cfg.DATASETS.ALLOW_OUTSIDE_PATHS
+    register(cfg.DATASETS.TRAIN, cfg.DATASETS.CLASS_NAMES, allow_outside=outside)
+    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    for name in (*cfg.DATASETS.UNLABELED_TRUTH, *cfg.DATASETS.TEST):
+        try:
+            register([name], cfg.DATASETS.CLASS_NAMES, allow_outside=outside)
+        except UsageError:
+            continue  # not needed to look at views
+        records += DatasetCatalog.get(name)
+    return records
+
+
+def choose_records(cfg: CfgNode, inputs: list[str], count: int) -> list[dict]:
+    """Of the images that were given, or else the first ones of ``DATASETS.TRAIN``.
+
+    Returns:
+        records; images of no annotated data set have a ``file_name`` only.
+    """
+    records = records_of(cfg)
+    if not inputs:
+        return records[:count]
+    annotated = {os.path.realpath(r["file_name"]): r for r in records}
+    files = [str(file.path) for file in find_inputs(inputs) if not file.is_video][:count]
+    return [annotated.get(os.path.realpath(file), {"file_name": file}) for file in files]
+
+
+@torch.no_grad()
+def propose(student: SemiSupervisedRCNN, sample: UnlabeledSample, count: int) -> Boxes:
+    """The student's best proposals in the strong view, xyxy in absolute pixels of it."""
+    images = student.preprocess_image([{"image": sample.strong.image}])
+    proposals, _ = student.proposal_generator(images, student.backbone(images.tensor), None)
+    return proposals[0].to("cpu").proposal_boxes[:count]
+
+
+def draw_views(
+    sample: UnlabeledSample, record: dict, proposals: Boxes, image_format: str
+) -> list[np.ndarray]:
+    """Pictures of the weak and of the strong view.
+
+    Args:
+        sample: the views.
+        record: ``annotations`` in it are drawn, boxes in pixels of the original image.
+        proposals: xyxy, absolute pixels of the strong view.
+        image_format: "RGB" or "BGR", the order of the views' channels.
+    """
+    weak, strong = sample.weak, sample.strong
+    to_weak = between_views(strong.matrix, weak.matrix)
+    carried = warp_boxes(proposals.tensor, to_weak, weak.image_size)
+    pictures = []
+    for view, boxes in ((weak, carried), (strong, proposals.tensor)):
+        layers = [Layer(boxes, _colors(len(boxes)), [str(i + 1) for i in range(len(boxes))])]
+        if known(record):
+            truth = truth_of(record, view.matrix, view.image_size).gt_boxes.tensor
+            layers.append(Layer(truth, [TRUTH] * len(truth), width=3))
+        pictures.append(draw(view_pixels(view, image_format), layers, SIDE))
+    return pictures
+
+
+def show_views(
+    cfg: CfgNode, records: list[dict], student: SemiSupervisedRCNN, proposals: int, seed: int
+) -> np.ndarray:
+    """A row for each record: weak and strong view, RGB."""
+    watched = WatchedImages(records, ViewMapper(cfg), seed)
+    by_name = {record["file_name"]: record for record in records}
+    rows = []
+    for sample in (watched[i].views for i in range(len(watched))):
+        boxes = propose(student, sample, proposals)
+        pictures = draw_views(sample, by_name[sample.file_name], boxes, cfg.INPUT.FORMAT)
+        titles = (f"weak: {Path(sample.file_name).name}", "strong")
+        rows.append([captioned(p, title) for p, title in zip(pictures, titles, strict=True)])
+    return grid(rows)
+
+
+def _colors(count: int) -> list[Color]:
+    colors = (_PALETTE(i % 10) for i in range(count))
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b, _ in colors]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--weights", default="", help="a checkpoint, for its student's proposals")
+    parser.add_argument(
+        "--input", nargs="+", default=[], help=f"{INPUT_HELP}; else training images"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the picture, .jpg or .png")
+    parser.add_argument("--count", type=int, default=4, help="look at so many images at most")
+    parser.add_argument("--proposals", type=int, default=5, help="of each image")
+    parser.add_argument("--seed", type=int, default=0, help="of the augmentations")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        records = choose_records(cfg, args.input, args.count)
+        student = open_student(cfg, args.weights)
+        picture = show_views(cfg, records, student, args.proposals, args.seed)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+    save_picture(picture, args.output)
+    print(f"{len(records)} images: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
