@@ -208,18 +208,17 @@ class View(NamedTuple):
 
 def recipe(side: int) -> list[v2.Transform]:
     """Transforms to a test image, a labeled view, a weak one and a strong one."""
-    longest, fill = side * 5 // 3, [124, 116, 104]  # the mean colour, as of the padding
+    longest, mean_colour, flip = side * 5 // 3, [124, 116, 104], v2.RandomHorizontalFlip()
     size = v2.RandomShortestSize(list(range(side * 3 // 4, side + 1)), longest)
     jitter = [v2.ColorJitter(*strength) for strength in ((0.9,), (0, 0.9), (0, 0, 0.9))]
     tones = [v2.Identity(), v2.RandomAutocontrast(1.0), v2.RandomEqualize(1.0)]
     colour = v2.RandomChoice(jitter + tones)
     moves = [(30, None, None), (0, (0.1, 0.1), None), (0, None, 30), (0, None, (0, 0, -30, 30))]
-    move = v2.RandomChoice([v2.RandomAffine(a, t, shear=s, fill=fill) for a, t, s in moves])
-    patches = [v2.RandomErasing(p, (0.0, 0.04), (1.0, 1.0), fill) for p in (1.0, 0.5, 0.5, 0.5)]
+    move = v2.RandomChoice([v2.RandomAffine(a, t, shear=s, fill=mean_colour) for a, t, s in moves])
+    patches = [v2.RandomErasing(p, (0, 0.04), (1, 1), mean_colour) for p in (1.0, 0.5, 0.5, 0.5)]
     erase = v2.Lambda(v2.Compose(patches), tv_tensors.Image)
     views = [size, colour], [size], [size, colour, move, erase]
-    mirrored = [v2.Compose([*view, v2.RandomHorizontalFlip()]) for view in views]
-    return [v2.RandomShortestSize(side, longest), *mirrored]
+    return [v2.RandomShortestSize(side, longest), *(v2.Compose([*view, flip]) for view in views)]
 
 
 def labeled_images(file: str, folder: str, transform: v2.Transform) -> datasets.CocoDetection:
@@ -227,11 +226,12 @@ def labeled_images(file: str, folder: str, transform: v2.Transform) -> datasets.
 
     def view_of(image: Image.Image, annotations: list[dict]) -> tuple[View, dict[str, Tensor]]:
         view = View.make(image, transform)
-        own = [a for a in annotations if not a["iscrowd"] and min(a["bbox"][2:]) > 0]
+        own = [a for a in annotations if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
         boxes = ops.box_convert(torch.tensor([a["bbox"] for a in own]).view(-1, 4), "xywh", "xyxy")
         boxes = warp_boxes(boxes, view.matrix, view.image.shape[-2:])
         labels = torch.tensor([classes.index(a["category_id"]) for a in own], dtype=torch.int64)
-        return view, {"boxes": boxes, "labels": labels + 1, "quality": torch.ones(len(own))}
+        ok = ops.remove_small_boxes(boxes, 1e-2)
+        return view, {"boxes": boxes[ok], "labels": labels[ok] + 1, "quality": torch.ones(len(ok))}
 
     try:
         with redirect_stdout(None):
