@@ -21,6 +21,7 @@ import torch
 
 TESTS = Path(__file__).parent
 WITHOUT_DETECTRON2 = {
+    "examples",
     "method",
     "test_layout.py",
     "test_make_synthetic.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,12 @@ from pathlib import Path
 import pytest
 
 import setup_env
-from setup_env import DETECTRON2_COMMIT, SetupError, detectron2_requirement
+from setup_env import (
+    DETECTRON2_COMMIT,
+    MISSING_DETECTRON2,
+    SetupError,
+    detectron2_requirement,
+)
 
 SCRIPT = Path(setup_env.__file__)
 
@@ -58,6 +64,20 @@ class Checkout:
         return subprocess.run(
             [sys.executable, self.root / "tools/setup_env.py", *arguments],
             env={**environment, **variables},
+            capture_output=True,
+            text=True,
+        )
+
+    def make(self, target: str, fail_on: str) -> subprocess.CompletedProcess[str]:
+        """make, with a Python in .venv that fails for what contains one of several words."""
+        shutil.copy(SCRIPT.parents[1] / "Makefile", self.root)
+        test = "".join(f'*"{word}"*) echo failed; exit 1;; ' for word in fail_on.split("|"))
+        lines = f'#!/bin/sh\necho "$*" >> "{self.calls_file}"\ncase "$*" in {test}esac\n'
+        self.fake_python.write_text(lines)
+        return subprocess.run(
+            ["make", target, f"PYTHON={sys.executable}"],
+            cwd=self.root,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(self.root / "stubs")},
             capture_output=True,
             text=True,
         )
@@ -167,9 +187,12 @@ def test_without_detectron2_the_rest_is_installed(checkout: Checkout) -> None:
     result = checkout.run(**variables)
     assert result.returncode == 0
     assert checkout.installed == ALL
+    frame = "\n" + 100 * "#" + "\n"
+    _, box, _ = result.stderr.split(frame)
     for part in ("git+https://", "Could not resolve host", "HTTPS_PROXY", "DETECTRON2=<"):
-        assert part in result.stderr
-    assert checkout.run("--require-detectron2", **variables).returncode == 1
+        assert part in box
+    assert "`make quickstart` runs the reference on torchvision" in box
+    assert checkout.run("--require-detectron2", **variables).returncode == MISSING_DETECTRON2
     assert checkout.installed == ["detectron2"]
     assert checkout.run("--require-detectron2").returncode == 0
     assert checkout.installed == ["detectron2"]
@@ -179,16 +202,46 @@ def test_a_detectron2_that_cannot_be_imported_is_not_taken_for_installed(
     checkout: Checkout,
 ) -> None:
     result = checkout.run("--require-detectron2", FAIL_ON="_C", FAIL_WITH="undefined symbol: _ZN")
-    assert result.returncode == 1
+    assert result.returncode == MISSING_DETECTRON2
     assert "another PyTorch" in result.stderr
     checkout.run()
     assert checkout.installed == ["detectron2"]
 
 
+@pytest.mark.parametrize(
+    ("fail_on", "ran", "code"),
+    [
+        ("nothing", "tools/quickstart.py", 0),
+        ("git+https", "examples/torchvision_reference.py", 0),
+        ("git+https|examples/", "examples/torchvision_reference.py", 2),
+        ("torchvision==", "", 2),
+        ("--editable", "", 2),
+        ("tools/quickstart.py", "tools/quickstart.py", 2),
+    ],
+)
+def test_the_quickstart_falls_back_to_the_reference(
+    checkout: Checkout, fail_on: str, ran: str, code: int
+) -> None:
+    """Only for a Detectron2 that cannot be had; its own failure is the quickstart's."""
+    result = checkout.make("quickstart", fail_on)
+    assert result.returncode == code, result.stdout + result.stderr
+    scripts = [call for call in checkout.calls if re.match("tools/q|examples/", call)]
+    assert scripts == ([ran] if ran else [])
+    instead = "running the reference on torchvision, examples/torchvision_reference.py, instead"
+    assert (instead in result.stdout) == ("git+https" in fail_on)
+    assert ("NO DETECTRON2" in result.stderr) == ("git+https" in fail_on)
+
+
+def test_setup_and_lint_go_on_without_detectron2(checkout: Checkout) -> None:
+    assert checkout.make("setup", "git+https").returncode == 0
+    assert checkout.make("lint", "git+https").returncode == 0
+    assert "-m mypy" in checkout.calls
+
+
 def test_a_wrong_source_leaves_the_working_detectron2_alone(checkout: Checkout) -> None:
     checkout.run()
     result = checkout.run("--require-detectron2", DETECTRON2="/nowhere")
-    assert result.returncode == 1
+    assert result.returncode == MISSING_DETECTRON2
     assert "could not be had from /nowhere" in result.stderr
     assert "neither a clone" in result.stderr
     assert checkout.run("--require-detectron2").returncode == 0
@@ -209,7 +262,7 @@ def test_missing_build_tools_are_named(
     checkout.run()  # creates .venv
     (checkout.root / ".venv/setup.json").write_text("{}")
     result = checkout.run("--require-detectron2", PATH=str(tools))
-    assert result.returncode == 1
+    assert result.returncode == MISSING_DETECTRON2
     assert complaint in result.stderr
     assert checkout.installed == ["tools", "torch", "package"]
 

@@ -118,17 +118,19 @@ def test_seeds_are_fixed(suite: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "missing"),
+    ("folder", "missing", "expected"),
     [
-        ("tests", ["detectron2"]),
-        ("tests/method", ["detectron2", "fvcore", "iopath", "pycocotools", "cv2", "PIL"]),
+        ("tests", ["detectron2"], {"examples", "method"}),
+        ("tests/method", ["detectron2", "fvcore", "iopath", "pycocotools", "cv2"], {"method"}),
     ],
     ids=["all that is kept runs without Detectron2", "the method runs on torch alone"],
 )
-def test_the_real_suite_can_be_collected(tmp_path: Path, folder: str, missing: list[str]) -> None:
+def test_the_real_suite_can_be_collected(
+    tmp_path: Path, folder: str, missing: list[str], expected: set[str]
+) -> None:
     result = run_pytest(
         ROOT, tmp_path, "--collect-only", folder, modules=dict.fromkeys(missing, ABSENT)
     )
     assert result.returncode == 0, result.stdout
     folders = set(re.findall(r"^tests/(\w+)/", result.stdout, re.MULTILINE))
-    assert folders == {"method"}
+    assert folders == expected

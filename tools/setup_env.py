@@ -68,11 +68,16 @@ HINTS = (
 )
 
 WITHOUT_DETECTRON2 = """\
-[setup] Detectron2 could not be had from {source}
-  {error}
-  Take it from elsewhere with DETECTRON2=<a clone's directory, a wheel or a git URL>.
-  All else is installed; the next call tries Detectron2 again and nothing else.\
+NO DETECTRON2: it could not be had from {source}
+
+{error}
+
+To supply it:  make <target> DETECTRON2=<a clone's directory, a wheel or a git URL>
+Until then `make quickstart` runs the reference on torchvision, which needs no Detectron2, and
+`make test` leaves the tests of Detectron2's binding out. All else is installed; the next call
+tries Detectron2 again and nothing else.\
 """
+MISSING_DETECTRON2 = 3  # exit status, where it is required and nothing else failed
 
 
 class SetupError(Exception):
@@ -117,6 +122,12 @@ class Stamp:
 
 def say(message: str) -> None:
     print(f"[setup] {message}", flush=True)
+
+
+def boxed(text: str) -> str:
+    """A text in a frame, which is not overlooked among a log's lines."""
+    frame = "#" * 100
+    return "\n".join(["", frame, *(f"#  {line}".rstrip() for line in text.splitlines()), frame, ""])
 
 
 def run(*command: str, environment: dict[str, str] | None = None) -> None:
@@ -282,7 +293,9 @@ def set_up() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
-        "--require-detectron2", action="store_true", help="fail when Detectron2 cannot be had"
+        "--require-detectron2",
+        action="store_true",
+        help=f"exit with status {MISSING_DETECTRON2} when Detectron2 cannot be had",
     )
     arguments = parser.parse_args()
     try:
@@ -297,8 +310,8 @@ def main() -> int:
         print(f"[setup] {error}", file=sys.stderr)
         return 1
     if failure:
-        print(failure, file=sys.stderr)
-    return int(bool(failure) and arguments.require_detectron2)
+        print(boxed(failure), file=sys.stderr)
+    return MISSING_DETECTRON2 if failure and arguments.require_detectron2 else 0
 
 
 if __name__ == "__main__":
