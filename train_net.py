@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """Train a detector from few labeled and many unlabeled images, resume, or evaluate.
 
-The command line is Detectron2's own (``--help`` shows it):
+The command line is Detectron2's own (``--help`` shows it), and ``--method``:
 
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml
+    python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml \\
+        --method configs/methods/soft_teacher.yaml
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --resume
     python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 
@@ -41,7 +43,7 @@ from locreweight.errors import UsageError
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The frozen config, with loggers, seeds and data sets ready."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, args.method)
     if not args.eval_only:
         cfg = scale_to_world_size(cfg, comm.get_world_size())
     cfg.freeze()

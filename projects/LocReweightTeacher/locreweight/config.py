@@ -135,21 +135,32 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.INPUT.RECIPE = "SoftTeacherRecipe"
 
 
-def load_config(config_file: str, options: Sequence[str]) -> CfgNode:
-    """Detectron2's defaults, this project's keys, a file and ``KEY VALUE`` pairs, in that order.
+def load_config(config_file: str, options: Sequence[str], method: str = "") -> CfgNode:
+    """Detectron2's defaults, this project's keys, files and ``KEY VALUE`` pairs, in that order.
+
+    Args:
+        config_file: data, detector and schedule; empty for none.
+        options: the pairs, one after another.
+        method: a file with what one method does otherwise (``configs/methods/``), laid over the
+            first one. Unless the pairs name OUTPUT_DIR, the method's name is appended to it, so
+            that methods do not write into each other's folders.
 
     Raises:
         UsageError: for a missing file, an unknown key or a value of the wrong type.
     """
-    if config_file and not Path(config_file).is_file():
-        raise UsageError(f"config file {config_file!r} does not exist")
+    files = [file for file in (config_file, method) if file]
+    for file in files:
+        if not Path(file).is_file():
+            raise UsageError(f"config file {file!r} does not exist")
 
     def merge(cfg: CfgNode) -> None:
-        if config_file:
+        for file in files:
             # Detectron2's default would run whatever Python the file asks for.
-            cfg.merge_from_file(config_file, allow_unsafe=False)
+            cfg.merge_from_file(file, allow_unsafe=False)
+        if method:
+            cfg.OUTPUT_DIR += f"-{Path(method).stem}"
 
-    return _merged(merge, f"the config file {config_file!r}", options)
+    return _merged(merge, f"the config file {' or '.join(map(repr, files))}", options)
 
 
 def config_from_text(text: str, options: Sequence[str]) -> CfgNode:

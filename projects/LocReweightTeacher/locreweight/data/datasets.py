@@ -11,7 +11,7 @@ name                                    what it is
 anything else                           a data set that Detectron2 has registered
 ======================================  ==========================================================
 
-Boxes of records are xyxy or xywh as each record says, in absolute pixels of the original image.
+Paths may start with ``$DETECTRON2_DATASETS`` or other variables. Boxes of records are xyxy or xywh as each record says, in absolute pixels of the original image.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 
 from ..errors import UsageError
 from .coco_json import load_coco
+from .places import expand
 from .voc import load_voc
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -47,6 +48,7 @@ def register(
         kind, _, rest = str(name).partition(":")
         if name in DatasetCatalog.list():
             continue
+        rest = expand(rest)
         if kind == "coco":
             parts = _two_parts(name, rest, "coco:<annotations.json>:<image folder>")
             _register_coco(name, *parts, allow_outside)

@@ -34,6 +34,12 @@ def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's command line, and how long processes wait for each other."""
     parser = default_argument_parser()
     parser.add_argument(
+        "--method",
+        default="",
+        metavar="FILE",
+        help="what one method does otherwise, laid over the config file: one of configs/methods/",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         default=1800.0,
