@@ -39,14 +39,8 @@ def results_of(run: Path) -> list[Result]:
     Raises:
         FileNotFoundError: if the folder is not that of a run.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    burn_in, end = config["SEMI"]["BURN_IN_ITERS"], config["SOLVER"]["MAX_ITER"]
-    evaluations: dict[int, dict[str, float]] = {}
-    for line in (run / "metrics.json").read_text().splitlines():
-        record = json.loads(line)
-        if "bbox/AP" in record:
-            # Iterations are counted from 0; Detectron2's own hooks log the last one as the next.
-            evaluations[min(record["iteration"] + 1, end)] = record
+    burn_in = config_of(run)["SEMI"]["BURN_IN_ITERS"]
+    evaluations = evaluations_of(run)
     if not evaluations:
         return []
     last = max(evaluations)
@@ -58,6 +52,34 @@ def results_of(run: Path) -> list[Result]:
     results.append(_result(run, "final student", last, evaluations[last], "student/"))
     results.append(_result(run, "final teacher", last, evaluations[last], ""))
     return results
+
+
+def config_of(run: Path) -> dict:
+    """The effective config of a run."""
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def evaluations_of(run: Path) -> dict[int, dict[str, float]]:
+    """Number of iterations done -> what was measured then, by name (``bbox/AP``, ...).
+
+    Raises:
+        FileNotFoundError: if the folder is not that of a run.
+    """
+    end = config_of(run)["SOLVER"]["MAX_ITER"]
+    # Iterations are counted from 0; Detectron2's own hooks log the last one as the next.
+    return {
+        min(record["iteration"] + 1, end): record
+        for record in metrics_of(run)
+        if "bbox/AP" in record
+    }
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """The records of ``metrics.json``, but for a last one that a run was stopped in writing."""
+    lines = (run / "metrics.json").read_text().splitlines()
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
 
 
 def table(results: list[Result]) -> str:

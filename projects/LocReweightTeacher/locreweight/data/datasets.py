@@ -11,7 +11,8 @@ name                                    what it is
 anything else                           a data set that Detectron2 has registered
 ======================================  ==========================================================
 
-Paths may start with ``$DETECTRON2_DATASETS`` or other variables. Boxes of records are xyxy or xywh as each record says, in absolute pixels of the original image.
+Paths may start with ``$DETECTRON2_DATASETS`` or other variables. Boxes of records are xyxy or xywh
+as each record says, in absolute pixels of the original image.
 """
 
 from __future__ import annotations

@@ -1,0 +1,352 @@
+"""Comparisons: which runs there are, how they are done and gone on with, the tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+import compare
+import run_queue
+from comparison_report import as_csv, as_markdown, curves
+from locreweight.errors import UsageError
+from run_queue import Attempt, Run, RunQueue, attempts_of, places
+from run_results import is_finished, other_settings, results_of
+from tests.engine.tiny_training import TRAINING, make_datasets
+from tests.modeling.tiny_model import TINY, as_options
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
+METHODS = ROOT / "configs/methods"
+SHORT = ("SOLVER.MAX_ITER", "40", "SEMI.BURN_IN_ITERS", "20")
+
+
+def run_of(output, seed=1, method=None, options=SHORT):
+    return Run(QUICKSTART, method and METHODS / f"{method}.yaml", seed, Path(output), options)
+
+
+def write_results(run, aps, precision=None):
+    """As training leaves them; ``aps`` by iterations done."""
+    run.output.mkdir(parents=True)
+    (run.output / "config.yaml").write_text(run.cfg.dump())
+    lines = [{"iteration": i, "time": 0.1 + i / 100} for i in (0, 1, 2)]
+    for done, ap in aps.items():
+        scores = {
+            "bbox/AP": ap,
+            "bbox/AP50": 2 * ap,
+            "bbox/AP75": ap / 2,
+            "student/bbox/AP": ap - 1,
+        }
+        lines.append({"iteration": done - 1, **scores})
+    if precision is not None:
+        lines.append({"iteration": 39, "pseudo_truth/precision": precision})
+    (run.output / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    if run.cfg.SOLVER.MAX_ITER in aps:
+        (run.output / "model_final.pth").touch()
+    attempt = Attempt("abc", "2 x CPU", 3.0, 0, 1000.0)
+    (run.output / run_queue.ATTEMPTS).write_text(json.dumps([vars(attempt)]))
+
+
+def arguments(*more):
+    return compare.parse_arguments([str(part) for part in more])
+
+
+# --- which runs -----------------------------------------------------------------------------------
+
+
+def test_runs_are_all_configs_times_methods_times_seeds(tmp_path):
+    methods = [METHODS / "stac.yaml", METHODS / "supervised.yaml"]
+    words = ["--config-file", QUICKSTART, ROOT / "configs/bccd-small.yaml", "--methods", *methods]
+    runs = compare.runs_of(arguments(*words, "--seeds", 1, 2, "--output", tmp_path))
+    assert len(runs) == 8
+    assert {run.row for run in runs} == {
+        "quickstart + stac",
+        "quickstart + supervised",
+        "bccd-small + stac",
+        "bccd-small + supervised",
+    }
+    assert runs[0].output == tmp_path / "quickstart-stac/seed-1"
+    for run in runs:
+        assert run.cfg.OUTPUT_DIR == str(run.output)
+        assert (run.cfg.SEED, run.cfg.DATASETS.SPLIT_SEED) == (run.seed, run.seed)
+    assert runs[0].cfg.SEMI.STRATEGY == "Stac"
+
+
+def test_options_hold_for_all_runs_and_go_over_the_configs(tmp_path):
+    words = ["--config-file", QUICKSTART, "--output", tmp_path, "SOLVER.MAX_ITER", 40]
+    (run,) = compare.runs_of(arguments(*words, "DATASETS.SPLIT_SEED", 7))
+    assert (run.cfg.SOLVER.MAX_ITER, run.cfg.DATASETS.SPLIT_SEED, run.cfg.SEED) == (40, 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("supervised.yaml", "SEMI.BURN_IN_ITERS"),
+        ("published/stac-coco.yaml", "SEMI.PSEUDO_LABEL_THRESHOLD"),
+        ("published/stac-coco.yaml", "SEMI.EMA_KEEP_RATE"),
+    ],
+)
+def test_options_may_not_make_a_method_another_one(tmp_path, method, key):
+    words = ["--config-file", QUICKSTART, "--methods", METHODS / method, "--output", tmp_path]
+    with pytest.raises(UsageError, match=rf"{key} is for .*{method} to decide"):
+        compare.runs_of(arguments(*words, key, 3))
+
+
+def test_files_of_the_same_name_are_an_error(tmp_path):
+    other = tmp_path / "quickstart.yaml"
+    other.write_text(yaml.dump({"_BASE_": str(QUICKSTART)}))
+    with pytest.raises(UsageError, match="share a folder"):
+        compare.runs_of(arguments("--config-file", QUICKSTART, other, "--output", tmp_path))
+
+
+def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
+    words = ["--config-file", QUICKSTART, "--output", tmp_path]
+    run = run_of(tmp_path / "quickstart/seed-1")
+    write_results(run, {20: 1.0})
+    assert other_settings(run) == []
+    with pytest.raises(UsageError, match=r"SOLVER\.MAX_ITER was 40, now 41"):
+        compare.runs_of(arguments(*words, "SOLVER.MAX_ITER", 41, "SEMI.BURN_IN_ITERS", 20))
+
+
+def test_the_command_is_one_that_a_user_can_call(tmp_path):
+    command = run_of(tmp_path, seed=3, method="stac").command
+    assert command[1:] == [
+        *("--config-file", str(QUICKSTART), "--method", str(METHODS / "stac.yaml"), "--resume"),
+        *("--num-gpus", "1", "SEED", "3", "DATASETS.SPLIT_SEED", "3", *SHORT),
+        *("OUTPUT_DIR", str(tmp_path)),
+    ]
+
+
+# --- results and tables ---------------------------------------------------------------------------
+
+
+def test_results_are_those_of_the_final_teacher(tmp_path):
+    run = run_of(tmp_path / "run", seed=2, method="soft_teacher")
+    write_results(run, {20: 10.0, 40: 30.0}, precision=0.75)
+    found = results_of(run)
+    assert (found.row, found.seed, found.finished) == ("quickstart + soft_teacher", 2, True)
+    assert (found.ap, found.ap50, found.ap75, found.student_ap) == (30.0, 60.0, 15.0, 29.0)
+    assert (found.precision, np.isnan(found.recall)) == (0.75, True)
+    assert found.seconds_per_iteration == pytest.approx(0.11)  # of 0.10, 0.11, 0.12
+    assert (found.peak_memory_mib, found.memory_of) == (1000.0, "RAM")
+    assert (found.threshold, found.unsupervised_weight, found.burn_in) == (0.6, 2.0, 20)
+    assert (found.commit, found.machine) == ("abc", "2 x CPU")
+
+
+def test_peak_memory_is_that_of_the_gpu_where_there_is_one(tmp_path):
+    run = run_of(tmp_path / "run")
+    write_results(run, {40: 30.0})
+    (run.output / "log.txt").write_text("lr: 0.1  max_mem: 512M\nlr: 0.1  max_mem: 2048M\n")
+    assert (results_of(run).peak_memory_mib, results_of(run).memory_of) == (2048.0, "GPU")
+
+
+def test_a_model_that_finds_nothing_has_an_ap_of_zero(tmp_path):
+    run = run_of(tmp_path / "run")
+    write_results(run, {20: 10.0, 40: float("nan")})
+    assert (results_of(run).ap, results_of(run).ap75) == (0.0, 0.0)
+
+
+def test_a_run_that_has_not_begun_has_no_results(tmp_path):
+    assert results_of(run_of(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize(("aps", "finished"), [({20: 1.0}, False), ({20: 1.0, 40: 2.0}, True)])
+def test_a_run_is_finished_when_it_was_evaluated_at_its_end(tmp_path, aps, finished):
+    run = run_of(tmp_path / "run")
+    write_results(run, aps)
+    (run.output / "model_final.pth").touch()
+    assert is_finished(run) == finished
+
+
+def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path):
+    run = run_of(tmp_path / "run")
+    write_results(run, {20: 10.0})
+    with (run.output / "metrics.json").open("a") as file:
+        file.write('{"iteration": 39, "bbox/AP": 3')
+    assert results_of(run).iterations == 20
+
+
+@pytest.fixture
+def three_rows(tmp_path):
+    """Three finished seeds, one finished, one that goes on."""
+    runs = [run_of(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)]
+    for run, ap in zip(runs, (30.0, 32.0, 34.0), strict=True):
+        write_results(run, {20: ap - 10, 40: ap})
+    runs += [run_of(tmp_path / name, 1, name) for name in ("stac", "soft_teacher")]
+    write_results(runs[3], {20: 9.0, 40: 18.0})
+    write_results(runs[4], {20: 9.0})
+    return runs
+
+
+def test_the_table_has_mean_and_standard_deviation_of_finished_runs(three_rows):
+    summary, _, single = as_markdown([results_of(run) for run in three_rows]).partition("\n\n")
+    lines = summary.splitlines()[2:]
+    assert len(lines) == 2
+    assert "| quickstart " in lines[0] and "| 1, 2, 3 " in lines[0]
+    assert "32.00 ± 2.00" in lines[0] and "64.00 ± 4.00" in lines[0]  # (n - 1), not n
+    assert "stac" in lines[1] and "| 18.00 " in lines[1]
+    assert single.count("2 x CPU") == 5 and "20 of 40" in single
+
+
+def test_the_csv_has_all_runs_and_leaves_out_what_is_not_known(three_rows):
+    rows = list(csv.DictReader(io.StringIO(as_csv([results_of(run) for run in three_rows]))))
+    assert [row["ap"] for row in rows] == ["30.0", "32.0", "34.0", "18.0", ""]
+    assert {row["precision"] for row in rows} == {""}
+    assert rows[0]["commit"] == "abc" and rows[4]["finished"] == "False"
+
+
+def test_a_supervised_run_has_no_threshold(tmp_path):
+    run = run_of(tmp_path / "run", method="supervised", options=SHORT[:2])
+    write_results(run, {40: 10.0})
+    assert np.isnan(results_of(run).threshold) and np.isnan(results_of(run).burn_in)
+
+
+def test_curves_are_drawn_for_what_there_is(three_rows, tmp_path):
+    drawn, empty = (
+        cv2.imdecode(np.frombuffer(curves(runs), np.uint8), cv2.IMREAD_COLOR)
+        for runs in (three_rows, [run_of(tmp_path / "none")])
+    )
+    assert drawn.shape == empty.shape
+
+    def colored(image):
+        return int((np.ptp(image.astype(int), axis=2) > 40).sum())
+
+    assert colored(empty) == 0 < colored(drawn)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Runs do what a script says, with their folder as argument."""
+
+    def make(script):
+        monkeypatch.setattr(
+            Run, "command", property(lambda run: ["-c", script, str(run.output), str(run.seed)])
+        )
+
+    return make
+
+
+def work(runs, where):
+    ended = {}
+    RunQueue(runs, where).work(lambda run, attempt: ended.update({run: attempt}), lambda: None)
+    return ended
+
+
+def test_a_run_that_fails_does_not_stop_the_others(scripted, tmp_path):
+    scripted("import sys; print('out of luck'); sys.exit(int(sys.argv[2]) % 2)")
+    runs = [run_of(tmp_path / f"{seed}", seed) for seed in (1, 2, 3)]
+    ended = work(runs, [None])
+    assert [ended[run].exit_code for run in runs] == [1, 0, 1]
+    assert compare.last_line(runs[0].output / run_queue.CONSOLE) == "out of luck"
+    work(runs[:1], [None])
+    assert [attempt.exit_code for attempt in attempts_of(runs[0].output)] == [1, 1]
+
+
+def test_runs_side_by_side_have_gpus_of_their_own(scripted, tmp_path):
+    """Each waits for the other: one after another they would never end."""
+    scripted(
+        "import os, pathlib, sys, time\n"
+        "here = pathlib.Path(sys.argv[1]); (here / 'there').touch()\n"
+        "while len(list(here.parent.glob('*/there'))) < 2: time.sleep(0.01)\n"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    runs = [run_of(tmp_path / f"{seed}", seed) for seed in (1, 2)]
+    assert all(attempt.exit_code == 0 for attempt in work(runs, ["0,1", "2,3"]).values())
+    assert {compare.last_line(run.output / run_queue.CONSOLE) for run in runs} == {"0,1", "2,3"}
+
+
+def test_memory_of_a_run_is_that_of_its_process(scripted, tmp_path):
+    scripted("import sys; block = b'1' * (300 * 2**20 * (int(sys.argv[2]) - 1))")
+    small, large = (run_of(tmp_path / f"{seed}", seed) for seed in (1, 2))
+    ended = work([small, large], [None])
+    # The smaller one is also charged with what this process held when it was started.
+    assert ended[large].peak_ram_mib > 300
+
+
+def test_an_interrupted_comparison_asks_its_runs_to_stop(scripted, tmp_path):
+    scripted("import pathlib, sys, time; pathlib.Path(sys.argv[1], 'on').touch(); time.sleep(600)")
+    runs = [run_of(tmp_path / f"{seed}", seed) for seed in (1, 2)]
+    queue = RunQueue(runs, [None])
+    ended = []
+
+    def interrupt():
+        if (runs[0].output / "on").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        queue.work(lambda run, attempt: ended.append(run), interrupt)
+    assert ended == [] and not runs[1].output.exists()
+    (attempt,) = attempts_of(runs[0].output)
+    assert attempt.exit_code == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "parallel", "expected"),
+    [
+        (1, None, ["4", "5", "6", "7", "9"]),
+        (1, 2, ["4", "5"]),
+        (2, None, ["4,5", "6,7"]),
+        (5, None, ["4,5,6,7,9"]),
+    ],
+)
+def test_gpus_are_shared_out(monkeypatch, num_gpus, parallel, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,9")
+    assert places(num_gpus, parallel, on_gpus=True) == expected
+    assert places(num_gpus, parallel, on_gpus=False) == [None] * (parallel or 1)
+
+
+def test_more_gpus_than_there_are_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ValueError, match="2 x 2 GPUs are asked for, there are 2"):
+        places(2, 2, on_gpus=True)
+
+
+# --- as a user runs it ----------------------------------------------------------------------------
+
+
+def test_it_is_stopped_and_goes_on(tmp_path, capsys):
+    """Interrupted after a checkpoint, finished by the second call; the third has nothing to do."""
+    changed = {"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 12, "SEMI.BURN_IN_ITERS": 6}
+    settings = TINY | TRAINING | make_datasets(tmp_path / "data") | changed
+    output = tmp_path / "out"
+    words = [
+        *("--config-file", str(ROOT / "configs/Base-LocReweight.yaml")),
+        *("--methods", str(METHODS / "loc_reweight.yaml")),
+        *("--output", str(output), *as_options(settings)),
+    ]
+    command = [sys.executable, str(ROOT / "tools/compare.py"), *words]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (run,) = compare.runs_of(compare.parse_arguments(words))
+    while not (run.output / "last_checkpoint").exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    said = first.communicate()[0]
+    assert first.returncode == 1 and "the same command goes on" in said
+    assert not is_finished(run)
+
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert [attempt.exit_code == 0 for attempt in attempts_of(run.output)] == [False, True]
+    assert "resumed after iteration" in (run.output / run_queue.CONSOLE).read_text()
+    assert {"results.csv", "table.md", "curves.png"} <= set(os.listdir(output))
+    assert "| Base-LocReweight + loc_reweight | 1 " in second.stdout
+    assert is_finished(run) and results_of(run).ap >= 0
+
+    assert compare.compare(compare.parse_arguments(words)) == []
+    assert "1 runs, 1 of them finished before" in capsys.readouterr().out
+    assert len(attempts_of(run.output)) == 2

@@ -1,0 +1,213 @@
+#!/usr/bin/env python
+"""Train configs, with several methods and seeds, and put the results into one table.
+
+    python tools/compare.py --config-file configs/quickstart.yaml \\
+        --methods configs/methods/*.yaml --seeds 1 2 3 --output output/comparison
+    python tools/compare.py --config-file configs/table3/*.yaml --seeds 1 2 --output output/t3
+
+Runs go on one after another, or side by side on the GPUs that are there. Called again with the same
+words it goes on where it was stopped, leaves out what is finished and tries again what has failed.
+After each run --output has results.csv (all runs), table.md (means and spreads) and curves.png.
+
+A seed chooses the start weights, the order of images, and which images are labeled: methods with
+the same seed see the same split. KEY VALUE pairs come last and hold for all runs. They may not
+touch what one of the methods decides: it would be another method then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from comparison_report import CURVES, TABLE, write_report
+from locreweight.config import check_supported
+from locreweight.errors import UsageError
+from run_queue import CONSOLE, Attempt, Run, RunQueue, places
+from run_results import is_finished, iterations_of, leaves, other_settings, results_of
+
+
+class Progress:
+    """Lines about runs that end, and on a terminal a bar of all their iterations."""
+
+    def __init__(self, runs: list[Run], waiting: list[Run], num_places: int) -> None:
+        self.failed: list[str] = []
+        self._runs = runs
+        self._output = runs[0].output.parent.parent
+        self._done = {run: iterations_of(run) for run in runs}
+        self._bar = tqdm(
+            total=sum(run.cfg.SOLVER.MAX_ITER for run in runs),
+            initial=sum(self._done.values()),
+            unit="iteration",
+            disable=None,
+        )
+        self._say(
+            f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before, "
+            f"{num_places} at a time"
+        )
+
+    def after_run(self, run: Run, attempt: Attempt) -> None:
+        """Report on a run that has ended, and bring the tables up to date."""
+        write_report(self._runs, self._output)
+        if attempt.exit_code == 0 and is_finished(run):
+            result = results_of(run)
+            assert result is not None
+            self._say(f"{run.name}: AP {result.ap:.2f} after {attempt.seconds:.0f} s")
+            return
+        console = run.output / CONSOLE
+        why = last_line(console) if attempt.exit_code else "it has ended without a result"
+        self.failed.append(f"{run.name}: exit code {attempt.exit_code}: {why} (see {console})")
+        self._say(f"not finished: {self.failed[-1]}")
+
+    def while_running(self, running: list[Run]) -> None:
+        """Move the bar."""
+        if self._bar.disable:
+            return
+        for run in running:
+            now = iterations_of(run)
+            self._bar.update(max(0, now - self._done[run]))
+            self._done[run] = max(now, self._done[run])
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _say(self, text: str) -> None:
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+
+def runs_of(args: argparse.Namespace) -> list[Run]:
+    """All runs of a comparison, checked.
+
+    Raises:
+        UsageError: if one of them cannot be, or was begun with other settings.
+    """
+    runs = [
+        Run(
+            config=config,
+            method=method,
+            seed=seed,
+            output=folder_of(args.output, config, method) / f"seed-{seed}",
+            options=tuple(args.opts),
+            num_gpus=args.num_gpus,
+        )
+        for seed in dict.fromkeys(args.seeds)
+        for config in args.config_file
+        for method in args.methods or [None]
+    ]
+    if len({run.output for run in runs}) < len(runs):
+        raise UsageError("two of the files have the same name: their runs would share a folder")
+    for method in args.methods or []:
+        check_method_stays_itself(method, args.opts)
+    for run in runs:
+        check_supported(run.cfg)
+        if changes := other_settings(run):
+            raise UsageError(
+                f"{run.output} was begun with other settings: {'; '.join(changes[:3])}. Remove it, "
+                "or give another --output"
+            )
+    return runs
+
+
+def check_method_stays_itself(method: Path, options: list[str]) -> None:
+    """Raises UsageError if the options set what the method's file sets."""
+    if not method.is_file():
+        raise UsageError(f"config file {str(method)!r} does not exist")
+    decided = leaves(CfgNode.load_yaml_with_base(str(method)))
+    for key in options[::2]:
+        if key in decided:
+            raise UsageError(
+                f"{key} is for {method} to decide. For the other methods, set it in a config file "
+                "of its own, with _BASE_; for all of them, leave that method out"
+            )
+
+
+def folder_of(output: Path, config: Path, method: Path | None) -> Path:
+    """Of all seeds of a config and a method."""
+    return output / "-".join([config.stem, *([method.stem] if method else [])])
+
+
+def last_line(file: Path) -> str:
+    """Of a text file, without those that are empty."""
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+def compare(args: argparse.Namespace) -> list[str]:
+    """Do all runs; returns those that have failed, in words.
+
+    Raises:
+        UsageError: for what the user has to put right before anything is run.
+    """
+    runs = runs_of(args)
+    on_gpus = runs[0].cfg.MODEL.DEVICE.startswith("cuda")
+    try:
+        found = places(args.num_gpus, args.parallel, on_gpus)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    waiting = [run for run in runs if not is_finished(run)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    queue = RunQueue(waiting, found)
+    progress = Progress(runs, waiting, len(found))
+    try:
+        queue.work(progress.after_run, lambda: progress.while_running(queue.running))
+    finally:
+        progress.close()
+        write_report(runs, args.output)
+    return progress.failed
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", type=Path, nargs="+", required=True, metavar="FILE", help="one row each"
+    )
+    parser.add_argument(
+        "--methods",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="laid over each config: configs/methods/*.yaml",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--num-gpus", type=int, default=1, help="of each run")
+    parser.add_argument(
+        "--parallel", type=int, help="runs at a time; otherwise as many as the GPUs allow, or 1"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of runs and results")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all runs")
+    args = parser.parse_args(arguments)
+    args.output = args.output.absolute()
+    return args
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    args = parse_arguments()
+    # A scheduler's signal ends a comparison as Ctrl-C does: with its runs, and not without them.
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        failed = compare(args)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on")
+    print(f"\n{(args.output / TABLE).read_text()}\ncurves: {args.output / CURVES}")
+    if failed:
+        sys.exit("\n".join([f"{len(failed)} runs have failed:", *failed]))
+
+
+if __name__ == "__main__":
+    main()
