@@ -37,7 +37,8 @@ from data_findings import (
 from data_sets import DataSets, Finding, Severity, read_data_sets
 from image_survey import ImageFacts, survey
 from locreweight.config import check_supported, load_config, scale_to_world_size
-from locreweight.data.splits import split_indices
+from locreweight.data.checks import without_overlap
+from locreweight.data.split_files import split_annotated
 from locreweight.errors import UsageError
 from memory_estimate import GIB, estimate_memory
 
@@ -121,9 +122,7 @@ def effective_values(
     """Batch, learning rate, iterations, epochs and memory on this number of GPUs."""
     cfg = scale_to_world_size(cfg, num_gpus)
     solver, burn_in = cfg.SOLVER, min(cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER)
-    annotated = sum(map(len, sets.train.values()))
-    labeled = len(split_indices(annotated, cfg.DATASETS.LABELED_PERCENT, 1)[0]) if annotated else 0
-    unlabeled = annotated - labeled + sum(map(len, sets.unlabeled.values()))
+    labeled, unlabeled = numbers_of_images(cfg, sets)
     lines = [
         f"on {num_gpus} process(es): {solver.IMS_PER_BATCH} labeled + "
         f"{solver.IMS_PER_BATCH_UNLABELED} unlabeled images an iteration, learning rate "
@@ -145,6 +144,16 @@ def effective_values(
             "estimate that can be off by a third"
         )
     return "\n".join(lines)
+
+
+def numbers_of_images(cfg: CfgNode, sets: DataSets) -> tuple[int, int]:
+    """Of labeled and of unlabeled images, as training will split and exclude them."""
+    labeled, unlabeled = split_annotated(cfg, sets.train) if sets.train else ([], [])
+    unlabeled = [*unlabeled, *(r for records in sets.unlabeled.values() for r in records)]
+    if cfg.DATASETS.EXCLUDE_LABELED:
+        tested = [record for records in sets.test.values() for record in records]
+        unlabeled = without_overlap([*labeled, *tested], unlabeled, exclude=True)
+    return len(labeled), len(unlabeled)
 
 
 def training_command(args: argparse.Namespace, options: list[str]) -> str:

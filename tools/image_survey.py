@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,10 @@ from pathlib import Path
 
 import imagehash
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
+
+from locreweight.data.images import UnreadableImage, one_line, read_rgb
 
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 _HASH_SIDE = 16  # dHash of 16 x 16 = 256 bits
@@ -69,21 +70,20 @@ def survey(files: Iterable[str]) -> dict[str, ImageFacts]:
 
 
 def read_facts(file: str) -> ImageFacts:
-    """Read one image to its end."""
+    """Read one image as training reads it."""
     try:
-        content = Path(file).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        pixels = Image.fromarray(read_rgb(file))
+        with Image.open(file) as image:
             rotated = image.getexif().get(_ORIENTATION, 1) != 1
-            upright = ImageOps.exif_transpose(image).convert("L")
-    except Exception as error:  # whatever a damaged file makes the decoder raise
-        return ImageFacts(file, fault=f"{type(error).__name__}: {error}".splitlines()[0])
-    bits = imagehash.dhash(upright, hash_size=_HASH_SIDE).hash
+    except UnreadableImage as error:
+        return ImageFacts(file, fault=one_line(error.__cause__ or error))
+    bits = imagehash.dhash(pixels, hash_size=_HASH_SIDE).hash
     return ImageFacts(
         file,
         fault="",
-        size=upright.size,
+        size=pixels.size,
         rotated=rotated,
-        digest=hashlib.sha256(content).hexdigest(),
+        digest=hashlib.sha256(Path(file).read_bytes()).hexdigest(),
         look=np.packbits(bits).view(np.uint64),
     )
 

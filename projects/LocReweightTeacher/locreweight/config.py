@@ -102,6 +102,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # unlabeled images. Drawn by DATASETS.SPLIT_SEED alone: the same in every process and run.
     cfg.DATASETS.LABELED_PERCENT = 100.0
     cfg.DATASETS.SPLIT_SEED = 1
+    # A file with splits, from which the two keys above choose one: written by
+    # datasets/make_split.py, or Unbiased Teacher's COCO_supervision.txt. Empty: the split is drawn.
+    cfg.DATASETS.SPLIT_FILE = ""
     # Class names of "voc:" data sets, in the order of the model's classes. Empty: VOC's twenty.
     cfg.DATASETS.CLASS_NAMES = ()
     # The truth of unlabeled images, to measure pseudo-labels with and for nothing else: annotated

@@ -19,7 +19,7 @@ from ..errors import UsageError
 from .checks import check_boxes, check_classes, check_test_set, without_overlap
 from .datasets import register
 from .image_checks import check_images_decode, check_images_exist
-from .splits import split_indices
+from .split_files import split_annotated
 from .watched import choose_watched
 
 logger = logging.getLogger(__name__)
@@ -97,13 +97,13 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     """
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
-    annotated = [record for name in cfg.DATASETS.TRAIN for record in _load(name)]
+    annotated = {name: _load(name) for name in cfg.DATASETS.TRAIN}
     tested = {name: _load(name) for name in cfg.DATASETS.TEST}
     for name, records in tested.items():
         check_test_set(name, records)
         check_images_exist(records)
     class_names = _checked_class_names(cfg)
-    drawn, rest = _split(cfg, annotated)
+    drawn, rest = split_annotated(cfg, annotated)
     labeled = check_boxes(drawn, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
     check_images_exist(labeled)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -150,16 +150,6 @@ def _checked_class_names(cfg: CfgNode) -> list[str]:
             raise UsageError(f"{name} has no annotations; name it in DATASETS.UNLABELED")
     check_classes(class_names, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     return class_names[cfg.DATASETS.TRAIN[0]]
-
-
-def _split(cfg: CfgNode, annotated: list[dict]) -> tuple[list[dict], list[dict]]:
-    try:
-        labeled, rest = split_indices(
-            len(annotated), cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED
-        )
-    except ValueError as error:
-        raise UsageError(f"DATASETS.LABELED_PERCENT: {error}") from error
-    return [annotated[i] for i in labeled], [annotated[i] for i in rest]
 
 
 def _without_test_images(

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Write down which images are labeled, so that others can use the very same ones.
+
+    python datasets/make_split.py --config-file configs/coco/standard-10.yaml \\
+        --percent 1 5 10 --seeds 1 2 3 4 5 --output datasets/splits/coco.json
+
+Draws from all images of the config's DATASETS.TRAIN, those without a box included, as training
+itself does: a run with DATASETS.SPLIT_FILE datasets/splits/coco.json has the same labeled images as
+one without it, but stops if the annotations are not those that the file was made for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+
+from locreweight.config import load_config
+from locreweight.data.split_files import write_split_file
+from locreweight.data.training_sets import register_datasets
+from locreweight.errors import UsageError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="names the data")
+    parser.add_argument("--percent", type=float, nargs="+", default=[1.0, 5.0, 10.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args(arguments)
+    try:
+        cfg = load_config(args.config_file, [*args.opts, "DATASETS.TEST", "()"])
+        register_datasets(cfg)
+        annotated = {name: DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN}
+        write_split_file(args.output, annotated, args.percent, args.seeds)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+    images = sum(map(len, annotated.values()))
+    count = len(args.percent) * len(args.seeds)
+    print(f"{args.output}: {count} splits of {images} images")
+
+
+if __name__ == "__main__":
+    main()
