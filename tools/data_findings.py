@@ -71,16 +71,18 @@ def box_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
         if not any("annotations" in record for record in records):
             continue
         fixes = {"DATASETS.DROP_BAD_BOXES": "True"} if name in sets.train else {}
+        told = ""  # what the error says need not be a warning as well
         try:
             check_boxes(records, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
         except UsageError as error:
+            told = "malformed"
             findings.append(Finding(Severity.ERROR, f"{name}: {error}", fixes=fixes))
         with _warnings() as messages:
             usable = check_boxes(records, drop_bad=True)
         findings += [
             Finding(Severity.WARNING, f"{name}: training would have {message}")
             for message in messages
-            if not (findings and "malformed" in message)
+            if not (told and told in message)
         ]
         if not any(a.get("iscrowd", 0) == 0 for r in usable for a in r["annotations"]):
             findings.append(Finding(Severity.ERROR, f"{name}: no box would be used"))
