@@ -17,6 +17,7 @@ touch what one of the methods decides: it would be another method then.
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ class Progress:
         if attempt.exit_code == 0 and is_finished(run):
             result = results_of(run)
             assert result is not None
-            self._say(f"{run.name}: AP {result.ap:.2f} after {attempt.seconds:.0f} s")
+            ap = "no test set" if math.isnan(result.ap) else f"AP {result.ap:.2f}"
+            self._say(f"{run.name}: {ap}, after {attempt.seconds:.0f} s")
             return
         console = run.output / CONSOLE
         why = last_line(console) if attempt.exit_code else "it has ended without a result"

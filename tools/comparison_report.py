@@ -21,8 +21,8 @@ NOTES = """\
 AP, AP50 and AP75 are those of the final teacher (of a supervised run: of its model), in percent;
 mean and, of two seeds or more, standard deviation over the seeds. Precision and recall are of the
 pseudo-labels at the end, where the truth of unlabeled images is known. Time is the median of an
-iteration without evaluation; memory is the largest of all runs of the row. Threshold, weight, keep
-rate and burn-in are those that were used.
+iteration after burn-in, without evaluation; memory is the largest of all runs of the row.
+Threshold, weight, keep rate and burn-in are those that were used.
 """
 
 
