@@ -43,7 +43,8 @@ from locreweight.errors import UsageError
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The frozen config, with loggers, seeds and data sets ready."""
-    cfg = load_config(args.config_file, args.opts, args.method)
+    # Programs that come with Detectron2's own arguments have no method.
+    cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
     if not args.eval_only:
         cfg = scale_to_world_size(cfg, comm.get_world_size())
     cfg.freeze()
