@@ -49,7 +49,7 @@ def write_results(run, aps, precision=None):
             "bbox/AP75": ap / 2,
             "student/bbox/AP": ap - 1,
         }
-        lines.append({"iteration": done - 1, **scores})
+        lines.append({"iteration": done - 1, "voc_11_point/AP50": 3 * ap, **scores})
     if precision is not None:
         lines.append({"iteration": 39, "pseudo_truth/precision": precision})
     (run.output / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -111,6 +111,13 @@ def test_files_of_the_same_name_are_an_error(tmp_path):
         compare.runs_of(arguments("--config-file", QUICKSTART, other, "--output", tmp_path))
 
 
+def test_comparisons_are_on_one_test_set(tmp_path):
+    tests = "['coco:a.json:a', 'coco:b.json:b']"
+    words = ["--config-file", QUICKSTART, "--output", tmp_path, "DATASETS.TEST", tests]
+    with pytest.raises(UsageError, match="compare on one"):
+        compare.runs_of(arguments(*words))
+
+
 def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
     words = ["--config-file", QUICKSTART, "--output", tmp_path]
     run = run_of(tmp_path / "quickstart/seed-1")
@@ -138,6 +145,7 @@ def test_results_are_those_of_the_final_teacher(tmp_path):
     found = results_of(run)
     assert (found.row, found.seed, found.finished) == ("quickstart + soft_teacher", 2, True)
     assert (found.ap, found.ap50, found.ap75, found.student_ap) == (30.0, 60.0, 15.0, 29.0)
+    assert found.voc_ap50 == 90.0
     assert (found.precision, np.isnan(found.recall)) == (0.75, True)
     assert found.seconds_per_iteration == pytest.approx(0.41)  # of 0.40, 0.41, 0.42
     assert (found.peak_memory_mib, found.memory_of) == (1000.0, "RAM")

@@ -110,6 +110,8 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
         check_method_stays_itself(method, args.opts)
     for run in runs:
         check_supported(run.cfg)
+        if len(run.cfg.DATASETS.TEST) > 1:
+            raise UsageError(f"{run.config} names several sets in DATASETS.TEST; compare on one")
         if changes := other_settings(run):
             raise UsageError(
                 f"{run.output} was begun with other settings: {'; '.join(changes[:3])}. Remove it, "

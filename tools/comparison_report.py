@@ -19,7 +19,8 @@ CSV, TABLE, CURVES = "results.csv", "table.md", "curves.png"
 
 NOTES = """\
 AP, AP50 and AP75 are those of the final teacher (of a supervised run: of its model), in percent;
-mean and, of two seeds or more, standard deviation over the seeds. Precision and recall are of the
+mean and, of two seeds or more, standard deviation over the seeds. Of Pascal VOC's layout there is
+its own 11-point AP, too. Precision and recall are of the
 pseudo-labels at the end, where the truth of unlabeled images is known. Time is the median of an
 iteration after burn-in, without evaluation; memory is the largest of all runs of the row.
 Threshold, weight, keep rate and burn-in are those that were used.
@@ -90,6 +91,7 @@ def _summary(row: str, members: list[RunResults]) -> dict[str, object]:
         "AP": _spread([result.ap for result in members]),
         "AP50": _spread([result.ap50 for result in members]),
         "AP75": _spread([result.ap75 for result in members]),
+        "11-point AP50": _spread([result.voc_ap50 for result in members]),
         "precision": _spread([result.precision for result in members]),
         "recall": _spread([result.recall for result in members]),
         "s/iteration": _spread([result.seconds_per_iteration for result in members]),

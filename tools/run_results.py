@@ -26,6 +26,7 @@ class RunResults:
         finished: nothing is left to do.
         iterations: done until now.
         ap, ap50, ap75: of the teacher after the last iteration, in percent.
+        voc_ap50: Pascal VOC's 11-point AP then, where it is measured.
         student_ap: of the student then.
         precision, recall: of the pseudo-labels, last measured, in [0, 1]; known where the truth of
             unlabeled images is.
@@ -46,6 +47,7 @@ class RunResults:
     ap: float
     ap50: float
     ap75: float
+    voc_ap50: float
     student_ap: float
     precision: float
     recall: float
@@ -79,6 +81,7 @@ def results_of(run: Run) -> RunResults | None:
         ap=final.get("bbox/AP", NAN),
         ap50=final.get("bbox/AP50", NAN),
         ap75=final.get("bbox/AP75", NAN),
+        voc_ap50=final.get("voc_11_point/AP50", NAN),
         student_ap=final.get("student/bbox/AP", NAN),
         precision=_last(metrics, "pseudo_truth/precision"),
         recall=_last(metrics, "pseudo_truth/recall"),
