@@ -74,7 +74,7 @@ def curves(runs: list[Run]) -> bytes:
         (line,) = axes.plot(common, [mean(v) for v in values], marker="o", markersize=3, label=row)
         low, high = [min(v) for v in values], [max(v) for v in values]
         axes.fill_between(common, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="iterations", ylabel="AP of the teacher, %")
+    axes.set(xlabel="iterations", ylabel="AP of the teacher, %", xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize="small")
