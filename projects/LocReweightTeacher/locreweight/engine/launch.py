@@ -31,7 +31,7 @@ Main = Callable[[argparse.Namespace], object]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line, and how long processes wait for each other."""
+    """Detectron2's command line, the method, and how long processes wait for each other."""
     parser = default_argument_parser()
     parser.add_argument(
         "--method",
