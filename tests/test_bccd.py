@@ -84,7 +84,7 @@ def test_training_with_a_tenth_of_the_labels(small_test_set, tmp_path):
         "TEST.EVAL_PERIOD": 0,
         "OUTPUT_DIR": tmp_path / "output",
     }
-    args = train_net.default_argument_parser().parse_args(
+    args = train_net.argument_parser().parse_args(
         ["--config-file", str(CONFIG), *as_options(settings)]
     )
     with logging_of_its_own():

@@ -122,7 +122,7 @@ def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_p
         ],
     }
     (tmp_path / "config.yaml").write_text(trained.cfg.dump())
-    args = train_net.default_argument_parser().parse_args(
+    args = train_net.argument_parser().parse_args(
         ["--config-file", str(tmp_path / "config.yaml"), "--eval-only", *as_options(settings)]
     )
     with logging_of_its_own():
