@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args(arguments)
     try:
-        cfg = load_config(args.config_file, [*args.opts, "DATASETS.TEST", "()"])
+        others = ("DATASETS.TEST", "DATASETS.UNLABELED", "DATASETS.UNLABELED_TRUTH")
+        none = [part for key in others for part in (key, "()")]
+        cfg = load_config(args.config_file, [*args.opts, *none])
         register_datasets(cfg)
         annotated = {name: DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN}
         write_split_file(args.output, annotated, args.percent, args.seeds)

@@ -88,7 +88,8 @@ def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
 
 def _with_one(cfg: CfgNode, name: str) -> CfgNode:
     cfg = cfg.clone()
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.DATASETS.UNLABELED = (name,), (), ()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), ()
+    cfg.DATASETS.UNLABELED, cfg.DATASETS.UNLABELED_TRUTH = (), ()
     return cfg
 
 
