@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..modeling.box_coding import CornerBoxTransform
 from ..modeling.detector import SemiSupervisedRCNN
 from .checkpoint_description import CheckpointDescription
+from .foreign_weights import not_loaded, teacher_of
 from .safe_checkpointer import SafeCheckpointer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class TeacherCheckpointer(SafeCheckpointer):
         return isinstance(coding, CornerBoxTransform)
 
     def _load_model(self, checkpoint: dict) -> Any:
-        weights = checkpoint["model"]
+        weights = checkpoint["model"] = teacher_of(checkpoint["model"])
         corners = checkpoint.get("corner_coding", self._codes_corners)
         if corners != self._codes_corners:
             raise UsageError(
@@ -96,6 +97,8 @@ class TeacherCheckpointer(SafeCheckpointer):
                 f"the run in {self.save_dir} has another model than the config: "
                 f"{_some_of(self.unfit)}; use the config it was started with"
             )
+        if self._translates and self.unfit:
+            logger.warning(not_loaded(incompatible.missing_keys, wrong_shapes))
         return incompatible
 
     def _translate(self, weights: dict) -> None:

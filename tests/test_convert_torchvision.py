@@ -1,0 +1,120 @@
+"""torchvision's ResNets under Detectron2's names compute the same."""
+
+import shlex
+import sys
+
+import pytest
+import torch
+import torchvision
+from detectron2.config import get_cfg
+from detectron2.modeling import ShapeSpec, build_resnet_backbone
+
+import convert_torchvision
+from convert_torchvision import settings_for, to_detectron2
+from locreweight.engine.checkpoint import TeacherCheckpointer
+from locreweight.errors import UsageError
+from tests.modeling.tiny_model import tiny_model
+
+
+def random_resnet(name):
+    """With statistics as if it were trained."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def backbone_of(settings):
+    cfg = get_cfg()
+    cfg.merge_from_list([part for pair in settings.items() for part in pair])
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    return build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_features_are_torchvisions(name):
+    theirs = random_resnet(name)
+    weights = theirs.state_dict()
+    ours = backbone_of(settings_for(weights))
+    missing, left = ours.load_state_dict(to_detectron2(weights), strict=False)
+    assert not missing and all(key.endswith("num_batches_tracked") for key in left)
+    image = torch.randn(1, 3, 64, 96)
+    features = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+    found = ours(image)
+    for stage in (1, 2, 3, 4):
+        features = getattr(theirs, f"layer{stage}")(features)
+        # Of some hundred at the end: relative to their size.
+        torch.testing.assert_close(
+            found[f"res{stage + 1}"], features, rtol=0, atol=1e-5 * features.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("resnet34", 34), ("resnet101", 101), ("wide_resnet50_2", 50)]
+)
+def test_the_settings_make_a_model_of_the_same_shapes(name, depth):
+    weights = getattr(torchvision.models, name)(weights=None).state_dict()
+    settings = settings_for(weights)
+    assert settings["MODEL.RESNETS.DEPTH"] == depth
+    shapes = {n: v.shape for n, v in to_detectron2(weights).items() if "num_batches" not in n}
+    assert {n: v.shape for n, v in backbone_of(settings).state_dict().items()} == shapes
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert_torchvision.py", *map(str, arguments)])
+    convert_torchvision.main()
+
+
+def test_the_command_makes_a_start_of_training(tmp_path, monkeypatch, capsys):
+    weights = random_resnet("resnet18").state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    output = tmp_path / "R-18.pkl"
+    run(monkeypatch, tmp_path / "resnet18.pth", output)
+    said = capsys.readouterr().out
+    options = shlex.split(said.splitlines()[1]) + shlex.split(said.splitlines()[2])
+    assert options[-2:] == ["MODEL.WEIGHTS", str(output)]
+    cfg = get_cfg()
+    cfg.merge_from_list(options)  # as they are printed
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.RESNETS.DEPTH == 18
+    settings = {
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.DEPTH": 18,
+    }
+    model = tiny_model(settings)
+    checkpointer = TeacherCheckpointer(model)
+    checkpointer.load(str(output))
+    assert checkpointer.held == "a backbone"
+    loaded = model.backbone.bottom_up.state_dict()
+    assert not [name for name in checkpointer.unfit if name.startswith("backbone.bottom_up.")]
+    for name, value in to_detectron2(weights).items():
+        if "num_batches" not in name:
+            assert torch.equal(loaded[name], value), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"conv1.weight": torch.zeros(1)}, {"epoch": 3}, 3, {"layer1.0.conv1.weight": torch.zeros(1)}],
+    ids=["one layer", "no weights", "a number", "no stem"],
+)
+def test_other_files_are_told(tmp_path, monkeypatch, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(SystemExit, match="error: ") as error:
+        run(monkeypatch, tmp_path / "other.pth", tmp_path / "a.pkl")
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_of_the_command_line_are_told(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="none.pth is not a checkpoint"):
+        run(monkeypatch, tmp_path / "none.pth", tmp_path / "a.pkl")
+    with pytest.raises(SystemExit, match="has to end with .pkl"):
+        run(monkeypatch, tmp_path / "none.pth", tmp_path / "a.pth")
+    with pytest.raises(UsageError, match="not the weights of a ResNet"):
+        settings_for(torchvision.models.mobilenet_v2(weights=None).state_dict())
