@@ -15,7 +15,9 @@ MAY_IMPORT = {
     "modeling": {"method", "errors"},
     "data": {"method", "errors"},
     "analysis": {"errors"},
-    "engine": {"method", "modeling", "data", "analysis", "errors", "config"},
+    "zoo": {"errors"},
+    "engine": {"method", "modeling", "data", "analysis", "zoo", "errors", "config"},
+    "export": {"modeling", "errors"},
 }
 METHOD_NEEDS = {"torch", "math", "__future__"}
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
+from detectron2.utils.file_io import PathManager
 
 from .errors import UsageError
+from .zoo.address import PREFIX as ZOO
 
 # Not text, not YAML, YAML that would run Python, not a mapping, made for another version, its
 # _BASE_ is not there or is the file itself.
@@ -23,6 +25,8 @@ _UNREADABLE = (
     UnicodeDecodeError,
     yaml.YAMLError,
 )
+# What configs of others cannot say: whom to trust.
+_STRANGERS = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.ALLOW_OUTSIDE_PATHS", False]
 
 
 def add_locreweight_config(cfg: CfgNode) -> None:
@@ -142,7 +146,8 @@ def load_config(config_file: str, options: Sequence[str], method: str = "") -> C
     """Detectron2's defaults, this project's keys, files and ``KEY VALUE`` pairs, in that order.
 
     Args:
-        config_file: data, detector and schedule; empty for none.
+        config_file: data, detector and schedule; empty for none. May be a model of the zoo, as in
+            ``locreweight://<name>.yaml``.
         options: the pairs, one after another.
         method: a file with what one method does otherwise (``configs/methods/``), laid over the
             first one. Unless the pairs name OUTPUT_DIR, the method's name is appended to it, so
@@ -151,7 +156,11 @@ def load_config(config_file: str, options: Sequence[str], method: str = "") -> C
     Raises:
         UsageError: for a missing file, an unknown key or a value of the wrong type.
     """
-    files = [file for file in (config_file, method) if file]
+    of_zoo = config_file.startswith(ZOO)
+    if of_zoo and not config_file.endswith(".yaml"):
+        raise UsageError(f"{config_file} are weights; their config is {config_file}.yaml")
+    first = PathManager.get_local_path(config_file) if of_zoo else config_file
+    files = [file for file in (first, method) if file]
     for file in files:
         if not Path(file).is_file():
             raise UsageError(f"config file {file!r} does not exist")
@@ -160,6 +169,8 @@ def load_config(config_file: str, options: Sequence[str], method: str = "") -> C
         for file in files:
             # Detectron2's default would run whatever Python the file asks for.
             cfg.merge_from_file(file, allow_unsafe=False)
+            if of_zoo and file == first:
+                cfg.merge_from_list(_STRANGERS)
         if method:
             cfg.OUTPUT_DIR += f"-{Path(method).stem}"
 
@@ -171,6 +182,7 @@ def config_from_text(text: str, options: Sequence[str]) -> CfgNode:
 
     def merge(cfg: CfgNode) -> None:
         cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(text)))
+        cfg.merge_from_list(_STRANGERS)
 
     return _merged(merge, "the config in the checkpoint", options)
 

@@ -1,7 +1,8 @@
 """Reading files of weights that others made, without running anything that they hold.
 
 A pickle names functions, and reading it calls them. Files of PyTorch are read as tensors only,
-which PyTorch does itself; the model zoo's ``.pkl`` files are read as arrays of numbers only.
+which PyTorch does itself; the model zoo's ``.pkl`` files are read as arrays of numbers only;
+safetensors cannot hold anything else.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
+from ..zoo.weights import SUFFIX, read_safetensors
 
 
 def read_weights(path: str, *, trusted: bool = False) -> Any:
     """What a local file holds.
 
     Args:
-        path: ``.pkl``: pickled numpy arrays; any other name: what ``torch.save`` wrote.
+        path: ``.pkl``: pickled numpy arrays; ``.safetensors``; any other name: what ``torch.save``
+            wrote.
         trusted: unpickle whatever the file holds, which can run code.
 
     Returns:
@@ -32,6 +35,8 @@ def read_weights(path: str, *, trusted: bool = False) -> Any:
         UsageError: names the file, and what it wanted to call or why it cannot be read.
     """
     try:
+        if path.endswith(SUFFIX):
+            return read_safetensors(path)
         if not path.endswith(".pkl"):
             return torch.load(path, map_location="cpu", weights_only=not trusted)
         with open(path, "rb") as file:

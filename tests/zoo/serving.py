@@ -1,0 +1,64 @@
+"""Zoos for tests: folders with small files, and a web server on this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from locreweight.zoo.entry import CONFIG, ENTRY, ZooEntry, sha256_of, write_index
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder on a free port; ``asked`` are the paths that were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        self.asked: list[str] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    with Server(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def write_entry(
+    zoo: Path, name: str, weights: bytes = b"weights", config: str = "VERSION: 2\n"
+) -> ZooEntry:
+    """A model whose weights are any bytes."""
+    folder = zoo / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / CONFIG).write_text(config)
+    entry = ZooEntry(
+        name=name,
+        weights="model.safetensors",
+        sha256={file: sha256_of(folder / file) for file in ("model.safetensors", CONFIG)},
+        class_names=["cat", "dog"],
+    )
+    (folder / ENTRY).write_text(entry.as_json())
+    write_index(zoo)
+    return entry

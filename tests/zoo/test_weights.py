@@ -1,0 +1,78 @@
+"""Weights as safetensors: the same numbers, and nothing else."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from locreweight.engine import load_for_evaluation
+from locreweight.engine.checkpoint import TeacherCheckpointer
+from locreweight.errors import UsageError
+from locreweight.zoo.weights import read_safetensors, write_safetensors
+from tests.engine.tiny_training import same
+from tests.modeling.tiny_model import tiny_config, tiny_model
+
+MODEL_KINDS = {
+    "half": torch.arange(3, dtype=torch.float16),
+    "count": torch.tensor(7),
+    "none": torch.zeros(0, 4),
+    "part": torch.arange(12.0).view(3, 4).T[1:],  # neither whole nor in order in memory
+}
+
+
+def test_what_is_written_is_read(tmp_path):
+    shared = torch.arange(4.0)
+    weights = MODEL_KINDS | {"one": shared, "other": shared}
+    write_safetensors(
+        tmp_path / "a.safetensors", weights, class_names=["ä", "b"], corner_coding=True
+    )
+    content = read_safetensors(str(tmp_path / "a.safetensors"))
+    assert same(content.pop("model"), weights)
+    assert content == {"class_names": ["ä", "b"], "corner_coding": True}
+
+
+def test_the_same_weights_make_the_same_file(tmp_path):
+    files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for file in files:
+        write_safetensors(file, MODEL_KINDS, class_names=["a"])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("corners", [True, False])
+def test_a_detector_is_evaluated_from_them_as_from_a_checkpoint(tmp_path, corners):
+    settings = {"MODEL.ROI_BOX_HEAD.CORNER_CODING": corners}
+    model = tiny_model(settings)
+    file = tmp_path / "a.safetensors"
+    write_safetensors(file, model.state_dict(), corner_coding=corners)
+    cfg = tiny_config(settings | {"MODEL.WEIGHTS": str(file)})
+    other = tiny_model(settings)
+    torch.nn.init.zeros_(other.roi_heads.box_predictor.bbox_pred.weight)
+    assert load_for_evaluation(cfg, other) == "a detector of this project"
+    assert same(other.state_dict(), model.state_dict())
+    cfg.MODEL.ROI_BOX_HEAD.CORNER_CODING = not corners
+    with pytest.raises(UsageError, match=f"CORNER_CODING {corners}"):
+        load_for_evaluation(cfg, tiny_model({"MODEL.ROI_BOX_HEAD.CORNER_CODING": not corners}))
+
+
+def test_files_of_others_are_plain_weights(tmp_path):
+    names = {n: v for n, v in tiny_model().state_dict().items() if "log_variance" not in n}
+    save_file(names, tmp_path / "plain.safetensors")
+    checkpointer = TeacherCheckpointer(tiny_model())
+    checkpointer.load(str(tmp_path / "plain.safetensors"))
+    assert checkpointer.held == "a plain Detectron2 detector"
+
+
+@pytest.mark.parametrize("content", [b"", b"<html></html>", b"\xff" * 16])
+def test_what_is_no_safetensors_is_told_in_one_line(tmp_path, content):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.safetensors is not a checkpoint") as error:
+        TeacherCheckpointer(tiny_model()).load(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_was_cut_off_is_told(tmp_path):
+    file = tmp_path / "a.safetensors"
+    write_safetensors(file, tiny_model().state_dict())
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=r"a\.safetensors is not a checkpoint"):
+        TeacherCheckpointer(tiny_model()).load(str(file))
