@@ -263,6 +263,7 @@ def test_default_predictor_gives_detections_in_pixels_of_the_given_image(predict
         "scores",
         "pred_classes",
         "localization_quality",
+        "log_variance",
     }
     assert len(found) > 0
     assert found.localization_quality.shape == found.scores.shape

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..method.focal import focal_cross_entropy
-from ..method.localization import kl_regression_loss, localization_quality
+from ..method.localization import at_least_float32, kl_regression_loss, localization_quality
 from ..method.reweighting import proposal_reliability
 from .box_coding import CornerBoxTransform
 
@@ -193,14 +193,17 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
     def inference(
         self, predictions: BoxPredictions, proposals: list[Instances]
     ) -> tuple[list[Instances], list[Tensor]]:
-        """As Detectron2's; each ``Instances`` also has ``localization_quality``, ``(N,)``.
+        """As Detectron2's; each ``Instances`` has two fields more.
 
-        It is that of the ROI which NMS kept, for the predicted class (Eq. 5).
+        ``log_variance``, ``(N, 4)``, bounded, in the units of the box coding, and
+        ``localization_quality``, ``(N,)``, which Eq. 5 makes of it. They are those of the ROI which
+        NMS kept, for the predicted class.
         """
         boxes = self.predict_boxes(predictions, proposals)
         probabilities = self.predict_probs(predictions, proposals)
+        # Of shapes, not by len(), which would be a constant in an exported graph.
         log_variances = predictions.log_variance.unflatten(1, (-1, 4)).split(
-            [len(p) for p in proposals]
+            [p.shape[0] for p in probabilities]
         )
         instances, kept_rows = fast_rcnn_inference(
             boxes,
@@ -213,11 +216,12 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         for i, found in enumerate(instances):
             # Rows count only what was finite; without this one bad row would shift the others.
             finite = boxes[i].isfinite().all(dim=1) & probabilities[i].isfinite().all(dim=1)
-            log_variance = log_variances[i][finite][kept_rows[i]]
+            of_kept = log_variances[i][finite][kept_rows[i]]
+            log_variance = at_least_float32(self._of_class(of_kept, found.pred_classes))
+            limit = self.log_variance_limit
+            found.log_variance = log_variance.clamp(-limit, limit)
             found.localization_quality = localization_quality(
-                self._of_class(log_variance, found.pred_classes),
-                limit=self.log_variance_limit,
-                scale=self.quality_scale,
+                log_variance, limit=limit, scale=self.quality_scale
             )
         return instances, kept_rows
 
@@ -244,4 +248,4 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         """``(F, C, 4), (F,) -> (F, 4)``: the values of each row's class."""
         if values.shape[1] == 1:
             return values[:, 0]
-        return values[torch.arange(len(values), device=values.device), classes]
+        return values[torch.arange(values.shape[0], device=values.device), classes]

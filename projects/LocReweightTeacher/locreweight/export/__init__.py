@@ -1,0 +1,1 @@
+"""Trained detectors for other programs: Detectron2 alone, TorchScript, ONNX."""

@@ -1,0 +1,131 @@
+"""The command that writes detectors for other programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+
+import export
+from locreweight.engine.checkpoint import TeacherCheckpointer
+from locreweight.export.graph import OUTPUTS
+from locreweight.zoo.address import VARIABLE
+from locreweight.zoo.entry import CONFIG, ENTRY, ZooEntry, sha256_of, write_index
+from locreweight.zoo.weights import write_safetensors
+from tests.export.decisive_model import SETTINGS, decisive_model
+from tests.modeling.tiny_model import plain_config, random_image, tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a checkpoint and its config, images, and the model."""
+    folder = tmp_path_factory.mktemp("run")
+    model, cfg = decisive_model(), tiny_config(SETTINGS)
+    TeacherCheckpointer(model, str(folder)).save("model")
+    (folder / CONFIG).write_text(cfg.dump())
+    (folder / "images").mkdir()
+    for i, size in enumerate([(60, 80), (90, 50)]):
+        pixels = random_image(size, seed=i).permute(1, 2, 0).numpy()
+        cv2.imwrite(str(folder / f"images/{i}.png"), np.ascontiguousarray(pixels))
+    return folder, model
+
+
+def main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+    export.main()
+
+
+def test_all_three_are_written_and_compared(run, tmp_path, monkeypatch, capsys):
+    folder, model = run
+    main(
+        monkeypatch,
+        *("--weights", folder / "model.pth", "--images", folder / "images"),
+        *("--torchscript", tmp_path / "new/mine.pt", "--onnx", tmp_path / "mine.onnx"),
+        *("--detectron2", tmp_path / "mine"),
+    )
+    said = capsys.readouterr().out
+    assert said.count("largest differences on 2 images of 2 sizes: boxes") == 2
+    assert str(tmp_path / "mine.py") in said
+    described = json.loads((tmp_path / "mine.onnx.json").read_text())
+    assert described == json.loads((tmp_path / "new/mine.pt.json").read_text())
+    assert described["class_names"] == ["class 0", "class 1", "class 2"]
+    assert (described["shortest_side"], described["longest_side"]) == (96, 160)
+    files = [str(folder / f"images/{i}.png") for i in range(2)]
+    detector = export.open_model(str(folder / "model.pth"))
+    inputs = export.model_inputs(detector, files)
+    assert [tuple(image.shape) for image in inputs] == [(3, 96, 128), (3, 160, 89)]
+    graph = export.open_onnx(tmp_path / "mine.onnx")
+    assert max(export.differences(model, graph, inputs)) < 1e-3
+    assert len(graph(inputs[0])) == len(OUTPUTS)
+
+
+def test_models_of_the_zoo_are_exported_by_name(run, tmp_path, monkeypatch, capsys):
+    folder, model = run
+    entry = tmp_path / "zoo/small"
+    entry.mkdir(parents=True)
+    write_safetensors(
+        entry / "a.safetensors",
+        model.state_dict(),
+        corner_coding=True,
+        config=(folder / CONFIG).read_text(),
+        class_names=["cat", "dog", "owl"],
+    )
+    (entry / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+    digests = {name: sha256_of(entry / name) for name in ("a.safetensors", CONFIG)}
+    written = ZooEntry("small", "a.safetensors", digests, ["cat", "dog", "owl"])
+    (entry / ENTRY).write_text(written.as_json())
+    write_index(tmp_path / "zoo")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "zoo"))
+    main(
+        monkeypatch,
+        *("--weights", "locreweight://small", "--images", folder / "images"),
+        *("--torchscript", tmp_path / "mine.pt"),
+    )
+    assert "0.0e+00" in capsys.readouterr().out
+    described = json.loads((tmp_path / "mine.pt.json").read_text())
+    assert described["class_names"] == ["cat", "dog", "owl"]
+
+
+def test_the_fold_is_asked_for(run, tmp_path, monkeypatch):
+    arguments = ["--weights", run[0] / "model.pth", "--detectron2", tmp_path / "mine"]
+    main(monkeypatch, *arguments, "--first-order")
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.pkl", "mine.yaml"}
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "mine.yaml"))
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+
+
+def error_of(monkeypatch, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(monkeypatch, *arguments)
+    return exit_.value.code
+
+
+def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, capsys):
+    weights = run[0] / "model.pth"
+    assert error_of(monkeypatch, "--weights", weights) == 2
+    assert "nothing to write" in capsys.readouterr().err
+    assert error_of(monkeypatch, "--weights", weights, "--onnx", tmp_path / "a.onnx") == 2
+    assert "need --images" in capsys.readouterr().err
+    onnx = ["--onnx", tmp_path / "a.onnx", "--images", tmp_path / "none"]
+    for arguments, words in (
+        (["--weights", tmp_path / "none.pth", *onnx], "none.pth' does not exist"),
+        (["--weights", weights, *onnx], "no image"),
+    ):
+        error = error_of(monkeypatch, *arguments)
+        assert error.startswith("error: ") and words in error and "\n" not in error
+
+
+def test_plain_detectors_are_left_to_detectron2(tmp_path, monkeypatch):
+    from detectron2.modeling import build_model
+
+    cfg = tiny_config()
+    torch.save({"model": build_model(plain_config(cfg)).state_dict()}, tmp_path / "plain.pth")
+    (tmp_path / CONFIG).write_text(cfg.dump())
+    arguments = ["--weights", tmp_path / "plain.pth", "--detectron2", tmp_path / "mine"]
+    assert "is a plain Detectron2 detector" in error_of(monkeypatch, *arguments)
