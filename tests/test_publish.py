@@ -1,0 +1,372 @@
+"""A trained model is handed on, found by name on a server, trusted and used."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import math
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+import publish
+import train_net
+from finished_run import read_run
+from locreweight import model_zoo
+from locreweight.data.training_sets import register_datasets
+from locreweight.engine import SemiSupervisedTrainer
+from locreweight.engine.detector import open_checkpoint
+from locreweight.errors import UsageError
+from locreweight.zoo.address import VARIABLE
+from locreweight.zoo.entry import sha256_of
+from locreweight.zoo.weights import read_safetensors
+from publish import Wishes
+from tests.engine.tiny_training import (
+    build_trainer,
+    copy_of,
+    found_as_truth,
+    logging_of_its_own,
+    make_datasets,
+    same,
+    training_config,
+)
+from tests.modeling.tiny_model import as_options
+from tests.tiny_data import make_coco
+from tests.zoo.serving import serving
+
+LICENSE = "cc-by-4.0"
+
+
+def command_line(config_file, *flags, **settings):
+    """What train_net.py does, in this process."""
+    arguments = ["--config-file", str(config_file), *flags, *as_options(settings)]
+    with logging_of_its_own():
+        return train_net.main(default_argument_parser().parse_args(arguments))
+
+
+def keys(**settings):
+    return {name.replace("__", "."): value for name, value in settings.items()}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """Their test set is what an earlier teacher found: later ones have an AP between 0 and 100."""
+    folder = tmp_path_factory.mktemp("data")
+    names = make_datasets(folder)
+    earlier = build_trainer(training_config(names, folder / "earlier", {"SOLVER.MAX_ITER": 2}))
+    earlier.train()
+    test_set = found_as_truth(earlier.teacher, names["DATASETS.TEST"][0], folder / "truth.json")
+    return names | {"DATASETS.TEST": [test_set]}
+
+
+@pytest.fixture(scope="module")
+def run(datasets, tmp_path_factory):
+    """A run that was evaluated twice, with its trainer."""
+    output = tmp_path_factory.mktemp("jane") / "tiny.v1"
+    settings = {"DATASETS.TEST": datasets["DATASETS.TEST"], "TEST.EVAL_PERIOD": 2}
+    cfg = training_config(datasets, output, settings)
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED)
+    output.mkdir()
+    (output / "config.yaml").write_text(cfg.dump())
+    trainer = SemiSupervisedTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return output, trainer
+
+
+@pytest.fixture(scope="module")
+def zoo(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    wishes = Wishes("tiny/v1", license=LICENSE, description="Made for tests.", pickle=True)
+    publish.publish(read_run(run[0], last=True), folder, wishes)
+    return folder
+
+
+@pytest.fixture
+def served(zoo, monkeypatch, tmp_path):
+    with serving(zoo) as server:
+        monkeypatch.setenv(VARIABLE, server.address)
+        monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+# --- from a run to a server and back --------------------------------------------------------------
+
+
+def test_the_metrics_by_name_from_a_server_are_those_of_the_training(run, served, tmp_path):
+    """To the last digit."""
+    lines = map(json.loads, (run[0] / "metrics.json").read_text().splitlines())
+    *_, trained = (line for line in lines if "bbox/AP" in line)
+    results = command_line(
+        "locreweight://tiny/v1.yaml",
+        "--eval-only",
+        **keys(MODEL__WEIGHTS="locreweight://tiny/v1", OUTPUT_DIR=tmp_path),
+        **{"DATASETS.TEST": run[1].cfg.DATASETS.TEST},
+    )
+    published = model_zoo.describe("tiny/v1").metrics
+    assert 0 < trained["bbox/AP"] < 100 and trained["bbox/AP"] != trained["student/bbox/AP"]
+    assert len(published) > 5
+    for name, value in published.items():
+        assert value == trained[name] == results["bbox"][name.removeprefix("bbox/")], name
+
+
+def test_one_line_gives_the_model(run, served):
+    model = model_zoo.get("tiny/v1.yaml", trained=True)
+    assert same(model.state_dict(), copy_of(run[1].teacher))
+    assert model.training
+    assert model_zoo.get_config("tiny/v1", trained=True).MODEL.WEIGHTS == "locreweight://tiny/v1"
+    torch.manual_seed(5)
+    assert not same(model_zoo.get("tiny/v1").state_dict(), model.state_dict())
+
+
+def test_tools_open_it_by_name(run, served):
+    detector = open_checkpoint("locreweight://tiny/v1", device="cpu")
+    assert detector.class_names == ["cat", "dog", "owl"] and detector.measures_quality
+    assert same(detector.model.state_dict(), copy_of(run[1].teacher))
+
+
+def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
+    """All but the layers whose outputs are classes; these are named, in one line."""
+    labeled = make_coco(tmp_path / "labeled", images=3, classes=("ant", "bee"))
+    settings = {
+        "MODEL.WEIGHTS": "locreweight://tiny/v1",
+        "MODEL.ROI_HEADS.NUM_CLASSES": 2,
+        "DATASETS.TRAIN": ["coco:{}:{}".format(*labeled)],
+    }
+    cfg = training_config({}, tmp_path / "output", settings | {"SEMI.BURN_IN_ITERS": 1})
+    cfg.SOLVER.MAX_ITER = 1
+    with caplog.at_level(logging.WARNING, logger="locreweight"):
+        trainer = build_trainer(cfg)
+    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    layers = [
+        f"roi_heads.box_predictor.{name}" for name in ("bbox_pred", "cls_score", "log_variance")
+    ]
+    assert line.endswith(f"of another shape there: {', '.join(layers)}")
+    teacher, before = trainer.teacher.state_dict(), run[1].teacher.state_dict()
+    changed = {name for name in teacher if not torch.equal(teacher[name], before[name])}
+    assert {name.rpartition(".")[0] for name in changed} == set(layers)
+    assert same(trainer.student.state_dict(), teacher)
+    trainer.train()
+    assert trainer.iter == 1
+
+
+def test_a_change_of_the_file_is_seen(run, zoo, monkeypatch, tmp_path):
+    copied = shutil.copytree(zoo, tmp_path / "zoo")
+    monkeypatch.setenv(VARIABLE, str(copied))
+    (file,) = copied.rglob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match="damaged or not the file that was published"):
+        model_zoo.get("tiny/v1", trained=True)
+
+
+# --- what goes along, and what does not -----------------------------------------------------------
+
+
+def test_the_entry_is_complete(run, zoo):
+    folder = zoo / "tiny/v1"
+    (weights,) = folder.glob("*.safetensors")
+    (pickled,) = folder.glob("*.pkl")
+    assert weights.name == f"model_final_{sha256_of(weights)[:8]}.safetensors"
+    assert pickled.name == f"detectron2_{sha256_of(pickled)[:8]}.pkl"
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md", "config.yaml", "detections.jpg", "detectron2.py", "model.json",
+        weights.name, pickled.name,
+    }  # fmt: skip
+    assert pickled.name in (folder / "detectron2.py").read_text()
+    assert cv2.imread(str(folder / "detections.jpg")).shape[1] > 300
+    (listed,) = json.loads((zoo / "index.json").read_text())["models"]
+    assert listed == json.loads((folder / "model.json").read_text())
+    assert (listed["license"], listed["iterations"]) == (LICENSE, 4)
+    assert listed["class_names"] == ["cat", "dog", "owl"]
+    card, page = (folder / "README.md").read_text(), (zoo / "README.md").read_text()
+    metrics = listed["metrics"]
+    for part in (LICENSE, "cat, dog, owl", weights.name, f"{metrics['bbox/AP']:.2f}"):
+        assert part in card and part in page
+    for part in ("Made for tests.", "train_net.py", "detections.jpg", f"license: {LICENSE}\n"):
+        assert part in card
+    assert not [file for file in zoo.rglob(".*")]
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
+
+
+def test_the_weights_are_the_teachers_and_nothing_else(run, zoo):
+    (file,) = zoo.rglob("*.safetensors")
+    content = read_safetensors(str(file))
+    assert same(content["model"], copy_of(run[1].teacher))
+    assert not same(content["model"], copy_of(run[1].student))
+    assert set(content) == {"model", "corner_coding", "config", "class_names"}
+    size = sum(value.nbytes for value in content["model"].values())
+    assert file.stat().st_size < size + 50_000
+
+
+def test_nothing_of_the_machine_is_in_any_file(run, datasets, zoo):
+    """Neither the folders of run, data and home nor the names of user and host."""
+    folders = {str(Path.home()), str(run[0].parent), "jane", sys.prefix, "/tmp", "/home"}
+    folders |= {
+        str(Path(name.split(":")[1]).parent) for names in datasets.values() for name in names
+    }
+    people = {getpass.getuser(), platform.node()}
+    files = [file for file in zoo.rglob("*") if file.is_file()]
+    assert len(files) == 9
+    for file in files:
+        content = file.read_bytes()
+        in_text = file.suffix in {".yaml", ".json", ".md", ".py"}
+        # Four bytes are by chance among so many numbers.
+        for word in (folder.encode() for folder in folders if in_text or len(folder) > 5):
+            assert word not in content, f"{word} in {file}"
+        for name in (re.escape(name.encode()) for name in people if in_text):
+            assert not re.search(rb"\b" + name + rb"\b", content), f"{name} in {file}"
+
+
+def test_the_same_run_makes_the_same_entry(run, zoo, tmp_path):
+    publish.publish(read_run(run[0], last=True), tmp_path, Wishes("tiny/v1", license=LICENSE))
+    for name in ("config.yaml", "detections.jpg"):
+        assert (tmp_path / "tiny/v1" / name).read_bytes() == (zoo / "tiny/v1" / name).read_bytes()
+    names = [[file.name for file in folder.rglob("*.safetensors")] for folder in (tmp_path, zoo)]
+    assert names[0] == names[1]
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("last", "name"), [(False, "model_best.pth"), (True, "model_final.pth")])
+def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
+    output = shutil.copytree(run[0], tmp_path / "output")
+    best = torch.load(output / "model_best.pth", weights_only=True)
+    best["trainer"]["iteration"] = 1
+    torch.save(best, output / "model_best.pth")
+    evaluations = [(1, 30.0), (2, 20.0), (3, 10.0)]  # after two, three and all four iterations
+    lines = [
+        {"iteration": i, "bbox/AP": ap, "bbox/APl": math.nan, "student/bbox/AP": 1.0, "lr": 0.1}
+        for i, ap in evaluations
+    ]
+    (output / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    trained = read_run(output, last=last)
+    assert trained.checkpoint.name == name
+    assert trained.iterations == (4 if last else 2)
+    assert trained.metrics == {"bbox/AP": 10.0 if last else 30.0}
+
+
+def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
+    output = shutil.copytree(run[0], tmp_path / "output")
+    (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
+    entry = publish.publish(read_run(output), tmp_path / "zoo", Wishes("a", pictures=0))
+    assert entry.metrics == {}
+    card = (tmp_path / "zoo/a/README.md").read_text()
+    assert "It was not evaluated." in card and "detections.jpg" not in card
+    assert "not stated" in card and "license:" not in card
+
+
+def test_what_the_run_recorded_is_handed_on(run, tmp_path):
+    output = shutil.copytree(run[0], tmp_path / "output")
+    start = {
+        "command": "python train_net.py --config-file /home/jane/mine.yaml SEED 3",
+        "commit": "0123456789ab",
+        "started": "2000-01-01T00:00:00",
+        "processes": 1,
+        "versions": {"PyTorch": "2.0"},
+        "machine": {"CPU": "jane's"},
+    }
+    (output / "run.json").write_text(json.dumps([start, start | {"command": "resumed"}]))
+    entry = publish.publish(read_run(output), tmp_path / "zoo", Wishes("a", pictures=0))
+    assert entry.training_command == "python train_net.py --config-file mine.yaml SEED 3"
+    assert entry.versions == {"PyTorch": "2.0", "commit": "0123456789ab"}
+    assert "jane" not in (tmp_path / "zoo/a/README.md").read_text()
+
+
+def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
+    trained = read_run(run[0])
+    publish.publish(trained, tmp_path, Wishes("a", pictures=0))
+    (tmp_path / "a/old").touch()
+    with pytest.raises(
+        UsageError, match=r"already has 'a': choose another --name, or add --replace"
+    ):
+        publish.publish(trained, tmp_path, Wishes("a", pictures=0))
+    publish.publish(trained, tmp_path, Wishes("a", pictures=0, replace=True))
+    assert not (tmp_path / "a/old").exists()
+    publish.publish(trained, tmp_path, Wishes("b", pictures=0))
+    assert [m["name"] for m in json.loads((tmp_path / "index.json").read_text())["models"]] == [
+        "a",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b", "a/b/c/d")])
+def test_models_do_not_lie_in_each_other(run, tmp_path, first, second):
+    """Replacing one would remove the other."""
+    trained = read_run(run[0])
+    publish.publish(trained, tmp_path, Wishes(first, pictures=0))
+    with pytest.raises(UsageError, match=f"'{second}' and the model in {tmp_path / first} would"):
+        publish.publish(trained, tmp_path, Wishes(second, pictures=0, replace=True))
+
+
+def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    for zoo, words in (
+        (tmp_path, "neither empty nor a model zoo"),
+        ("http://a/zoo", "is no folder"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            publish.publish(read_run(run[0]), Path(zoo), Wishes("a", pictures=0))
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+# --- what the user has to put right ---------------------------------------------------------------
+
+
+def error_of(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        publish.main()
+    assert "\n" not in exit_.value.code
+    return exit_.value.code
+
+
+def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
+    zoo = tmp_path / "zoo"
+    assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
+    output = shutil.copytree(run[0], tmp_path / "output")
+    assert "cannot be the name" in error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
+    best = output / "model_best.pth"
+    content = torch.load(best, weights_only=True)
+    first = next(iter(content["model"]))
+    content["model"][first][..., 0] = torch.nan
+    torch.save(content, best)
+    assert f"infinite or NaN, such as {first}" in error_of(monkeypatch, output, "--to", zoo)
+    torch.save({"model": content["model"]}, best)
+    assert "has no teacher beside a student" in error_of(monkeypatch, output, "--to", zoo)
+    best.write_text("no weights")
+    assert "model_best.pth is not a checkpoint" in error_of(monkeypatch, output, "--to", zoo)
+    for file in [*output.glob("*.pth"), output / "last_checkpoint"]:
+        file.unlink()
+    assert "has no checkpoint yet" in error_of(monkeypatch, output, "--to", zoo)
+    assert not zoo.exists()
+
+
+def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
+    output = shutil.copytree(run[0], tmp_path / "output")
+    content = torch.load(output / "model_best.pth", weights_only=True)
+    content.pop("class_names")
+    torch.save(content, output / "model_best.pth")
+    text = (output / "config.yaml").read_text()
+    (output / "config.yaml").write_text(text.replace(".json", ".gone"))
+    assert "does not say its class names" in error_of(monkeypatch, output, "--to", tmp_path / "zoo")
+
+
+def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):
+    arguments = ["publish.py", str(run[0]), "--to", str(tmp_path / "zoo"), "--pictures", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    publish.main()
+    said = capsys.readouterr().out
+    assert str(tmp_path / "zoo/tiny.v1") in said and "model_best_" in said
+    assert "without a license" in said and "may be shown" in said
