@@ -87,7 +87,7 @@ def _checkpoint_of(output: Path, *, last: bool) -> Path:
         return best
     if not pointer.is_file():
         raise UsageError(f"{output} has no checkpoint yet")
-    # The best one is written after the last, and is then named as the last.
+    # A checkpoint to resume from, or the best one, can be written after the final one.
     named = output / pointer.read_text().strip()
     final = output / "model_final.pth"
     return final if final.is_file() else named
@@ -123,7 +123,7 @@ def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     file = output / "metrics.json"
     lines = file.read_text().splitlines() if file.is_file() else []
     for record in map(json.loads, lines):
-        # An evaluation after the last iteration is logged under the number after it.
+        # Earlier versions logged the last evaluation under the number after it.
         if min(record["iteration"] + 1, end) == iterations:
             found |= {
                 name: value
