@@ -80,7 +80,7 @@ class Detector(detection.FasterRCNN):
         super().__init__(
             detection.backbone_utils.BackboneWithFPN(body, stages, widths, settings.channels),
             rpn_anchor_generator=detection.rpn.AnchorGenerator(anchors, [[0.5, 1.0, 2.0]] * 5),
-            rpn_post_nms_top_n_test=2 * settings.sampled,
+            **{f"rpn_{x}_nms_top_n_test": 2 * settings.sampled for x in ("pre", "post")},
             box_batch_size_per_image=settings.sampled,
             box_head=detection.faster_rcnn.TwoMLPHead(settings.channels * 7**2, width),
             box_predictor=nn.ModuleDict({"logits": nn.Linear(width, num_classes + 1)} | four),
@@ -263,8 +263,10 @@ def evaluate(model: Detector, images: datasets.CocoDetection, output: str = "") 
     """AP, AP50 and AP75 in percent; draws what is found in some images if there is an output."""
     model, coco, results = model.eval(), images.coco, []
     classes = coco.loadCats(coco.getCatIds())
-    for number, (view, _) in zip(images.ids, images, strict=True):
-        (found,) = model.detect(*model.see([view]))
+    views = (view for view, _ in images)
+    batches = iter(lambda: list(itertools.islice(views, 8)), [])
+    seen = (pair for x in batches for pair in zip(x, model.detect(*model.see(x)), strict=True))
+    for number, (view, found) in zip(images.ids, seen, strict=True):
         size = coco.imgs[number]["height"], coco.imgs[number]["width"]
         boxes = warp_boxes(found["boxes"], view.matrix.inverse(), size)
         columns = [ops.box_convert(boxes, "xyxy", "xywh"), *list(found.values())[1:]]
@@ -312,11 +314,9 @@ def train(settings: Settings) -> None:
         mutual = max(step - settings.burn_in, 0)
         views = [pair for pair in next(pairs) if pair] if mutual else []
         loss, count = training_step(model, teacher, next(labeled_batches), views, settings)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} in iteration {step}")
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 10.0)
+        nn.utils.clip_grad_norm_(student.parameters(), 10.0, error_if_nonfinite=True)
         optimizer.step()
         warmup.step()
         update_teacher(teacher, student, keep_rate(mutual, settings.final_keep_rate))
