@@ -121,7 +121,11 @@ def test_seeds_are_fixed(suite: Path) -> None:
     ("folder", "missing", "expected"),
     [
         ("tests", ["detectron2"], {"examples", "method"}),
-        ("tests/method", ["detectron2", "fvcore", "iopath", "pycocotools", "cv2", "PIL"], {"method"}),
+        (
+            "tests/method",
+            ["detectron2", "fvcore", "iopath", "pycocotools", "cv2", "PIL"],
+            {"method"},
+        ),
     ],
     ids=["all that is kept runs without Detectron2", "the method runs on torch alone"],
 )
