@@ -29,7 +29,14 @@ from .batch_norm import RunningStatistics
 from .checkpoint import TeacherCheckpointer, need_weights
 from .effective_values import log_effective_values
 from .evaluation import evaluate_both, main_metric, write_ground_truth
-from .hooks import PeriodicEvaluation, PseudoLabelWatch, ResumableBestCheckpointer, SafePoint
+from .hooks import (
+    FinalCheckpoint,
+    PeriodicCheckpoint,
+    PeriodicEvaluation,
+    PseudoLabelWatch,
+    ResumableBestCheckpointer,
+    SafePoint,
+)
 from .metrics import ResumableWriter, cut_after
 from .preemption import STOP, leave_signals_to_trainer
 from .reports import StepReport, averages, numbers_of, problem_of
@@ -160,8 +167,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
                 cfg.TEST.EVAL_PERIOD, self.checkpointer, main_metric(cfg)
             )
             built += [evaluation, best]
-        period = cfg.SOLVER.CHECKPOINT_PERIOD
-        return [*built, self._writer, hooks.PeriodicCheckpointer(self.checkpointer, period)]
+        periodic = PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [*built, self._writer, periodic, FinalCheckpoint(self.checkpointer)]
 
     # -- one iteration ----------------------------------------------------------------------------
 
