@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 from pathlib import Path
 
 import yaml
@@ -22,6 +23,9 @@ _UNREADABLE = (
     UnicodeDecodeError,
     yaml.YAMLError,
 )
+
+# Of a config file, each alias counted as what it stands for; Detectron2 has about 300 keys.
+_MOST_VALUES = 10_000
 
 
 def add_locreweight_config(cfg: CfgNode) -> None:
@@ -144,6 +148,7 @@ def load_config(config_file: str, options: list[str]) -> CfgNode:
             raise UsageError(_unknown_key_message(key, known))
     try:
         if config_file:
+            _BoundedFiles.load_yaml_with_base(config_file)
             # Detectron2's default would run whatever Python the file asks for.
             cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg.merge_from_list(options)
@@ -175,12 +180,32 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
     return f"unknown config key {key}{hint}"
 
 
+class _BoundedFiles(CfgNode):
+    """Reads config files, bases included, as long as aliases do not let their content explode."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        pending, count = [yaml.safe_load(text)], 0
+        while pending:
+            node = pending.pop()
+            pending += node.values() if isinstance(node, dict) else []
+            pending += node if isinstance(node, list) else []
+            count += 1
+            if count > _MOST_VALUES:
+                raise yaml.YAMLError(f"{filename} has more than {_MOST_VALUES} values")
+        return io.StringIO(text)
+
+
 def check_supported(cfg: CfgNode) -> None:
-    """Keys of Detectron2 that training here would silently ignore.
+    """Keys of Detectron2 that training here would silently ignore, and a run without a folder.
 
     Raises:
         UsageError: names the first one that is set.
     """
+    if not cfg.OUTPUT_DIR:
+        raise UsageError("OUTPUT_DIR is empty: a run needs a folder for its checkpoints")
     box_head = cfg.MODEL.ROI_BOX_HEAD
     for key, is_set in {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
