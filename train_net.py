@@ -51,8 +51,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("there is no GPU here: add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False")
     register_datasets(cfg, training=not args.eval_only)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
+    try:
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
+    except OSError as error:
+        raise UsageError(f"cannot write into OUTPUT_DIR {cfg.OUTPUT_DIR!r}: {error}") from error
     return cfg
 
 

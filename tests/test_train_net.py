@@ -108,6 +108,7 @@ def error_of(*arguments: str) -> str:
         ([], {"MODEL.ROI_HEADS.NUM_CLASSES": 4}, "MODEL.ROI_HEADS.NUM_CLASSES 3"),
         ([], {"MODEL.WEIGHTS": "none.pth"}, "'none.pth' does not exist"),
         (["--eval-only"], {"MODEL.WEIGHTS": "none.pth"}, "'none.pth' does not exist"),
+        ([], {"OUTPUT_DIR": "/dev/null/run"}, "cannot write into OUTPUT_DIR '/dev/null/run'"),
         (["--eval-only"], {"MODEL.WEIGHTS": ""}, "--eval-only needs MODEL.WEIGHTS"),
     ],
 )

@@ -94,3 +94,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text, words):
     with pytest.raises(UsageError, match=words) as caught:
         load_config(str(file), [])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", BASES)
+@pytest.mark.parametrize("kind", ["mappings", "lists", "a circle"])
+def test_aliases_cannot_make_a_file_explode(tmp_path, kind, way):
+    """Twelve lines that stand for 9 ** 12 values."""
+    nested = "{%s}" if kind == "mappings" else "[%s]"
+    lines = ["SEED: &a0 " + nested % ("k: 1" if kind == "mappings" else "1")]
+    for i in range(12):
+        keys = [f"k{j}: " if kind == "mappings" else "" for j in range(9)]
+        lines.append(f"N{i}: &a{i + 1} " + nested % ", ".join(f"{key}*a{i}" for key in keys))
+    text = "SEED: &a [*a]" if kind == "a circle" else "\n".join(lines)
+    write(tmp_path, "")
+    (tmp_path / "attack.yaml").write_text(text)
+    file = tmp_path / "attack.yaml"
+    if BASES[way]:
+        file = tmp_path / "given.yaml"
+        file.write_text(f"{BASES[way]}\nSEED: 3")
+    with pytest.raises(UsageError, match=r"attack\.yaml has more than 10000 values"):
+        load_config(str(file), [])
+
+
+def test_aliases_are_allowed(tmp_path):
+    file = tmp_path / "given.yaml"
+    file.write_text("SOLVER: {MAX_ITER: &n 7}\nSEMI: {BURN_IN_ITERS: *n}")
+    assert load_config(str(file), []).SEMI.BURN_IN_ITERS == 7

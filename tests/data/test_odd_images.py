@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from locreweight.data import image_checks
-from locreweight.data.images import UnreadableImage
+from locreweight.data.images import UnreadableImage, read_rgb
 from locreweight.data.streams import Position, Stream
 from locreweight.errors import UsageError
 from tests.odd_images import BROKEN, SOUND
@@ -243,3 +243,11 @@ NO_FILES = {
     "pipe": os.mkfifo,
     "folder": lambda path: path.mkdir(),
 }
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda file: file.symlink_to("/dev/zero")])
+def test_a_pipe_that_annotations_name_is_an_unreadable_image(tmp_path, make):
+    """An unlabeled one: of labeled ones it is checked before that they are files."""
+    make(tmp_path / "image.jpg")
+    with pytest.raises(UnreadableImage, match=r"image\.jpg: .*a folder, a pipe or a device"):
+        read_rgb(str(tmp_path / "image.jpg"))

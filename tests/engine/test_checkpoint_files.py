@@ -104,6 +104,8 @@ def test_nothing_is_written_without_a_folder_or_by_other_processes(tmp_path):
 def test_the_folder_has_to_be_on_this_machine():
     with pytest.raises(UsageError, match="OUTPUT_DIR 's3://bucket/run'"):
         Run("s3://bucket/run")
+    with pytest.raises(UsageError, match="could not be resumed"):
+        Run("better?/run")
 
 
 def kill_before(monkeypatch, count):
@@ -280,7 +282,10 @@ def test_a_whole_file_is_resumed_from_without_a_warning(three, tmp_path, caplog)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("content", [None, b"", b"model_0000009.pth", b"\xff\x00\n", b"../x.pth"])
+LAST = [None, b"", b"model_0000009.pth", b"\xff\x00\n", b"../x.pth", b"x" * 5000]
+
+
+@pytest.mark.parametrize("content", LAST)
 def test_without_a_last_checkpoint_the_newest_is_used(three, tmp_path, caplog, content):
     (tmp_path.parent / "x.pth").write_bytes((tmp_path / "model_0000001.pth").read_bytes())
     (tmp_path / "last_checkpoint").unlink()

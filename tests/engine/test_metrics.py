@@ -21,6 +21,8 @@ def lines(*iterations):
         (lines(19, 39, 59), -1, ""),
         (lines(19, 39) + '{"iteration": 5', 39, lines(19, 39)),
         (lines(19, 39) + '{"iteration": 5\n', 39, lines(19, 39)),
+        (lines(19, 39) + "5\n", 39, lines(19, 39)),
+        (lines(19, 39) + "{}\n", 39, lines(19, 39)),
         ('{"it', 39, ""),
         ("", 39, ""),
         # Lines of one time of writing need not be in order.

@@ -1,6 +1,7 @@
 """Files that do not fit the model, and settings that have no effect, are said to be so."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,46 @@ def test_an_error_in_a_loader_process_is_one_line(datasets, tmp_path):
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: cannot read or augment the image ") and str(folder) in last
+
+
+# --- a run of another version, or with another optimizer ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_of_one_iteration(datasets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    build_trainer(training_config(datasets, folder, {"SOLVER.MAX_ITER": 1})).train()
+    return folder
+
+
+@pytest.mark.parametrize("lacking", ["at_hook", "seed", "optimizer", "skipped_steps"])
+def test_a_checkpoint_of_another_version_is_told_in_one_line(
+    run_of_one_iteration, datasets, tmp_path, lacking
+):
+    content = torch.load(run_of_one_iteration / "model_final.pth", weights_only=True)
+    del content["trainer"][lacking]
+    torch.save(content, tmp_path / "model_final.pth")
+    with pytest.raises(UsageError, match=rf"model_final\.pth: .*another version.*'{lacking}'") as e:
+        build_trainer(training_config(datasets, tmp_path), resume=True)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"SOLVER.WEIGHT_DECAY_BIAS": 0.5, "SOLVER.BIAS_LR_FACTOR": 2.0},
+        {"MODEL.BACKBONE.FREEZE_AT": 2},
+    ],
+)
+def test_a_run_is_not_resumed_with_another_optimizer(
+    run_of_one_iteration, datasets, tmp_path, changed
+):
+    shutil.copy(run_of_one_iteration / "model_final.pth", tmp_path)
+    with pytest.raises(UsageError, match="another optimizer or model") as e:
+        build_trainer(training_config(datasets, tmp_path, changed), resume=True)
+    assert "\n" not in str(e.value)
+
+
+def test_a_run_needs_a_folder(datasets):
+    with pytest.raises(UsageError, match="OUTPUT_DIR is empty"):
+        build_trainer(training_config(datasets, ""))

@@ -250,8 +250,25 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(make_trainer, set
     assert trainer.start_iter == 0
 
 
-def test_a_finished_run_has_nothing_left_to_do(stopped_after, make_trainer, settings):
+def test_a_run_that_ended_before_its_last_file_makes_up_for_it(
+    uninterrupted, stopped_after, make_trainer, settings, tmp_path
+):
+    """Killed, or out of disk, between the periodic checkpoint of the last iteration and it."""
     stopped_after(MAX_ITER)
+    trainer = make_trainer(settings, resume=True)
+    assert not trainer.is_finished
+    trainer.train()
+    mine, theirs = (
+        torch.load(f / "model_final.pth", weights_only=True) for f in (tmp_path, uninterrupted[0])
+    )
+    assert same(mine["model"], theirs["model"]) and same(mine["student"], theirs["student"])
+    assert mine["iteration"] == theirs["iteration"] == MAX_ITER - 1
+    assert metrics_of(tmp_path) == metrics_of(uninterrupted[0])
+    assert make_trainer(settings, resume=True).is_finished
+
+
+def test_a_finished_run_has_nothing_left_to_do(uninterrupted, make_trainer, settings, tmp_path):
+    shutil.copy(uninterrupted[0] / "model_final.pth", tmp_path)
     trainer = make_trainer(settings, resume=True)
     before = copy_of(trainer.student)
     assert trainer.train() == {}

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
+from .bounded_config import BoundedConfig
 from .errors import UsageError
 from .zoo.address import PREFIX as ZOO
 
@@ -167,6 +168,7 @@ def load_config(config_file: str, options: Sequence[str], method: str = "") -> C
 
     def merge(cfg: CfgNode) -> None:
         for file in files:
+            BoundedConfig.load_yaml_with_base(file)
             # Detectron2's default would run whatever Python the file asks for.
             cfg.merge_from_file(file, allow_unsafe=False)
             if of_zoo and file == first:
@@ -228,11 +230,13 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
 
 
 def check_supported(cfg: CfgNode) -> None:
-    """Keys of Detectron2 that training here would silently ignore.
+    """Keys of Detectron2 that training here would silently ignore, and a run without a folder.
 
     Raises:
         UsageError: names the first one that is set.
     """
+    if not cfg.OUTPUT_DIR:
+        raise UsageError("OUTPUT_DIR is empty: a run needs a folder for its checkpoints")
     box_head = cfg.MODEL.ROI_BOX_HEAD
     for key, is_set in {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,6 +37,10 @@ def read_rgb(file_name: str) -> np.ndarray:
     Raises:
         UnreadableImage: names the file.
     """
+    with naming(file_name, OSError):
+        # Opening a pipe would never end. What is not there at all may be an address.
+        if os.path.exists(file_name) and not os.path.isfile(file_name):
+            raise OSError("it is no file, but a folder, a pipe or a device")
     # Whatever a damaged file makes the decoder raise.
     with naming(file_name, Exception), PathManager.open(file_name, "rb") as file:
         stored = Image.open(file, formats=FORMATS)

@@ -129,9 +129,8 @@ def checkpoints_of(folder: Path) -> list[Path]:
     """All files that could be checkpoints of a run, damaged or not."""
     found = set(folder.glob("model_*.pth"))
     last = last_checkpoint(folder)
-    # A name only: it does not lead out of the folder.
-    if last and Path(last).name == last:
-        found.add(folder / last)
+    if last:  # compared and not looked up: it may be no name at all, or lead out of the folder
+        found |= {file for file in folder.iterdir() if file.name == last}
     return sorted(file for file in found if file.is_file())
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer, EvalHook
+from detectron2.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from .preemption import Stopped
+from .safe_checkpointer import FINAL
 from .step import HIGHEST_SCORE
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,27 @@ class ResumableBestCheckpointer(BestCheckpointer):
 
     def load_state_dict(self, state: dict) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class PeriodicCheckpoint(PeriodicCheckpointer):
+    """Detectron2's, but the last file is :class:`FinalCheckpoint`'s."""
+
+    def before_train(self) -> None:
+        """Nothing; Detectron2's learns here when training ends."""
+
+
+class FinalCheckpoint(HookBase):
+    """Saves the result of training.
+
+    A hook of its own: a run that ended between its last periodic file and this one makes up for it.
+    """
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self._checkpointer = checkpointer
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._checkpointer.save(FINAL, iteration=self.trainer.iter)
 
 
 class PseudoLabelWatch(HookBase):

@@ -129,5 +129,5 @@ def cut_after(file: Path, iteration: int) -> None:
 def _is_after(line: bytes, iteration: int) -> bool:
     try:
         return not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration
-    except ValueError:  # half of a line: the disk was full
+    except (KeyError, TypeError, ValueError):  # half of a line: the disk was full
         return True

@@ -45,13 +45,18 @@ class SafeCheckpointer(DetectionCheckpointer):
             kwargs: those of Detectron2's ``DetectionCheckpointer``.
 
         Raises:
-            UsageError: if the folder is not on a disk of this machine, or the number negative.
+            UsageError: if files in the folder could not be found again, or the number is negative.
         """
         super().__init__(model, save_dir, **kwargs)
         if "://" in save_dir:
             raise UsageError(
                 f"OUTPUT_DIR {save_dir!r} has to be a folder of this machine: only there can a "
                 "checkpoint be written so that none is ever lost"
+            )
+        if "?" in save_dir:
+            raise UsageError(
+                f"OUTPUT_DIR {save_dir!r} has a '?' in it, which Detectron2 takes for the end of a "
+                "file's name: it could not be resumed"
             )
         if keep < 0:
             raise UsageError(f"SOLVER.KEEP_CHECKPOINTS is {keep}; give a number, or 0 to keep all")
@@ -114,7 +119,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         To be called on all processes, which load the same file.
 
         Raises:
-            UsageError: if there are checkpoints and none is whole, or not all processes see it.
+            UsageError: if there are checkpoints and none is whole, not all processes see it, or it
+                is of another version or optimizer.
         """
         if self.save_dir and self.save_to_disk:
             files.remove_partial_files(Path(self.save_dir))
@@ -122,7 +128,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.resumes = newest is not None
         if newest is None:
             return self.load(path, checkpointables=[])
-        return self.load(str(newest))
+        try:
+            return self.load(str(newest))
+        except UsageError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"cannot go on from {newest}: it was written by another version of this project, "
+                f"or with another optimizer or model ({in_few_words(error)}). Resume it with those "
+                "it was started with, or start anew in another OUTPUT_DIR with MODEL.WEIGHTS "
+                f"{newest}"
+            ) from error
 
     def _agree_on_newest(self) -> Path | None:
         found: Path | UsageError | None = None

@@ -30,7 +30,14 @@ from .checkpoint import TeacherCheckpointer, need_weights
 from .checkpoint_description import CheckpointDescription
 from .effective_values import log_effective_values
 from .evaluation import evaluate_both, main_metric, write_ground_truth
-from .hooks import PeriodicEvaluation, PseudoLabelWatch, ResumableBestCheckpointer, SafePoint
+from .hooks import (
+    FinalCheckpoint,
+    PeriodicCheckpoint,
+    PeriodicEvaluation,
+    PseudoLabelWatch,
+    ResumableBestCheckpointer,
+    SafePoint,
+)
 from .metrics import ResumableWriter, cut_after
 from .panels import PseudoLabelPanels
 from .preemption import STOP, leave_signals_to_trainer
@@ -167,8 +174,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
             built.append(
                 PseudoLabelPanels.from_config(cfg, self.labeler, self.sets, self._amp_dtype)
             )
-        period = cfg.SOLVER.CHECKPOINT_PERIOD
-        return [*built, self._writer, hooks.PeriodicCheckpointer(self.checkpointer, period)]
+        periodic = PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [*built, self._writer, periodic, FinalCheckpoint(self.checkpointer)]
 
     # -- one iteration ----------------------------------------------------------------------------
 
