@@ -60,6 +60,18 @@ def test_training_does_not_go_on_in_another_box_coding(datasets, tmp_path, resum
         build_trainer(training_config(datasets, tmp_path, other), resume=resume)
 
 
+@pytest.mark.parametrize(("burn_in", "fits"), [(1, True), (4, True), (5, False)])
+def test_burn_in_that_is_over_does_not_begin_again(datasets, tmp_path, burn_in, fits):
+    build_trainer(training_config(datasets, tmp_path)).train()  # 4 iterations, 2 of them burn-in
+    more = {"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 6}
+    if fits:
+        trainer = build_trainer(training_config(datasets, tmp_path, more), resume=True)
+        assert trainer.start_iter == 4
+    else:
+        with pytest.raises(UsageError, match=r"BURN_IN_ITERS 5 would undo .* after 2 of the 4"):
+            build_trainer(training_config(datasets, tmp_path, more), resume=True)
+
+
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "text.pth").write_text("these are not weights")
     with pytest.raises(UsageError, match=r"text\.pth is not a checkpoint"):

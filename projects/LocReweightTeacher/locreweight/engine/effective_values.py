@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..data.training_sets import TrainingSets
+from ..errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -35,3 +37,34 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
         epochs,
         len(sets.unlabeled),
     )
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype:
+    """What ``SOLVER.AMP.DTYPE`` names.
+
+    Raises:
+        UsageError: for any other name.
+    """
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if cfg.SOLVER.AMP.DTYPE not in known:
+        raise UsageError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; choose of {list(known)}")
+    return known[cfg.SOLVER.AMP.DTYPE]
+
+
+def check_burn_in(cfg: CfgNode, *, before: int, done: int) -> None:
+    """Once over, burn-in does not begin again: it would copy the student over the teacher.
+
+    Args:
+        cfg: the effective config of the run that goes on.
+        before: ``SEMI.BURN_IN_ITERS`` of the run that stopped.
+        done: iterations that it did.
+
+    Raises:
+        UsageError: says what to set it to.
+    """
+    now = cfg.SEMI.BURN_IN_ITERS
+    if before < done < now:
+        raise UsageError(
+            f"SEMI.BURN_IN_ITERS {now} would undo what the teacher has learned: burn-in ended after "
+            f"{before} of the {done} iterations done; set it back, or begin a new run"
+        )

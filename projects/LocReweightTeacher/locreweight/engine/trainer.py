@@ -28,7 +28,7 @@ from ..modeling.detector import SemiSupervisedRCNN
 from .batch_norm import RunningStatistics
 from .checkpoint import TeacherCheckpointer, need_weights
 from .checkpoint_description import CheckpointDescription
-from .effective_values import log_effective_values
+from .effective_values import amp_dtype, check_burn_in, log_effective_values
 from .evaluation import evaluate_both, main_metric, write_ground_truth
 from .hooks import (
     FinalCheckpoint,
@@ -88,7 +88,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
             self.labeler = build_model(cfg).eval()
             frozen = {"labeler": self.labeler}
         self.optimizer = build_optimizer(cfg, self.student)
-        self._amp_dtype = _amp_dtype(cfg)
+        self._amp_dtype = amp_dtype(cfg)
         # bfloat16 has the range of float32; only float16 needs its gradients scaled.
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type,
@@ -270,6 +270,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         """What resuming needs beside the weights of student and teacher."""
         return super().state_dict() | {
             "data": self.sets.fingerprint,
+            "burn_in": self.cfg.SEMI.BURN_IN_ITERS,
             "optimizer": self.optimizer.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
             "skipped_steps": self._skipped.state_dict(),
@@ -277,18 +278,12 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.sets.check_same(state_dict.get("data", {}), self.cfg.DATASETS.ALLOW_CHANGED)
+        check_burn_in(self.cfg, before=state_dict["burn_in"], done=state_dict["iteration"] + 1)
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if self.grad_scaler.is_enabled() and state_dict["grad_scaler"]:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self._skipped.load_state_dict(state_dict["skipped_steps"])
-
-
-def _amp_dtype(cfg: CfgNode) -> torch.dtype:
-    known = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    if cfg.SOLVER.AMP.DTYPE not in known:
-        raise UsageError(f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}; choose of {list(known)}")
-    return known[cfg.SOLVER.AMP.DTYPE]
 
 
 def _distributed(student: SemiSupervisedRCNN) -> nn.Module:
