@@ -65,6 +65,6 @@ def check_burn_in(cfg: CfgNode, *, before: int, done: int) -> None:
     now = cfg.SEMI.BURN_IN_ITERS
     if before < done < now:
         raise UsageError(
-            f"SEMI.BURN_IN_ITERS {now} would undo what the teacher has learned: burn-in ended after "
-            f"{before} of the {done} iterations done; set it back, or begin a new run"
+            f"SEMI.BURN_IN_ITERS {now} would undo what the teacher has learned: burn-in ended "
+            f"after {before} of the {done} iterations done; set it back, or begin a new run"
         )
