@@ -170,13 +170,17 @@ def test_soft_teachers_classification_weighs_background_by_its_share_of_the_teac
 
 
 @each_coding
-def test_soft_teacher_regresses_to_boxes_that_the_teacher_agrees_on_and_no_others(coding):
+@pytest.mark.parametrize("by_sampled", [False, True])
+def test_soft_teacher_regresses_to_boxes_that_the_teacher_agrees_on_and_no_others(
+    coding, by_sampled
+):
     labels = [[0, K, 2, K], [1, 1, K]]
     variance = torch.tensor([0.01, 0.0, 0.03, 0.0, 0.019, 0.021, 0.0])
     score = torch.tensor([0.6, 0.6, 0.95, 0.6, 0.95, 0.95, 0.6])
-    sampled = sample(labels, make_predictor(coding), gt_variance=variance, gt_score=score)
+    predictor = make_predictor(coding, normalize_by_sampled=by_sampled)
+    sampled = sample(labels, predictor, gt_variance=variance, gt_score=score)
     terms = dict(box_terms(sampled, coding, False, beta=1.0))
-    expected = (terms[0] + terms[4]) / 2
+    expected = (terms[0] + terms[4]) / (7 if by_sampled else 2)
     assert_close(PARTS.regress_boxes(sampled), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 

@@ -24,6 +24,18 @@ def test_foreground_counts_alike_and_background_by_its_share():
     assert loss.item() == pytest.approx(expected)
 
 
+def test_the_sum_can_be_divided_by_all_weights_together():
+    logits = torch.tensor([EVEN, [math.log(2), 0, 0], EVEN, [0, 0, math.log(2)]])
+    loss = background_weighted_cross_entropy(
+        logits,
+        torch.tensor([0, 0, 2, 2]),
+        torch.tensor([0.9, 0.9, 0.2, 0.6]),
+        per_sampled_proposal=True,
+    )
+    expected = (math.log(3) + math.log(2) + 0.2 * math.log(3) + 0.6 * math.log(2)) / 2.8
+    assert loss.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("labels", [[0, 1], [2, 2], []])
 def test_a_set_that_is_empty_or_without_score_is_a_zero_that_keeps_the_graph(labels):
     logits = torch.zeros(len(labels), 3, requires_grad=True)

@@ -20,7 +20,11 @@ from .localization import at_least_float32
 
 
 def background_weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, background_score: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    background_score: Tensor,
+    *,
+    per_sampled_proposal: bool = False,
 ) -> Tensor:
     """Unsupervised classification loss (Sec. 3.2 there): foreground mean plus weighted background.
 
@@ -31,6 +35,9 @@ def background_weighted_cross_entropy(
         logits: ``(N, K+1)`` the student's class scores before softmax.
         labels: ``(N,)`` assigned classes in ``[0, K]``.
         background_score: ``(N,)`` the teacher's background probability of each proposal.
+        per_sampled_proposal: divide the whole sum by all weights together, those of foreground
+            being 1, as the authors' program does, and not each part by its own. The equal say that
+            foreground has otherwise can drown a weak detector in false objects.
 
     Returns:
         Scalar; the part of an empty set is an exact zero that keeps the graph.
@@ -38,6 +45,9 @@ def background_weighted_cross_entropy(
     loss = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     foreground = labels < logits.shape[1] - 1
     score = torch.where(foreground, 0, at_least_float32(background_score.detach()))
+    if per_sampled_proposal:
+        weight = score + foreground
+        return (weight * loss).sum() / weight.sum().clamp(min=1)
     weight = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
     foreground_mean = (loss * foreground).sum() / foreground.sum().clamp(min=1)
     return foreground_mean + (weight * loss).sum()

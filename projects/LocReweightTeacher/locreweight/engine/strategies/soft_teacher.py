@@ -79,14 +79,21 @@ class SoftTeacherParts:
         labels = torch.where(is_object, sampled.labels, background_class)
         background = sampled.teacher_predictions.scores.float().softmax(dim=1)[:, -1]
         sampled.measure("proposals/background_score", background, labels == background_class)
-        return background_weighted_cross_entropy(sampled.predictions.scores, labels, background)
+        return background_weighted_cross_entropy(
+            sampled.predictions.scores,
+            labels,
+            background,
+            per_sampled_proposal=sampled.predictor.normalize_by_sampled,
+        )
 
     def regress_boxes(self, sampled: SampledProposals) -> Tensor:
-        """Mean over the proposals whose pseudo-label is reliably placed."""
+        """Mean over the proposals whose pseudo-label is reliably placed (or over all sampled)."""
         predictor = sampled.predictor
         boxes = predictor.foreground(sampled.predictions, sampled.proposals, sampled.labels)
         reliable = self._is_reliable(sampled)[boxes.rows].float()
-        return quality_weighted_box_loss(predictor.box_losses(boxes), reliable, reliable.sum())
+        by_sampled = predictor.normalize_by_sampled
+        normalizer = len(sampled.labels) if by_sampled else reliable.sum()
+        return quality_weighted_box_loss(predictor.box_losses(boxes), reliable, normalizer)
 
     def _is_reliable(self, sampled: SampledProposals) -> Tensor:
         score = sampled.of_pseudo_label("gt_score")
