@@ -221,7 +221,7 @@ def test_the_config_has_detectron2s_keys_alone():
 
 def test_the_config_in_python_is_data_whatever_it_says(tmp_path):
     """A config can be a stranger's: of a zoo, or of a checkpoint."""
-    text = '"""; raise SystemExit("ran")  #'
+    text = '"""; raise SystemExit("ran"); """'
     cfg = tiny_config(SETTINGS)
     cfg.SOLVER.LR_SCHEDULER_NAME = text
     cfg.INPUT.RANDOM_FLIP = "C:\\new \x07"
