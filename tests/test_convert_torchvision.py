@@ -1,5 +1,6 @@
 """torchvision's ResNets under Detectron2's names compute the same."""
 
+import pickle
 import shlex
 import sys
 
@@ -74,7 +75,7 @@ def run(monkeypatch, *arguments):
 def test_the_command_makes_a_start_of_training(tmp_path, monkeypatch, capsys):
     weights = random_resnet("resnet18").state_dict()
     torch.save(weights, tmp_path / "resnet18.pth")
-    output = tmp_path / "R-18.pkl"
+    output = tmp_path / "new/R-18.pkl"
     run(monkeypatch, tmp_path / "resnet18.pth", output)
     said = capsys.readouterr().out
     options = shlex.split(said.splitlines()[1]) + shlex.split(said.splitlines()[2])
@@ -116,5 +117,10 @@ def test_mistakes_of_the_command_line_are_told(tmp_path, monkeypatch):
         run(monkeypatch, tmp_path / "none.pth", tmp_path / "a.pkl")
     with pytest.raises(SystemExit, match="has to end with .pkl"):
         run(monkeypatch, tmp_path / "none.pth", tmp_path / "a.pth")
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    arrays = {name: value.numpy() for name, value in weights.items()}
+    (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(arrays))
+    with pytest.raises(SystemExit, match="arrays.pkl holds more than tensors"):
+        run(monkeypatch, tmp_path / "arrays.pkl", tmp_path / "a.pkl")
     with pytest.raises(UsageError, match="not the weights of a ResNet"):
         settings_for(torchvision.models.mobilenet_v2(weights=None).state_dict())

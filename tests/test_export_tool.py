@@ -113,12 +113,28 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, capsys):
     assert error_of(monkeypatch, "--weights", weights, "--onnx", tmp_path / "a.onnx") == 2
     assert "need --images" in capsys.readouterr().err
     onnx = ["--onnx", tmp_path / "a.onnx", "--images", tmp_path / "none"]
+    assert error_of(monkeypatch, "--weights", weights, *onnx, "--count", 0) == 2
+    assert "at least 1" in capsys.readouterr().err
+    same = ["--torchscript", tmp_path / "a.onnx"]
+    assert error_of(monkeypatch, "--weights", weights, *onnx, *same) == 2
+    assert "name the same file" in capsys.readouterr().err
     for arguments, words in (
         (["--weights", tmp_path / "none.pth", *onnx], "none.pth' does not exist"),
         (["--weights", weights, *onnx], "no image"),
     ):
         error = error_of(monkeypatch, *arguments)
         assert error.startswith("error: ") and words in error and "\n" not in error
+
+
+def test_missing_libraries_are_told_before_anything_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnxruntime" else name
+    )
+    both = ["--torchscript", tmp_path / "a.pt", "--onnx", tmp_path / "a.onnx"]
+    arguments = ["--weights", run[0] / "model.pth", "--images", run[0] / "images", *both]
+    error = error_of(monkeypatch, *arguments)
+    assert error == "error: --onnx needs onnxruntime: pip install onnxruntime"
+    assert not list(tmp_path.iterdir())
 
 
 def test_plain_detectors_are_left_to_detectron2(tmp_path, monkeypatch):

@@ -267,6 +267,13 @@ def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
     assert "not stated" in card and "license:" not in card
 
 
+def test_a_line_that_a_kill_cut_off_costs_no_metrics(run, tmp_path):
+    output = shutil.copytree(run[0], tmp_path / "output")
+    with (output / "metrics.json").open("a") as file:
+        file.write('{"iteration": 3, "bbox/')
+    assert read_run(output).metrics == read_run(run[0]).metrics
+
+
 def test_what_the_run_recorded_is_handed_on(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     start = {
@@ -337,6 +344,11 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
     output = shutil.copytree(run[0], tmp_path / "output")
     assert "cannot be the name" in error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
+    assert "--pictures is -1" in error_of(monkeypatch, output, "--to", zoo, "--pictures", "-1")
+    a_file = tmp_path / "file"
+    a_file.touch()
+    for inside in (a_file, a_file / "zoo"):
+        assert f"{a_file} is a file" in error_of(monkeypatch, output, "--to", inside)
     best = output / "model_best.pth"
     content = torch.load(best, weights_only=True)
     first = next(iter(content["model"]))

@@ -96,10 +96,13 @@ def main() -> None:
             raise UsageError(f"the name of {args.output} has to end with .pkl, for Detectron2")
         weights = read_weights(str(args.weights))
         settings = settings_for(weights)
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            raise UsageError(f"{args.weights} holds more than tensors: give torchvision's own file")
     except UsageError as error:
         sys.exit(f"error: {error}")
     arrays = {name: value.numpy() for name, value in to_detectron2(weights).items()}
     content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_bytes(pickle.dumps(content))
     print(f"{args.output} is for training with:")
     print(" ".join(f"{key} '{value}'" for key, value in settings.items()))

@@ -13,6 +13,7 @@ and how large the model likes its images. Both are compared with the model on th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +42,17 @@ Graph = Callable[[Tensor], Sequence[Tensor]]
 # What a graph may differ by from the model, for the order of float operations: pixels, or this
 # share of a larger image's side, and units of scores and log-variances.
 BOX_TOLERANCE, BOX_SHARE, VALUE_TOLERANCE = 1e-3, 1e-5, 1e-4
+
+
+def need_onnx() -> None:
+    """Before anything is written.
+
+    Raises:
+        UsageError: if the libraries for ONNX are not installed.
+    """
+    missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UsageError(f"--onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def open_model(weights: str, config_file: str = "") -> Detector:
@@ -151,7 +163,13 @@ def main() -> None:
         parser.error("nothing to write: give --torchscript, --onnx or --detectron2")
     if graphs and not args.images:
         parser.error("--torchscript and --onnx need --images to trace and to compare with")
+    if args.count < 1:
+        parser.error("--count has to be at least 1")
+    if args.torchscript and args.torchscript == args.onnx:
+        parser.error("--torchscript and --onnx name the same file")
     try:
+        if args.onnx:
+            need_onnx()
         detector = open_model(args.weights, args.config_file)
         if graphs:
             files = [record["file_name"] for record in load_folder(args.images)][: args.count]

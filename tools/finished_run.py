@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from locreweight.engine.run_record import read_run_records
 from locreweight.engine.safe_reading import read_weights
 from locreweight.errors import UsageError
 from locreweight.zoo.entry import CONFIG
+from summarize import metrics_of
 
 METRICS = ("bbox/", "voc_11_point/")
 
@@ -120,9 +120,7 @@ def _class_names_of(cfg: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
 def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     """Of the evaluation after so many iterations; none if there was none."""
     found: dict[str, float] = {}
-    file = output / "metrics.json"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    for record in map(json.loads, lines):
+    for record in metrics_of(output) if (output / "metrics.json").is_file() else []:
         # Earlier versions logged the last evaluation under the number after it.
         if min(record["iteration"] + 1, end) == iterations:
             found |= {

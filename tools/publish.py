@@ -16,11 +16,13 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from torch import Tensor
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from finished_run import TrainedModel, read_run
@@ -29,7 +31,16 @@ from locreweight.data.training_sets import register_datasets
 from locreweight.engine.detector import open_checkpoint
 from locreweight.errors import UsageError
 from locreweight.export.stock import write_stock_detector
-from locreweight.zoo.entry import CONFIG, ENTRY, INDEX, ZooEntry, check_name, sha256_of, write_index
+from locreweight.zoo.entry import (
+    CONFIG,
+    ENTRY,
+    INDEX,
+    PAGE,
+    ZooEntry,
+    check_name,
+    sha256_of,
+    write_index,
+)
 from locreweight.zoo.shareable import shareable, shareable_command, shareable_config
 from locreweight.zoo.weights import SUFFIX, write_safetensors
 from model_card import PICTURE, card, draw_examples, zoo_page
@@ -78,13 +89,16 @@ def publish(trained: TrainedModel, zoo: Path, wishes: Wishes) -> ZooEntry:
             folder.rename(Path(scratch) / "replaced")
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished.rename(folder)
-    (zoo / "README.md").write_text(zoo_page(write_index(zoo)))
+    (zoo / PAGE).write_text(zoo_page(write_index(zoo)))
     return entry
 
 
 def _check_free(zoo: Path, name: str, *, replace_it: bool) -> None:
     if "://" in str(zoo) or ":/" in str(zoo):
         raise UsageError(f"{zoo} is no folder: publish into one, and let a server offer it")
+    no_folder = next((path for path in (zoo, *zoo.parents) if path.is_file()), None)
+    if no_folder:
+        raise UsageError(f"{no_folder} is a file: publish into a folder")
     if zoo.exists() and not (zoo / INDEX).is_file() and any(zoo.iterdir()):
         raise UsageError(f"{zoo} is neither empty nor a model zoo: it has no {INDEX}")
     folder = zoo / name
@@ -115,7 +129,7 @@ def _write_entry(
     shutil.copymode(folder / CONFIG, weights)  # safetensors lets nobody else read it
     weights = weights.rename(folder / f"{trained.checkpoint.stem}_{sha256_of(weights)[:8]}{SUFFIX}")
     if wishes.pickle:
-        _write_for_detectron2(trained, folder)
+        _write_for_detectron2(shared, trained.weights, folder)
     entry = ZooEntry(
         name=wishes.name,
         weights=weights.name,
@@ -131,12 +145,12 @@ def _write_entry(
     if images:
         draw_examples(open_checkpoint(str(weights)), images, folder)
     text = card(entry, shared, wishes.description, picture=bool(images))
-    (folder / "README.md").write_text(text)
+    (folder / PAGE).write_text(text)
     return entry
 
 
-def _write_for_detectron2(trained: TrainedModel, folder: Path) -> None:
-    weights, config = write_stock_detector(folder / "detectron2", trained.cfg, trained.weights)
+def _write_for_detectron2(cfg: CfgNode, state: Mapping[str, Tensor], folder: Path) -> None:
+    weights, config = write_stock_detector(folder / "detectron2", cfg, state)
     named = weights.rename(folder / f"detectron2_{sha256_of(weights)[:8]}.pkl")
     config.write_text(config.read_text().replace(weights.name, named.name))
 
@@ -150,6 +164,8 @@ def _shareable_metrics(trained: TrainedModel) -> dict[str, float]:
 
 
 def _images_to_draw(cfg: CfgNode, wishes: Wishes) -> list[str]:
+    if wishes.pictures < 0:
+        raise UsageError(f"--pictures is {wishes.pictures}; give a number, or 0 for none")
     if not wishes.pictures:
         return []
     if wishes.images:

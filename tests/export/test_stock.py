@@ -217,3 +217,15 @@ def test_the_config_has_detectron2s_keys_alone():
     fresh.merge_from_other_cfg(config)  # raises on a key that is not known
     assert fresh.MODEL.RESNETS.STEM_OUT_CHANNELS == 16
     assert "jane" not in config.dump()
+
+
+def test_the_config_in_python_is_data_whatever_it_says(tmp_path):
+    """A config can be a stranger's: of a zoo, or of a checkpoint."""
+    text = '"""; raise SystemExit("ran"); """'
+    cfg = tiny_config(SETTINGS)
+    cfg.SOLVER.LR_SCHEDULER_NAME = text
+    cfg.INPUT.RANDOM_FLIP = "C:\\new \x07"
+    _, config_file = write_stock_detector(tmp_path / "mine", cfg, {})
+    scope = {"__name__": "mine"}
+    exec(config_file.read_text(), scope)
+    assert scope["CONFIG"] == "\n" + stock_config(cfg).dump()

@@ -27,7 +27,7 @@ def test_names_may_end_as_detectron2s_do(name):
 @pytest.mark.parametrize(
     "name",
     ["", ".", "..", "../a", "a/../b", "/a", "a/", "a//b", ".a", "a/.b", "a b", "a\n", "ä", "a?b",
-     "~a", "a:b", "a\\b", "a%2e", "index.json"],
+     "~a", "a:b", "a\\b", "a%2e", "index.json", "README.md"],
 )  # fmt: skip
 def test_names_that_could_leave_the_zoo_are_refused(name):
     with pytest.raises(UsageError, match="cannot be the name of a model"):
@@ -75,6 +75,7 @@ GOOD = {"model.safetensors": "0" * 64, CONFIG: "1" * 64}
         {"weights": CONFIG},
         {"class_names": 5},
         {"class_names": [5]},
+        {"class_names": "cat"},
     ],
     ids=str,
 )
@@ -90,6 +91,7 @@ def test_entries_that_make_no_sense_are_refused_by_name(tmp_path, change):
     ("text", "words"),
     [
         ("<html>log in first</html>", "damaged or of no model zoo"),
+        ("[" * 100_000, "damaged or of no model zoo"),
         ("[]", "no list of models"),
         ('{"format": 1, "models": 3}', "no list of models"),
         ('{"format": 1, "models": [3]}', "damaged"),

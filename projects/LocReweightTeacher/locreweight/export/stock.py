@@ -78,6 +78,11 @@ def _copy_known(source: CfgNode, target: CfgNode) -> None:
             target[key] = source[key]
 
 
+def _quoted(text: str) -> str:
+    """What stands between three quotes for a text: it stays one, whoever wrote the config."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
 def stock_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those that a plain detector has: all but the branch for variances."""
     return {name: value for name, value in weights.items() if not name.startswith(_VARIANCE)}
@@ -135,7 +140,7 @@ def write_stock_detector(
         pickle.dump({"model": arrays, "__author__": "locreweight"}, file)
     if corners and not first_order:
         config_file = target.with_name(target.name + ".py")
-        built = _BUILD.format(name=target.name, config=plain.dump())
+        built = _BUILD.format(name=target.name, config=_quoted(plain.dump()))
         config_file.write_text(inspect.getsource(box_coding) + built)
     else:
         plain.MODEL.WEIGHTS = weights_file.name

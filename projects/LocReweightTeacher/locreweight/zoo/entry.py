@@ -16,6 +16,7 @@ from .weights import SUFFIX
 INDEX = "index.json"
 ENTRY = "model.json"
 CONFIG = "config.yaml"
+PAGE = "README.md"  # of the zoo, and of each model
 FORMAT = 1  # of index.json
 
 # No part begins with a dot: a name stays inside of the zoo.
@@ -75,7 +76,8 @@ class ZooEntry:
                 raise ValueError(f"the weights {entry.weights!r} are no safetensors")
             if missing := {entry.weights, CONFIG} - entry.sha256.keys():
                 raise ValueError(f"no SHA-256 of {missing}")
-            if not all(isinstance(name, str) for name in entry.class_names):
+            names = entry.class_names
+            if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
                 raise ValueError("class names are not text")
         except (AttributeError, TypeError, ValueError) as error:
             raise UsageError(f"{source} is damaged or of no model zoo: {error}") from error
@@ -89,7 +91,7 @@ def check_name(name: str) -> str:
         UsageError: if it could not be the name of one, such as ``../other``.
     """
     plain = name.removesuffix(".yaml")
-    if not _NAME.fullmatch(plain) or INDEX in plain.split("/"):
+    if not _NAME.fullmatch(plain) or {INDEX, PAGE} & set(plain.split("/")):
         raise UsageError(
             f"{name!r} cannot be the name of a model: use letters, digits, '_', '-' and '.', with "
             "'/' between parts"
@@ -140,5 +142,5 @@ def parse_index(text: str, source: str) -> dict[str, ZooEntry]:
 def _json_of(text: str, source: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{source} is damaged or of no model zoo: {error}") from error
