@@ -76,6 +76,15 @@ def test_a_zoo_does_not_say_whom_to_trust(zoo, monkeypatch):
     assert mine.MODEL.TRUST_WEIGHTS
 
 
+@pytest.mark.parametrize("base", ["other.yaml", "http://127.0.0.1:9/base.yaml"])
+def test_a_config_of_the_zoo_stands_alone(zoo, monkeypatch, base):
+    """What it were built on has no checksum."""
+    monkeypatch.setenv(VARIABLE, str(zoo))
+    write_entry(zoo, "a/small", config=f"_BASE_: {base}\nVERSION: 2\n")
+    with pytest.raises(UsageError, match=r"a/small\.yaml names a _BASE_"):
+        load_config("locreweight://a/small.yaml", [])
+
+
 def test_an_unknown_model_is_told_with_those_there_are(anywhere):
     with pytest.raises(UsageError, match="has no model 'a/smal'; did you mean a/small"):
         find_entry("a/smal")

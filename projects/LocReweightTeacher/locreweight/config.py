@@ -161,6 +161,8 @@ def load_config(config_file: str, options: Sequence[str], method: str = "") -> C
     if of_zoo and not config_file.endswith(".yaml"):
         raise UsageError(f"{config_file} are weights; their config is {config_file}.yaml")
     first = PathManager.get_local_path(config_file) if of_zoo else config_file
+    if of_zoo and "_BASE_" in Path(first).read_text():
+        raise UsageError(f"{config_file} names a _BASE_, a file that the zoo does not vouch for")
     files = [file for file in (first, method) if file]
     for file in files:
         if not Path(file).is_file():
