@@ -39,7 +39,7 @@ from locreweight.errors import UsageError
 from locreweight.method.geometry import between_views, warp_boxes
 from locreweight.modeling.detector import SemiSupervisedRCNN
 
-_PALETTE = [c for i, c in enumerate(colormaps["tab10"].colors) if i != 2]  # green is the truth's
+_PALETTE = [colormaps["tab10"](i) for i in range(10) if i != 2]  # green is the truth's
 SIDE = 400  # pixels of a view's longer side
 
 
@@ -134,7 +134,7 @@ def show_views(
 
 def _colors(count: int) -> list[Color]:
     colors = (_PALETTE[i % len(_PALETTE)] for i in range(count))
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors]
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b, _ in colors]
 
 
 def main() -> None:
