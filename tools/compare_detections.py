@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from images import INPUT_HELP, find_inputs
+from images import INPUT_HELP, find_inputs, picture_file
 from localization import annotated_records
 from locreweight.analysis.drawing import Layer, captioned, class_colors, draw, grid, save_picture
 from locreweight.data.images import read_rgb
@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--device", default="", help="cuda or cpu; a GPU is used if there is one")
     parser.add_argument("--dataset", default="", help="annotated; else the first of DATASETS.TEST")
     parser.add_argument("--input", nargs="+", default=[], help=f"{INPUT_HELP}, of that data set")
-    parser.add_argument("--output", type=Path, required=True, help="the picture, .jpg or .png")
+    parser.add_argument(
+        "--output", type=picture_file, required=True, help="the picture, .jpg or .png"
+    )
     parser.add_argument("--count", type=int, default=6, help="compare so many images at most")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,14 +62,22 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> list[Input
         for path, name in _files_of(given):
             if output is not None and output.resolve() in path.resolve().parents:
                 continue
-            free, number = name, 2
+            free, number = _name_of_picture(name), 2
             while free in named:
-                free, number = name.with_name(f"{name.stem}-{number}{name.suffix}"), number + 1
+                free = free.with_name(f"{name.stem}-{number}{free.suffix}")
+                number += 1
             named[free] = InputFile(path, free)
     if not named:
         own = f"; what lies in the output folder {output} does not count" if output else ""
         raise UsageError(f"there is no image in {' '.join(inputs)}{own}")
     return list(named.values())
+
+
+def picture_file(given: str) -> Path:
+    """A file that a picture can be written to, of the command line: argparse tells of others."""
+    if Path(given).suffix.lower() not in IMAGE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{given} is no name of a picture: name a .jpg or .png")
+    return Path(given)
 
 
 def look_at(
@@ -126,6 +135,14 @@ def _expanded(inputs: Sequence[str]) -> Iterator[str]:
             if not matches:
                 raise UsageError(f"nothing matches {given!r}")
             yield from matches
+
+
+def _name_of_picture(name: Path) -> Path:
+    """Of videos an .mp4; a .jpg of images whose names do not say what they are."""
+    suffix = name.suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return name.with_suffix(".mp4")
+    return name if suffix in IMAGE_SUFFIXES else name.with_name(f"{name.name}.jpg")
 
 
 def _files_of(given: str) -> Iterator[tuple[Path, Path]]:

@@ -110,6 +110,15 @@ def plot_calibration(axes: Axes, data: Localization) -> None:
     axes.legend(loc="upper left", fontsize="small", frameon=False)
 
 
+def figure_file(given: str) -> Path:
+    """A file that a figure can be written to, of the command line: argparse tells of others."""
+    if Path(given).suffix.lower()[1:] not in Figure().canvas.get_supported_filetypes():
+        raise argparse.ArgumentTypeError(
+            f"{given} is no name of a figure: name a .png, .svg or .pdf"
+        )
+    return Path(given)
+
+
 def table(correlations: dict[str, Correlation]) -> str:
     """The correlations in Markdown."""
     rows = [[name, c.pearson, c.spearman, c.count] for name, c in correlations.items()]
@@ -123,7 +132,9 @@ def main() -> None:
     )
     add_checkpoint_arguments(parser)
     parser.add_argument("--dataset", default="", help="annotated; else the first of DATASETS.TEST")
-    parser.add_argument("--output", type=Path, required=True, help="the figure: .png, .svg or .pdf")
+    parser.add_argument(
+        "--output", type=figure_file, required=True, help="the figure: .png, .svg or .pdf"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers into this file")
     parser.add_argument("--count", type=int, help="look at so many images at most")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")

@@ -102,7 +102,7 @@ def predict_video(
         first = next(frames, None)
         if first is None:
             raise OSError("no frame can be decoded")
-        target = (output / file.name).with_suffix(".mp4")
+        target = output / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         size = (first.shape[1], first.shape[0])
         rate = video.get(cv2.CAP_PROP_FPS) or 25.0
@@ -110,7 +110,7 @@ def predict_video(
         if not writer.isOpened():
             raise UsageError(f"cannot write the video {target}: this OpenCV has no mp4 encoder")
         total = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-        bar = tqdm(total=max(total, 0) or None, desc=file.name.name, disable=None)
+        bar = tqdm(total=max(total, 0) or None, desc=file.path.name, disable=None)
         group, index = [first], 0
         while group:
             while len(group) < batch and (frame := next(frames, None)) is not None:

@@ -23,11 +23,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes
 from matplotlib import colormaps
+from tqdm import tqdm
 
-from images import INPUT_HELP, find_inputs
+from images import INPUT_HELP, find_inputs, picture_file
 from locreweight.analysis.drawing import TRUTH, Color, Layer, captioned, draw, grid, save_picture
 from locreweight.config import load_config
 from locreweight.data.datasets import register
+from locreweight.data.images import UnreadableImage
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.views import UnlabeledSample
 from locreweight.data.watched import WatchedImages, known, truth_of
@@ -37,7 +39,7 @@ from locreweight.errors import UsageError
 from locreweight.method.geometry import between_views, warp_boxes
 from locreweight.modeling.detector import SemiSupervisedRCNN
 
-_PALETTE = colormaps["tab10"]
+_PALETTE = [colormaps["tab10"](i) for i in range(10) if i != 2]  # green is the truth's
 SIDE = 400  # pixels of a view's longer side
 
 
@@ -108,20 +110,30 @@ def draw_views(
 def show_views(
     cfg: CfgNode, records: list[dict], student: SemiSupervisedRCNN, proposals: int, seed: int
 ) -> np.ndarray:
-    """A row for each record: weak and strong view, RGB."""
+    """A row for each record, in their order: weak and strong view, RGB.
+
+    Raises:
+        UnreadableImage: training would take another one instead; here, that one was asked for.
+    """
     watched = WatchedImages(records, ViewMapper(cfg), seed)
-    by_name = {record["file_name"]: record for record in records}
+    samples = {}
+    for index in tqdm(range(len(watched)), desc="views", disable=None):
+        sample = watched[index].views
+        if sample.unread:
+            raise UnreadableImage(sample.unread[0])
+        samples[sample.file_name] = sample
     rows = []
-    for sample in (watched[i].views for i in range(len(watched))):
+    for record in {record["file_name"]: record for record in records}.values():
+        sample = samples[record["file_name"]]
         boxes = propose(student, sample, proposals)
-        pictures = draw_views(sample, by_name[sample.file_name], boxes, cfg.INPUT.FORMAT)
+        pictures = draw_views(sample, record, boxes, cfg.INPUT.FORMAT)
         titles = (f"weak: {Path(sample.file_name).name}", "strong")
         rows.append([captioned(p, title) for p, title in zip(pictures, titles, strict=True)])
     return grid(rows)
 
 
 def _colors(count: int) -> list[Color]:
-    colors = (_PALETTE(i % 10) for i in range(count))
+    colors = (_PALETTE[i % len(_PALETTE)] for i in range(count))
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b, _ in colors]
 
 
@@ -134,7 +146,9 @@ def main() -> None:
     parser.add_argument(
         "--input", nargs="+", default=[], help=f"{INPUT_HELP}; else training images"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the picture, .jpg or .png")
+    parser.add_argument(
+        "--output", type=picture_file, required=True, help="the picture, .jpg or .png"
+    )
     parser.add_argument("--count", type=int, default=4, help="look at so many images at most")
     parser.add_argument("--proposals", type=int, default=5, help="of each image")
     parser.add_argument("--seed", type=int, default=0, help="of the augmentations")

@@ -13,7 +13,9 @@ from PIL import Image
 
 import compare_detections
 import export_pseudo_labels
+import plot_localization_quality
 import show_views
+from locreweight.config import load_config
 from locreweight.data.datasets import load_coco
 from locreweight.data.views import UnlabeledSample, View
 from locreweight.engine.detector import open_checkpoint
@@ -105,6 +107,36 @@ def test_views_of_given_images_and_a_trained_student(run, call, tmp_path):
         show_views, *config, *inputs, *weights, "--output", tmp_path / "v.png", *options
     )
     assert code == 0 and "2 images" in printed.out
+
+
+def test_views_come_in_the_order_of_the_images(run):
+    """Two seeds draw in different orders; the first row has to be the first image with each."""
+    cfg = load_config(str(BASE), config_options(run)[1])
+    records = [{"file_name": str(run.test_images / f"000{i}.png")} for i in (2, 0, 1)]
+    student = show_views.open_student(cfg, "")
+    shown = []
+    for seed in range(4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(show_views, "captioned", lambda _, title: shown.append(title))
+            patch.setattr(show_views, "grid", lambda rows: rows)
+            show_views.show_views(cfg, records, student, proposals=1, seed=seed)
+    titles = ["weak: 0002.png", "strong", "weak: 0000.png", "strong", "weak: 0001.png", "strong"]
+    assert shown == 4 * titles
+
+
+def test_no_other_image_is_shown_for_one_that_cannot_be_read(run, call, tmp_path):
+    config, options = config_options(run)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    inputs = ["--input", tmp_path / "broken.png", run.test_images / "0001.png"]
+    code, _ = call(show_views, *config, *inputs, "--output", tmp_path / "v.png", *options)
+    assert "broken.png" in code and not (tmp_path / "v.png").exists()
+
+
+@pytest.mark.parametrize("tool", [show_views, compare_detections, plot_localization_quality])
+@pytest.mark.parametrize("name", ["views", "views.foo"])
+def test_a_picture_without_a_format_is_told_before_the_work(call, tool, name):
+    code, printed = call(tool, "--config-file", "a", "--weights", "b", "--output", name)
+    assert code == 2 and f"{name} is no name of a" in printed.err
 
 
 # --- side by side ---------------------------------------------------------------------------------

@@ -39,6 +39,15 @@ def test_no_two_pictures_get_one_name(tmp_path):
     assert names(files) == ["a.jpg", "a-2.jpg", "a-3.jpg"]
 
 
+def test_pictures_have_names_that_say_what_they_are(tmp_path):
+    """Films of two kinds become two films of one kind; a photo may come without a suffix."""
+    files = [tmp_path / name for name in ("film.avi", "film.mp4", "photo", "photo.JPG")]
+    for file in files:
+        file.touch()
+    assert names(files) == ["film.mp4", "film-2.mp4", "photo.jpg", "photo.JPG"]
+    assert names([files[2], tmp_path / "photo"]) == ["photo.jpg", "photo-2.jpg"]
+
+
 def test_patterns_and_standard_input(tmp_path, monkeypatch):
     files = [picture(tmp_path / f"{i}.png") for i in range(3)]
     assert names([tmp_path / "[01].png"]) == ["0.png", "1.png"]
