@@ -49,7 +49,7 @@ class Settings(argparse.Namespace):  # each is an option: --burn-in 300. For the
     channels, sampled = 64, 64  # of the feature pyramid; proposals of an image in training
     anchor, side = 12, 64  # pixels: the smallest; the short side (training: three quarters and up)
     labeled_batch, unlabeled_batch = 8, 8  # images of all processes together
-    iterations, burn_in, period = 800, 300, 300  # the second without unlabeled images; to evaluate
+    iterations, burn_in, period = 700, 300, 300  # the second without unlabeled images; to evaluate
     learning_rate, threshold, beta, final_keep_rate, seed = 0.015, 0.6, 2.0, 0.99, 1
     literal = False  # divide Eq. 10, 11, 14 as they say; else by the number of all proposals
 
