@@ -38,7 +38,14 @@ def unlabeled_files(detector: Detector) -> list[InputFile]:
     return [InputFile(Path(r["file_name"]), Path(r["file_name"])) for r in records]
 
 
-def as_coco(seen: Iterable[Seen], class_names: list[str], threshold: float, root: Path) -> dict:
+def as_coco(
+    seen: Iterable[Seen],
+    class_names: list[str],
+    threshold: float,
+    root: Path,
+    *,
+    measures_quality: bool,
+) -> dict:
     """The content of a COCO annotation file; boxes xywh in absolute pixels of each image.
 
     Args:
@@ -46,6 +53,7 @@ def as_coco(seen: Iterable[Seen], class_names: list[str], threshold: float, root
         class_names: in the order of the detections' classes.
         threshold: a detection above this score is a pseudo-label.
         root: ``file_name`` is relative to it.
+        measures_quality: as of the detector; without it ``localization_quality`` is null.
     """
     images: list[dict] = []
     annotations: list[dict] = []
@@ -72,7 +80,7 @@ def as_coco(seen: Iterable[Seen], class_names: list[str], threshold: float, root
                     "area": round(box[2] * box[3], 2),
                     "iscrowd": 0,
                     "score": round(score, 5),
-                    "localization_quality": round(quality, 5),
+                    "localization_quality": round(quality, 5) if measures_quality else None,
                 }
             )
     categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
@@ -107,7 +115,13 @@ def main() -> None:
         if threshold is None:
             threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
         root = common_folder(files)
-        content = as_coco(seen, detector.class_names, threshold, root)
+        content = as_coco(
+            seen,
+            detector.class_names,
+            threshold,
+            root,
+            measures_quality=detector.measures_quality,
+        )
     except UsageError as error:
         sys.exit(f"error: {error}")
     args.json.parent.mkdir(parents=True, exist_ok=True)

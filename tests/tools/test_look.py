@@ -4,11 +4,12 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 import compare_detections
@@ -178,6 +179,20 @@ def test_exported_pseudo_labels_are_a_coco_data_set(run, call, tmp_path):
     annotations = json.loads(file.read_text())["annotations"]
     assert annotations and all(a["score"] > threshold for a in annotations)
     assert len(annotations) == sum(len(record["annotations"]) for record in records)
+
+
+@pytest.mark.parametrize(("measures_quality", "expected"), [(True, 0.25), (False, None)])
+def test_a_quality_that_no_detector_learned_is_not_exported(tmp_path, measures_quality, expected):
+    found = Instances((8, 8), pred_boxes=Boxes(torch.tensor([[1.0, 2, 5, 6]])))
+    found.pred_classes, found.scores = torch.tensor([0]), torch.tensor([0.9])
+    found.localization_quality = torch.tensor([0.25])
+    seen = SimpleNamespace(
+        file=SimpleNamespace(path=tmp_path / "a.png"), image=np.zeros((8, 8, 3)), found=found
+    )
+    content = export_pseudo_labels.as_coco(
+        [seen], ["cell"], 0.5, tmp_path, measures_quality=measures_quality
+    )
+    assert [a["localization_quality"] for a in content["annotations"]] == [expected]
 
 
 def test_exported_boxes_are_the_detections(run, call, tmp_path):
