@@ -52,7 +52,7 @@ def uninterrupted(datasets, settings, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "PERIOD", 3)
         trainer = build_trainer(training_config(datasets, folder, settings))
-        return folder, recorded_training(trainer), trainer.optimizer.state_dict()
+        return folder, recorded_training(trainer), trainer.updates.optimizer.state_dict()
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         assert all(same(a, b) for a, b in zip(mine, reference[iterations:], strict=True))
     momenta, expected = (
         {n: s["momentum_buffer"] for n, s in state["state"].items()}
-        for state in (trainer.optimizer.state_dict(), optimizer)
+        for state in (trainer.updates.optimizer.state_dict(), optimizer)
     )
     assert same(momenta, expected)
     assert metrics_of(tmp_path) == metrics_of(folder)
@@ -227,7 +227,9 @@ def test_resuming_restores_both_models_and_the_optimizer(
     assert same(copy_of(trainer.student), whole.students[4])
     assert same(copy_of(trainer.teacher), whole.teachers[4])
     assert not same(whole.students[4], whole.teachers[4])
-    momenta = [s["momentum_buffer"] for s in trainer.optimizer.state_dict()["state"].values()]
+    momenta = [
+        s["momentum_buffer"] for s in trainer.updates.optimizer.state_dict()["state"].values()
+    ]
     assert momenta and all(m.any() for m in momenta[:1])
 
 
@@ -299,9 +301,9 @@ def test_the_loss_scale_of_float16_is_restored(make_trainer):
         "SOLVER.AMP.DTYPE": "float16",
     }
     trainer = make_trainer(settings)
-    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
+    trainer.updates.grad_scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
     trainer.train()
-    assert make_trainer(settings, resume=True).grad_scaler.get_scale() == 32.0
+    assert make_trainer(settings, resume=True).updates.grad_scaler.get_scale() == 32.0
 
 
 # --- the best result ------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 from detectron2.engine import HookBase
 
 from locreweight.engine import trainer as trainer_module
+from locreweight.engine.optimizer import largest_in_gradients
 from locreweight.engine.reports import StepReport, problem_of
-from locreweight.engine.skipped import gradient_problem
 from locreweight.engine.step import training_step
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import copy_of, same
@@ -55,6 +55,12 @@ def spoiled(monkeypatch):
     return begin
 
 
+@pytest.fixture
+def looked_at_each_time(monkeypatch):
+    """What a step measured is read after it, and not when the next line is logged."""
+    monkeypatch.setattr(trainer_module, "PERIOD", 1)
+
+
 class States(HookBase):
     """All that an iteration could change, before the first and after each; the rates."""
 
@@ -66,10 +72,10 @@ class States(HookBase):
 
     def after_step(self):
         trainer = self.trainer
-        optimizer = trainer.optimizer.state_dict()["state"]
+        optimizer = trainer.updates.optimizer.state_dict()["state"]
         momenta = {i: s["momentum_buffer"].clone() for i, s in optimizer.items()}
         self.seen.append((copy_of(trainer.student), copy_of(trainer.teacher), momenta))
-        self.rates.append(trainer.optimizer.param_groups[0]["lr"])
+        self.rates.append(trainer.updates.optimizer.param_groups[0]["lr"])
 
 
 def states_of(trainer):
@@ -119,6 +125,7 @@ def test_the_step_leaves_nothing_behind_and_training_goes_on(make_trainer, spoil
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.usefixtures("looked_at_each_time")
 def test_so_many_in_a_row_end_training(make_trainer, spoiled, most):
     batches = spoiled(loss_becomes(math.nan), range(1, 9))
     trainer = make_trainer({"SOLVER.MAX_SKIPPED_STEPS": most, "SOLVER.MAX_ITER": 9})
@@ -131,6 +138,30 @@ def test_so_many_in_a_row_end_training(make_trainer, spoiled, most):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("period", [2, 4])
+def test_they_end_training_when_the_next_line_is_logged(make_trainer, spoiled, monkeypatch, period):
+    """Until then nothing is lost by going on: each of them changes nothing."""
+    monkeypatch.setattr(trainer_module, "PERIOD", period)
+    batches = spoiled(loss_becomes(math.nan), range(9))
+    trainer = make_trainer({"SOLVER.MAX_SKIPPED_STEPS": 3, "SOLVER.MAX_ITER": 9})
+    start = copy_of(trainer.student)
+    with pytest.raises(UsageError, match="3 steps in a row"):
+        trainer.train()
+    assert len(batches) == 4  # the first multiple of the period that is not below 3
+    assert [line["iteration"] for line in lines_of(trainer)] == [0, 1, 2]
+    assert [line["images"] for line in lines_of(trainer)] == [b.file_names for b in batches[:3]]
+    assert same(copy_of(trainer.student), start)
+
+
+def test_the_momentum_of_a_first_step_that_was_left_out_is_zero(make_trainer, spoiled):
+    """PyTorch would leave it as it found the memory."""
+    spoiled(gradient_becomes(math.nan), {0})
+    trainer = make_trainer({"SOLVER.MAX_ITER": 1})
+    trainer.train()
+    momenta = [s["momentum_buffer"] for s in trainer.updates.optimizer.state.values()]
+    assert momenta and not any(momentum.any() for momentum in momenta)
+
+
 def test_as_many_that_are_not_in_a_row_do_not(make_trainer, spoiled):
     spoiled(loss_becomes(math.nan), {0, 1, 3, 4})
     trainer = make_trainer({"SOLVER.MAX_SKIPPED_STEPS": 3, "SOLVER.MAX_ITER": 6})
@@ -138,6 +169,7 @@ def test_as_many_that_are_not_in_a_row_do_not(make_trainer, spoiled):
     assert [line["iteration"] for line in lines_of(trainer)] == [0, 1, 3, 4]
 
 
+@pytest.mark.usefixtures("looked_at_each_time")
 def test_a_resumed_run_goes_on_counting(make_trainer, spoiled):
     """Two before the stop, one after it; what is done again is not written down twice."""
     settings = {
@@ -177,9 +209,9 @@ FLOAT16 = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "float16", "SOLVER.MA
 
 def test_a_scale_that_is_too_large_comes_down_without_being_counted(make_trainer):
     trainer = make_trainer(FLOAT16 | {"SOLVER.MAX_SKIPPED_STEPS": 1})
-    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    trainer.updates.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     states = states_of(trainer)
-    assert trainer.grad_scaler.get_scale() == 2.0**37
+    assert trainer.updates.grad_scaler.get_scale() == 2.0**37
     assert not trainer._skipped.file.exists()
     assert all(same(a[0], states.seen[0][0]) and same(a[1], a[0]) for a in states.seen)
 
@@ -187,12 +219,17 @@ def test_a_scale_that_is_too_large_comes_down_without_being_counted(make_trainer
 def test_where_there_is_no_scale_left_it_is_counted(make_trainer, spoiled):
     spoiled(gradient_becomes(math.nan), {0, 1, 2})
     trainer = make_trainer(FLOAT16)
-    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.updates.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     trainer.train()
     assert [line["iteration"] for line in lines_of(trainer)] == [1, 2]
 
 
 # --- parts ----------------------------------------------------------------------------------------
+
+
+def gradient_problem(model):
+    numbers = {name: x.item() for name, x in largest_in_gradients(model).items()}
+    return StepReport([], 0.0, False, gradients=numbers).gradient_problem
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

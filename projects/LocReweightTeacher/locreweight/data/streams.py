@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .images import UnreadableImage
 from .mapper import ViewMapper
-from .views import UnlabeledSample
+from .views import UnlabeledSample, View
 
 # An unreadable unlabeled image is replaced by another; so many in a row mean that there is none
 # left. It is far beyond what happens by chance at any share that may be tolerated: 0.8 ** 100 is
@@ -55,6 +55,23 @@ class Batch:
     def file_names(self) -> list[str]:
         """All images in the batch, to name them when something goes wrong."""
         return [x["file_name"] for x in self.labeled] + [x.file_name for x in self.unlabeled]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; the host does not wait for what is pinned."""
+        return self._with_images(lambda image: image.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU can copy from by itself; the loader calls it."""
+        return self._with_images(torch.Tensor.pin_memory)
+
+    def _with_images(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        def view(before: View) -> View:
+            return replace(before, image=change(before.image))
+
+        return Batch(
+            [sample | {"image": change(sample["image"])} for sample in self.labeled],
+            [replace(x, weak=view(x.weak), strong=view(x.strong)) for x in self.unlabeled],
+        )
 
     @property
     def unread(self) -> list[str]:
@@ -165,13 +182,21 @@ class BatchSchedule(Sampler[list[Position]]):
 
 
 def build_loader(
-    dataset: StreamDataset, schedule: BatchSchedule, num_workers: int
+    dataset: StreamDataset, schedule: BatchSchedule, num_workers: int, *, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """A loader of :class:`Batch` for one process; its workers make whole batches ahead."""
+    """A loader of :class:`Batch` for one process; its workers make whole batches ahead.
+
+    Args:
+        dataset: the samples.
+        schedule: which of them make a batch; endless, so that workers start once.
+        num_workers: processes; 0 for none.
+        pin_memory: put images where a GPU can fetch them while the host goes on.
+    """
     return DataLoader(
         dataset,
         batch_sampler=schedule,
         num_workers=num_workers,
+        pin_memory=pin_memory,
         collate_fn=_collate,
     )
 

@@ -24,15 +24,28 @@ class RunningStatistics:
         """Remember them as they are."""
         self._copy(self._kept, self._statistics)
 
-    def restore(self) -> None:
-        """Put back what :meth:`keep` remembered."""
-        self._copy(self._statistics, self._kept)
+    def restore(self, unless: torch.Tensor | None = None) -> None:
+        """Put back what :meth:`keep` remembered.
+
+        Args:
+            unless: scalar, bool: where it is true they stay; the host need not know which it is.
+        """
+        if unless is None:
+            self._copy(self._statistics, self._kept)
+            return
+        for statistics, kept in zip(self._statistics, self._kept, strict=True):
+            statistics.copy_(torch.where(unless, statistics, kept))
 
     def share(self) -> None:
         """Give all processes the first one's; without, their teachers would differ."""
         if comm.get_world_size() > 1:
-            for statistics in self._statistics:
-                torch.distributed.broadcast(statistics, src=0)
+            for dtype in {statistics.dtype for statistics in self._statistics}:
+                alike = [s for s in self._statistics if s.dtype == dtype]
+                # One message: each of them waits for the slowest process.
+                message = torch.cat([s.flatten() for s in alike])
+                torch.distributed.broadcast(message, src=0)
+                parts = message.split([s.numel() for s in alike])
+                self._copy(alike, [p.view_as(s) for p, s in zip(parts, alike, strict=True)])
 
     @staticmethod
     def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import takewhile
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
@@ -121,17 +122,33 @@ class PseudoLabelWatch(HookBase):
         self._without = 0
         self._highest = 0.0
         self._done = False
+        self._seen = -1  # iteration
+
+    def before_train(self) -> None:
+        self._seen = self.trainer.start_iter - 1
 
     def after_step(self) -> None:
-        latest = self.trainer.storage.latest()
-        found, iteration = latest.get("pseudo_labels/per_image", (0.0, -1))
-        if self._done or iteration != self.trainer.iter:  # burn-in measures nothing
+        histories = self.trainer.storage.histories()
+        if self._done or "pseudo_labels/per_image" not in histories:  # burn-in measures nothing
             return
+        # They come late, those of many iterations at a time.
+        newest_first = zip(
+            reversed(histories["pseudo_labels/per_image"].values()),
+            reversed(histories[HIGHEST_SCORE].values()),
+            strict=True,
+        )
+        new = list(takewhile(lambda measured: measured[0][1] > self._seen, newest_first))
+        for (found, iteration), (highest, _) in reversed(new):
+            self._seen = iteration
+            if not self._done:
+                self._watch(found, highest)
+
+    def _watch(self, found: float, highest: float) -> None:
         if found > 0:
             self._without, self._highest = 0, 0.0
             return
         self._without += 1
-        self._highest = max(self._highest, latest[HIGHEST_SCORE][0])
+        self._highest = max(self._highest, highest)
         if self._without >= self._patience:
             self._done = True
             logger.warning(

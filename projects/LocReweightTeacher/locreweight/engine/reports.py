@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-
-from .step import HIGHEST_SCORE, StepResult
+from .step import HIGHEST_SCORE
 
 
 @dataclass(frozen=True)
@@ -19,17 +17,21 @@ class StepReport:
         data_time: seconds it waited for the batch.
         stop: whether it was asked to stop.
         unread: why unlabeled images could not be read, a message for each.
-        losses, metrics: as in :class:`.step.StepResult`; none if the step failed.
         failure: why the step broke off before there were losses.
+        losses, metrics: as in :class:`.step.StepResult`; none if the step failed.
+        gradients: parameter -> the largest absolute number in its gradient.
+        loss_scale: what float16 multiplies losses with, after the step; 0 where nothing does.
     """
 
     images: list[str]
     data_time: float
     stop: bool
     unread: list[str] = field(default_factory=list)
+    failure: str = ""
     losses: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    failure: str = ""
+    gradients: dict[str, float] = field(default_factory=dict)
+    loss_scale: float = 0.0
 
     @property
     def problem(self) -> str:
@@ -37,15 +39,13 @@ class StepReport:
         wrong = [f"{name} is {x}" for name, x in self.losses.items() if not math.isfinite(x)]
         return self.failure or ", ".join(wrong)
 
-
-def numbers_of(result: StepResult) -> tuple[dict[str, float], dict[str, float]]:
-    """Losses and metrics, in one transfer from the device for all of them."""
-    tensors = [*result.losses.values(), *result.metrics.values()]
-    device = result.total.device
-    values = torch.stack([t.detach().to(device, torch.float32) for t in tensors]).tolist()
-    count = len(result.losses)
-    losses = dict(zip(result.losses, values[:count], strict=True))
-    return losses, dict(zip(result.metrics, values[count:], strict=True))
+    @property
+    def gradient_problem(self) -> str:
+        """Names a parameter whose gradient is not finite; empty if all are."""
+        wrong = [name for name, largest in self.gradients.items() if not math.isfinite(largest)]
+        if not wrong:
+            return ""
+        return f"the gradient of {len(wrong)} parameters is not finite, such as {wrong[0]}"
 
 
 def problem_of(reports: list[StepReport]) -> str:

@@ -7,9 +7,7 @@ import logging
 import math
 from pathlib import Path
 
-import torch
 from detectron2.utils import comm
-from torch import nn
 
 from ..errors import UsageError
 from .reports import StepReport
@@ -41,17 +39,25 @@ class SkippedSteps:
         self._in_a_row = 0
         self._most = most_in_a_row
 
-    def add(self, iteration: int, problem: str, reports: list[StepReport]) -> None:
-        """Write down a step that was left out.
+    def judge(self, iteration: int, problem: str, reports: list[StepReport]) -> None:
+        """Write down a step if it was left out.
 
         Args:
-            iteration: which step.
-            problem: what was not finite.
+            iteration: which step; they come in order.
+            problem: what of its losses was not finite; empty if all were.
             reports: of all processes, in their order.
 
         Raises:
-            UsageError: if this was one too many.
+            UsageError: if this was one too many in a row.
         """
+        # The gradients are those of all processes together, alike in all of them.
+        in_gradient = reports[0].gradient_problem
+        if problem or (in_gradient and not has_loss_scale_left(reports[0])):
+            self._add(iteration, problem or in_gradient, reports)
+        elif not in_gradient:
+            self._in_a_row = 0
+
+    def _add(self, iteration: int, problem: str, reports: list[StepReport]) -> None:
         self.total += 1
         self._in_a_row += 1
         logger.warning(
@@ -85,10 +91,6 @@ class SkippedSteps:
                 }
                 file.write(json.dumps(line) + "\n")
 
-    def end_of_row(self) -> None:
-        """A step was not left out."""
-        self._in_a_row = 0
-
     def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "in_a_row": self._in_a_row}
 
@@ -96,15 +98,12 @@ class SkippedSteps:
         self.total, self._in_a_row = state["total"], state["in_a_row"]
 
 
-def gradient_problem(model: nn.Module) -> str:
-    """Names a parameter whose gradient is not finite; empty if all are."""
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    # Of all gradients together: the largest number in them, with one transfer from the device.
-    largest = nn.utils.get_total_norm([gradient for _, gradient in named], norm_type=math.inf)
-    if math.isfinite(largest.item()):
-        return ""
-    wrong = [name for name, gradient in named if not torch.isfinite(gradient).all()]
-    return f"the gradient of {len(wrong)} parameters is not finite, such as {wrong[0]}"
+def has_loss_scale_left(report: StepReport) -> bool:
+    """Whether a gradient may be infinite because its scale is too large for float16.
+
+    The scale then comes down by itself, until it is none.
+    """
+    return report.metrics.get("loss_scale", 0.0) >= 1.0
 
 
 def _strict(number: float) -> float | str:

@@ -13,9 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.engine.hooks import HookBase
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import check_supported, scale_to_world_size
 from ..data.mapper import ViewMapper
@@ -38,13 +38,15 @@ from .hooks import (
     ResumableBestCheckpointer,
     SafePoint,
 )
-from .metrics import ResumableWriter, cut_after
+from .measurements import Measurements
+from .metrics import PERIOD, ResumableWriter, cut_after
+from .optimizer import SkippingOptimizer
 from .panels import PseudoLabelPanels
 from .preemption import STOP, leave_signals_to_trainer
-from .reports import StepReport, averages, numbers_of, problem_of
+from .reports import StepReport, averages, problem_of
 from .resumable import ResumableTrainer
-from .skipped import SkippedSteps, gradient_problem
-from .step import StepSettings, training_step
+from .skipped import SkippedSteps
+from .step import StepResult, StepSettings, training_step
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +89,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
         if self.settings.strategy.frozen_labeler:
             self.labeler = build_model(cfg).eval()
             frozen = {"labeler": self.labeler}
-        self.optimizer = build_optimizer(cfg, self.student)
         self._amp_dtype = amp_dtype(cfg)
-        # bfloat16 has the range of float32; only float16 needs its gradients scaled.
-        self.grad_scaler = torch.amp.GradScaler(
-            self.device.type,
-            enabled=cfg.SOLVER.AMP.ENABLED and self._amp_dtype is torch.float16,
-        )
+        self.updates = SkippingOptimizer(cfg, self.student, self._amp_dtype)
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
@@ -106,6 +103,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         )
         self._statistics = RunningStatistics(self.student)
         self._skipped = SkippedSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
+        self._measurements = Measurements()
         self._batches: Iterator[Batch] | None = None
         self._writer = ResumableWriter(cfg.OUTPUT_DIR)
         self.register_lasting_hooks(self.build_hooks())
@@ -156,10 +154,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
         Only the main process writes files. From the safe point on their order is that in which an
         iteration that was stopped is finished.
         """
-        cfg = self.cfg
+        cfg, optimizer = self.cfg, self.updates.optimizer
         built: list[HookBase] = [
             hooks.IterationTimer(),
-            hooks.LRScheduler(self.optimizer, build_lr_scheduler(cfg, self.optimizer)),
+            hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
             PseudoLabelWatch(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
         ]
         evaluation = PeriodicEvaluation(cfg.TEST.EVAL_PERIOD, self._evaluate)
@@ -182,58 +180,37 @@ class SemiSupervisedTrainer(ResumableTrainer):
     def run_step(self) -> None:
         assert self._batches is not None
         start = time.perf_counter()
-        batch = next(self._batches)
+        batch = next(self._batches).to(self.device)
         data_time = time.perf_counter() - start
 
         self._statistics.keep()
-        loss, report = self._measure(batch, data_time)
+        result, report = self._losses(batch, data_time)
         reports = comm.all_gather(report)
         self.stop_agreed = any(report.stop for report in reports)
         self.unreadable.update([report.unread for report in reports], read=len(batch.unlabeled))
-        if self._log(reports) and self._update_student(loss, reports):
-            self._update_teacher()
-        else:
+        if result is None or any(report.failure for report in reports):
             self._statistics.restore()
-        self.storage.put_scalar("skipped_steps", self._skipped.total, smoothing_hint=False)
+            self._measurements.add(self.iter, reports)
+        else:
+            self._update(result, reports)
         self.storage.put_scalar("data/unreadable", self.unreadable.files, smoothing_hint=False)
+        if self._is_looked_at():
+            self._log_measurements()
 
-    def _measure(self, batch: Batch, data_time: float) -> tuple[Tensor, StepReport]:
-        """The loss, and what this process has to tell the others."""
+    def _losses(self, batch: Batch, data_time: float) -> tuple[StepResult | None, StepReport]:
+        """The losses, if the step got so far, and what this process has to tell the others."""
         report = StepReport(batch.file_names, data_time, STOP.received, batch.unread)
         autocast = self.cfg.SOLVER.AMP.ENABLED
         try:
             with torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=autocast):
-                result = training_step(self.model, self.labeler, batch, self.settings)
+                return training_step(self.model, self.labeler, batch, self.settings), report
         except FloatingPointError as error:  # Detectron2's, of proposals that are not finite
-            return torch.tensor(torch.nan), replace(report, failure=str(error))
-        losses, metrics = numbers_of(result)
-        return result.total, replace(report, losses=losses, metrics=metrics)
+            return None, replace(report, failure=str(error))
 
-    def _log(self, reports: list[StepReport]) -> bool:
-        """Write what all processes measured; whether all losses are finite."""
-        problem = problem_of(reports)
-        if problem:
-            self._skipped.add(self.iter, problem, reports)
-        else:
-            self.storage.put_scalars(**averages(reports))
-        return not problem
-
-    def _update_student(self, loss: Tensor, reports: list[StepReport]) -> bool:
-        """A step of the optimizer; not if a gradient, which all processes share, is not finite."""
-        self.optimizer.zero_grad()
-        self.grad_scaler.scale(loss).backward()
-        self.grad_scaler.unscale_(self.optimizer)
-        problem = gradient_problem(self.student)
-        if not problem:
-            self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-        # A loss scale that is too large for float16 comes down by itself, until it is none.
-        if problem and not (self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() >= 1.0):
-            self._skipped.add(self.iter, problem, reports)
-        return not problem
-
-    def _update_teacher(self) -> None:
-        self._skipped.end_of_row()
+    def _update(self, result: StepResult, reports: list[StepReport]) -> None:
+        """The student by its losses, the teacher by the student; the host does not wait for it."""
+        largest = self.updates.step(result.total)
+        self._statistics.restore(unless=torch.stack(list(largest.values())).isfinite().all())
         self._statistics.share()
         # In burn-in the step stays 0, whose keep rate is 0: the teacher is the student, and so it
         # is when mutual learning begins.
@@ -242,6 +219,30 @@ class SemiSupervisedTrainer(ResumableTrainer):
         update_teacher(self.teacher, self.student, rate)
         if step == 0 and self.labeler is not self.teacher:
             update_teacher(self.labeler, self.student, keep_rate=0.0)
+        measured = replace(result, metrics=result.metrics | self.updates.loss_scale)
+        self._measurements.add(self.iter, reports, measured, {"gradients": largest})
+
+    def _is_looked_at(self) -> bool:
+        """Whether somebody asks for what was measured: a log, or a checkpoint, which holds it."""
+        cfg, done = self.cfg, self.iter + 1
+        periods = PERIOD, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD
+        is_last = done >= self.max_iter
+        return self.stop_agreed or is_last or any(p > 0 and done % p == 0 for p in periods)
+
+    def _log_measurements(self) -> None:
+        """Write what all processes measured, and which steps were left out.
+
+        Raises:
+            UsageError: if these were too many in a row.
+        """
+        for iteration, reports in self._measurements.fetch():
+            problem = problem_of(reports)
+            if not problem:
+                self.storage.put_scalars(**averages(reports), cur_iter=iteration)
+            self._skipped.judge(iteration, problem, reports)
+            self.storage.put_scalar(
+                "skipped_steps", self._skipped.total, smoothing_hint=False, cur_iter=iteration
+            )
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -257,7 +258,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
             rank=comm.get_rank(),
             world_size=comm.get_world_size(),
         )
-        loader = build_loader(dataset, schedule, cfg.DATALOADER.NUM_WORKERS)
+        on_gpu = self.device.type == "cuda"
+        loader = build_loader(dataset, schedule, cfg.DATALOADER.NUM_WORKERS, pin_memory=on_gpu)
         loader.worker_init_fn = leave_signals_to_trainer
         return loader
 
@@ -271,8 +273,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         return super().state_dict() | {
             "data": self.sets.fingerprint,
             "burn_in": self.cfg.SEMI.BURN_IN_ITERS,
-            "optimizer": self.optimizer.state_dict(),
-            "grad_scaler": self.grad_scaler.state_dict(),
+            **self.updates.state_dict(),
             "skipped_steps": self._skipped.state_dict(),
         }
 
@@ -280,9 +281,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.sets.check_same(state_dict.get("data", {}), self.cfg.DATASETS.ALLOW_CHANGED)
         check_burn_in(self.cfg, before=state_dict["burn_in"], done=state_dict["iteration"] + 1)
         super().load_state_dict(state_dict)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        if self.grad_scaler.is_enabled() and state_dict["grad_scaler"]:
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.updates.load_state_dict(state_dict)
         self._skipped.load_state_dict(state_dict["skipped_steps"])
 
 

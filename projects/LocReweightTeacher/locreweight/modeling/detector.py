@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from .frozen_norm import fold_frozen_norms
 from .predictor import BoxPredictions
 
 
@@ -37,6 +39,13 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
     With labeled images alone, and at inference, it behaves as the class that it extends.
     """
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        parts = super().from_config(cfg)
+        if cfg.MODEL.FOLD_FROZEN_NORM:
+            fold_frozen_norms(parts["backbone"])
+        return parts
+
     def forward(
         self, batched_inputs: list[dict], unlabeled_inputs: list[dict] | None = None
     ) -> list[dict] | dict[str, Tensor] | tuple[dict[str, Tensor], UnlabeledOutput]:
@@ -57,18 +66,15 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
             return super().forward(batched_inputs)
         count = len(batched_inputs)
         images = self.preprocess_image([*batched_inputs, *unlabeled_inputs])
-        features = self.backbone(images.tensor)
-        labeled, unlabeled = slice(None, count), slice(count, None)
+        labeled, unlabeled = _split(self.backbone(images.tensor), count)
 
         losses = self._supervised_losses(
-            _part_of(images, labeled),
-            _features_of(features, labeled),
-            self._targets(batched_inputs),
+            _part_of(images, slice(None, count)), labeled, self._targets(batched_inputs)
         )
         with get_event_storage().name_scope("unlabeled"):
             output = self._unlabeled_output(
-                _part_of(images, unlabeled),
-                _features_of(features, unlabeled),
+                _part_of(images, slice(count, None)),
+                unlabeled,
                 self._targets(unlabeled_inputs, "rpn_instances"),
                 self._targets(unlabeled_inputs),
             )
@@ -124,5 +130,9 @@ def _part_of(images: ImageList, part: slice) -> ImageList:
     return ImageList(images.tensor[part], images.image_sizes[part])
 
 
-def _features_of(features: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
-    return {name: feature[part] for name, feature in features.items()}
+def _split(features: dict[str, Tensor], count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Feature maps of the first ``count`` images, and those of the others."""
+    # Not two slices: each would fill a gradient of all images with zeros.
+    parts = {name: f.split([count, len(f) - count]) for name, f in features.items()}
+    first, others = ({name: part[i] for name, part in parts.items()} for i in range(2))
+    return first, others

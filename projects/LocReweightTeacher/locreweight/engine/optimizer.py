@@ -1,0 +1,94 @@
+"""The optimizer's step, which leaves itself out where a gradient is not finite.
+
+The device decides so, by PyTorch's own means: a fused optimizer asks the gradient scaler's flag in
+its kernel. The host would have to wait for the backward pass in order to know.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer
+from torch import Tensor, nn
+
+
+class SkippingOptimizer:
+    """Detectron2's optimizer, fused, and the scaler that says when it has to stand still.
+
+    Attributes:
+        optimizer: by the config's ``SOLVER`` keys.
+        grad_scaler: scales losses for float16; otherwise its scale is 1, and it only looks.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module, dtype: torch.dtype) -> None:
+        """
+        Args:
+            cfg: the effective config.
+            model: whose parameters are trained.
+            dtype: what the forward pass computes in.
+        """
+        self.optimizer = _fused(build_optimizer(cfg, model))
+        device = next(model.parameters()).device
+        # bfloat16 has the range of float32; only float16 needs its gradients scaled.
+        self._scales = cfg.SOLVER.AMP.ENABLED and dtype is torch.float16
+        self.grad_scaler = torch.amp.GradScaler(device.type)
+        if not self._scales:
+            self.grad_scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+        self._model = model
+
+    def step(self, loss: Tensor) -> dict[str, Tensor]:
+        """Backward pass, and an update unless a gradient is not finite.
+
+        Args:
+            loss: scalar; if it is not finite no gradient is.
+
+        Returns:
+            parameter -> the largest absolute number in its gradient.
+        """
+        self.optimizer.zero_grad()
+        # Exactly 1, or NaN: an infinite loss can have a finite gradient.
+        counts = 1 + 0 * loss.detach()
+        self.grad_scaler.scale(loss * counts).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        largest = largest_in_gradients(self._model)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update(None if self._scales else 1.0)
+        return largest
+
+    @property
+    def loss_scale(self) -> dict[str, Tensor]:
+        """``loss_scale``, to be logged, where losses are scaled; left on the device."""
+        if not self._scales:
+            return {}
+        return {"loss_scale": self.grad_scaler.scale(torch.ones(()))}
+
+    def state_dict(self) -> dict:
+        scaler = self.grad_scaler.state_dict() if self._scales else {}
+        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": scaler}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._scales and state["grad_scaler"]:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+
+
+def largest_in_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter -> scalar: the largest absolute number in its gradient, NaN if one is NaN."""
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # Not Euclidean lengths, which overflow long before a gradient does.
+    norms = torch._foreach_norm(list(named.values()), ord=math.inf)
+    return dict(zip(named, norms, strict=True))
+
+
+def _fused(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The same optimizer with PyTorch's fused kernels, which update all parameters in one."""
+    groups = [group | {"foreach": False, "fused": True} for group in optimizer.param_groups]
+    fused = type(optimizer)(groups, fused=True)
+    for group in fused.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            # PyTorch makes them empty and leaves them so if the first step of all is left out;
+            # with what happened to lie in memory the second one would go anywhere.
+            fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return fused
