@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
+from locreweight.engine import metrics
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.optimizer import largest_in_gradients
 from locreweight.engine.reports import StepReport, problem_of
@@ -58,7 +59,7 @@ def spoiled(monkeypatch):
 @pytest.fixture
 def looked_at_each_time(monkeypatch):
     """What a step measured is read after it, and not when the next line is logged."""
-    monkeypatch.setattr(trainer_module, "PERIOD", 1)
+    monkeypatch.setattr(metrics, "PERIOD", 1)
 
 
 class States(HookBase):
@@ -141,7 +142,7 @@ def test_so_many_in_a_row_end_training(make_trainer, spoiled, most):
 @pytest.mark.parametrize("period", [2, 4])
 def test_they_end_training_when_the_next_line_is_logged(make_trainer, spoiled, monkeypatch, period):
     """Until then nothing is lost by going on: each of them changes nothing."""
-    monkeypatch.setattr(trainer_module, "PERIOD", period)
+    monkeypatch.setattr(metrics, "PERIOD", period)
     batches = spoiled(loss_becomes(math.nan), range(9))
     trainer = make_trainer({"SOLVER.MAX_SKIPPED_STEPS": 3, "SOLVER.MAX_ITER": 9})
     start = copy_of(trainer.student)

@@ -48,9 +48,29 @@ def test_both_processes_have_the_same_weights_after_each_step(ranks, model):
     first, second = (rank[model] for rank in ranks)
     assert len(first) == two_processes.SETTINGS["SOLVER.MAX_ITER"]
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
-    left_out = {two_processes.LOSS_GONE_WRONG[1], two_processes.GRADIENT_GONE_WRONG[1]}
-    for i in range(1, len(first)):
-        assert same(first[i], first[i - 1]) == (i in left_out), i
+
+
+LEFT_OUT = {two_processes.LOSS_GONE_WRONG[1], two_processes.GRADIENT_GONE_WRONG[1]}
+
+
+def test_a_step_that_is_left_out_leaves_the_student_alone(ranks):
+    students = ranks[0]["students"]
+    for i in range(1, len(students)):
+        assert same(students[i], students[i - 1]) == (i in LEFT_OUT), i
+
+
+@pytest.mark.parametrize("i", sorted(LEFT_OUT))
+def test_the_teacher_averages_an_unchanged_student_once_more(ranks, i):
+    """Of the student it has one more, as its rate, which counts iterations, takes for granted."""
+    before, after = ranks[0]["teachers"][i - 1 : i + 1]
+    student = ranks[0]["students"][i]
+    rate = min(0.6, 1 - 1 / (i + 1 - two_processes.SETTINGS["SEMI.BURN_IN_ITERS"] + 1))
+    for name, value in student.items():
+        expected = rate * before[name] + (1 - rate) * value
+        if value.is_floating_point():
+            torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-7, msg=name)
+        else:
+            assert torch.equal(after[name], value), name
 
 
 def test_a_step_is_left_out_by_both_processes(ranks, folder):

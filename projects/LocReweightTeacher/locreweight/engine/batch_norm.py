@@ -39,7 +39,8 @@ class RunningStatistics:
     def share(self) -> None:
         """Give all processes the first one's; without, their teachers would differ."""
         if comm.get_world_size() > 1:
-            for dtype in {statistics.dtype for statistics in self._statistics}:
+            # In the same order in all processes, which a set would not keep.
+            for dtype in dict.fromkeys(statistics.dtype for statistics in self._statistics):
                 alike = [s for s in self._statistics if s.dtype == dtype]
                 # One message: each of them waits for the slowest process.
                 message = torch.cat([s.flatten() for s in alike])

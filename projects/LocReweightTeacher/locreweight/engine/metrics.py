@@ -34,6 +34,7 @@ class ResumableWriter(PeriodicWriter):
     """Detectron2's, with Detectron2's writers; after a stop all curves go on as if without one.
 
     Attributes:
+        period: iterations from one line to the next.
         takes_back: what a stopped run wrote after the point where this one begins is removed, as
             it will be written again.
     """
@@ -44,6 +45,7 @@ class ResumableWriter(PeriodicWriter):
             folder: of ``metrics.json`` and of TensorBoard's files.
         """
         super().__init__([], PERIOD)
+        self.period = PERIOD
         self.takes_back = False
         self._folder = Path(folder)
         self._history: History = {}

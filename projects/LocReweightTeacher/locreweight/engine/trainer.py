@@ -39,7 +39,7 @@ from .hooks import (
     SafePoint,
 )
 from .measurements import Measurements
-from .metrics import PERIOD, ResumableWriter, cut_after
+from .metrics import ResumableWriter, cut_after
 from .optimizer import SkippingOptimizer
 from .panels import PseudoLabelPanels
 from .preemption import STOP, leave_signals_to_trainer
@@ -225,7 +225,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
     def _is_looked_at(self) -> bool:
         """Whether somebody asks for what was measured: a log, or a checkpoint, which holds it."""
         cfg, done = self.cfg, self.iter + 1
-        periods = PERIOD, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD
+        periods = self._writer.period, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD
         is_last = done >= self.max_iter
         return self.stop_agreed or is_last or any(p > 0 and done % p == 0 for p in periods)
 
