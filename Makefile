@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export DETECTRON2 TORCH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint
+.PHONY: help setup quickstart test lint bench
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,3 +34,8 @@ lint: setup  ## check style, format and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+BENCHMARKS = ema step memory loader scale growth
+
+bench: setup  ## measure speed and memory against the least that the work needs (about an hour)
+	for benchmark in $(BENCHMARKS); do $(PY) -W ignore -m benchmarks.$$benchmark || exit; done

@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.timing import Clock, alternate, matrix_product, median_ratio, show, spread
 from benchmarks.workload import Floor, Size, Step
-from locreweight.engine import trainer as trainer_module
 
 WEIGHTING_OFF = ["SEMI.LER", "False", "SEMI.PRC", "False"]
 FLOOR, DRIFT = "floor: bare Detectron2", "fixed matrix product"
@@ -59,7 +58,7 @@ def break_down(size: Size, repeats: int, options: list[str]) -> None:
         (torch.Tensor, "backward", "student: backward"),
         (trainer.updates.grad_scaler, "unscale_", "optimizer: check of gradients"),
         (trainer.updates.optimizer, "step", "optimizer: update"),
-        (trainer_module, "update_teacher", "teacher: moving average"),
+        (trainer._average, "update", "teacher: moving average"),
     ]
     for owner, attribute, name in watched:
         clock.watch(owner, attribute, name)

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torchvision
 from tabulate import tabulate
+
+CPU = torch.device("cpu")
 
 
 def environment() -> str:
@@ -44,7 +46,7 @@ class Clock:
         seconds: name -> sum of all that had it.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -78,9 +80,9 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def alternate(
-    works: dict[str, Callable[[], object]],
+    works: Mapping[str, Callable[[], object]],
     repeats: int,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     *,
     warm_up: int = 1,
 ) -> dict[str, list[float]]:

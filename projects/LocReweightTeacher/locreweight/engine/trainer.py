@@ -23,7 +23,7 @@ from ..data.streams import Batch, BatchSchedule, StreamDataset, build_loader
 from ..data.training_sets import load_training_sets
 from ..data.unreadable import UnreadableImages
 from ..errors import UsageError
-from ..method.teacher import keep_rate, update_teacher
+from ..method.teacher import MovingAverage, keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
 from .batch_norm import RunningStatistics
 from .checkpoint import TeacherCheckpointer, need_weights
@@ -84,7 +84,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.model = _distributed(self.student).train()
         # Copied only now that all processes have the same student.
         self.teacher: SemiSupervisedRCNN = build_model(cfg).eval()
-        update_teacher(self.teacher, self.student, keep_rate=0.0)
+        self._average = MovingAverage(self.teacher, self.student)
+        self._average.update(keep_rate=0.0)
         self.labeler, frozen = self.teacher, {}
         if self.settings.strategy.frozen_labeler:
             self.labeler = build_model(cfg).eval()
@@ -216,7 +217,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         # is when mutual learning begins.
         step = max(0, self.iter + 1 - self.cfg.SEMI.BURN_IN_ITERS)
         rate = keep_rate(step, self.cfg.SEMI.EMA_KEEP_RATE)
-        update_teacher(self.teacher, self.student, rate)
+        self._average.update(rate)
         if step == 0 and self.labeler is not self.teacher:
             update_teacher(self.labeler, self.student, keep_rate=0.0)
         measured = replace(result, metrics=result.metrics | self.updates.loss_scale)

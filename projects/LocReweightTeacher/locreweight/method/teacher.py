@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 
 import torch
@@ -27,44 +28,64 @@ def keep_rate(step: int, final: float) -> float:
     return min(final, 1.0 - 1.0 / (step + 1))
 
 
-@torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, keep_rate: float) -> None:
-    """``teacher = keep_rate * teacher + (1 - keep_rate) * student``, in place.
+class MovingAverage:
+    """The EMA of one student, with all that can be done once done once.
 
-    Floating-point parameters and buffers are averaged in a few fused kernels, without a temporary
-    of the size of the model; integer and boolean buffers (counters) are copied. The teacher's
-    parameters are left with ``requires_grad`` off and without gradient.
-
-    Args:
-        teacher, student: modules of one architecture on one device; neither wrapped in
-            ``DistributedDataParallel``.
-        keep_rate: in [0, 1]; 0 copies the student, 1 leaves the teacher alone.
-
-    Raises:
-        ValueError: if names or shapes of the two differ, or for a rate outside of [0, 1]; nothing
-            has been changed then.
+    Holds on to the modules' tensors: these may change their values, not be replaced by others.
     """
-    if not 0.0 <= keep_rate <= 1.0:
-        raise ValueError(f"keep_rate must lie in [0, 1], got {keep_rate}")
-    targets, sources = _named_tensors(teacher), _named_tensors(student)
-    _check_alike(targets, sources)
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    if keep_rate == 1.0:
-        # Not an interpolation either: 0 * inf would let a student that goes wrong through.
-        return
 
-    averaged = [name for name, tensor in targets.items() if tensor.is_floating_point()]
-    if averaged:
-        old, new = [targets[n] for n in averaged], [sources[n].detach() for n in averaged]
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        """
+        Args:
+            teacher, student: modules of one architecture on one device; neither wrapped in
+                ``DistributedDataParallel``. The teacher's parameters are left with
+                ``requires_grad`` off and without gradient.
+
+        Raises:
+            ValueError: if names or shapes of the two differ.
+        """
+        targets, sources = _named_tensors(teacher), _named_tensors(student)
+        _check_alike(targets, sources)
+        for parameter in teacher.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        pairs = [(targets[name], sources[name].detach()) for name in targets]
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, keep_rate: float) -> None:
+        """``teacher = keep_rate * teacher + (1 - keep_rate) * student``, in place.
+
+        Floating-point parameters and buffers are averaged in a few fused kernels, without a
+        temporary of the size of the model; integer and boolean buffers (counters) are copied.
+
+        Args:
+            keep_rate: in [0, 1]; 0 copies the student, 1 leaves the teacher alone.
+
+        Raises:
+            ValueError: for a rate outside of [0, 1]; nothing has been changed then.
+        """
+        if not 0.0 <= keep_rate <= 1.0:
+            raise ValueError(f"keep_rate must lie in [0, 1], got {keep_rate}")
+        if keep_rate == 1.0:
+            # Not an interpolation: 0 * inf would let a student that goes wrong through.
+            return
+        copied, averaged = self._copied, self._averaged
         if keep_rate == 0.0:
-            # Not an interpolation: 0 * inf would keep a teacher that once went wrong wrong.
-            torch._foreach_copy_(old, new)
-        else:
-            torch._foreach_lerp_(old, new, 1.0 - keep_rate)
-    for name in targets.keys() - set(averaged):
-        targets[name].copy_(sources[name])
+            # Neither: 0 * inf would keep a teacher that once went wrong wrong.
+            copied, averaged = copied + averaged, []
+        for pairs, operation in (
+            (copied, torch._foreach_copy_),
+            (averaged, partial(torch._foreach_lerp_, weight=1.0 - keep_rate)),
+        ):
+            if pairs:
+                operation([old for old, _ in pairs], [new for _, new in pairs])
+
+
+def update_teacher(teacher: nn.Module, student: nn.Module, keep_rate: float) -> None:
+    """One update of a teacher, by :class:`MovingAverage`, whose arguments and errors it shares."""
+    MovingAverage(teacher, student).update(keep_rate)
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:

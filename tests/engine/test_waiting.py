@@ -1,0 +1,69 @@
+"""The step does not wait for the device where the mathematics does not ask for it.
+
+On a GPU reading a number means waiting for all that was asked for before. Calls are counted on the
+CPU, where they cost nothing but are the same ones.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import locreweight
+from locreweight.engine import metrics
+
+PACKAGE = Path(locreweight.__file__).parent
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+SIZES = ("nonzero", "masked_select", "unique")  # how many rows there are has to be known
+
+
+class Waiting(TorchFunctionMode):
+    """Counts, by function, what this package's own code asks of tensors that a host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        code = sys._getframe(1).f_code
+        name = getattr(func, "__name__", "")
+        # Written out, and not the device of some other tensor, which here is the CPU as well.
+        to_cpu = name == "to" and any(isinstance(a, str) and a == "cpu" for a in args[1:])
+        if PACKAGE in Path(code.co_filename).parents and (to_cpu or name in READS + SIZES):
+            self.calls[f"{code.co_name}: {name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("iterations", "period"), [(3, 3), (6, 3), (6, 2)])
+def test_what_was_measured_is_read_once_a_logging_period(
+    make_trainer, monkeypatch, iterations, period
+):
+    monkeypatch.setattr(metrics, "PERIOD", period)
+    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": iterations})
+    run_step = trainer.run_step
+    waiting = Waiting()
+
+    def counted():
+        with waiting:
+            run_step()
+
+    monkeypatch.setattr(trainer, "run_step", counted)
+    trainer.train()
+    assert waiting.calls.pop("_to_host: tolist") == iterations / period
+    # Rows that are regressed, of labeled and of unlabeled images: as many as are foreground.
+    assert waiting.calls.pop("foreground: nonzero") == 2 * iterations
+    assert not waiting.calls
+
+
+def test_the_count_would_notice_a_loss_that_is_read(make_trainer, monkeypatch):
+    """An oracle of the test itself: with a report after each iteration it is not once a period."""
+    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": 1})
+    trainer.train()
+    waiting = Waiting()
+    with waiting:
+        trainer._measurements.add(0, [], None, {"gradients": {"a": torch.ones(())}})
+        trainer._measurements.fetch()
+    assert waiting.calls == {"_to_host: tolist": 1}
