@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 
 import torch
 
@@ -28,7 +29,7 @@ def compare(size: Size, repeats: int, options: list[str]) -> None:
     """Print the steps' times as multiples of the floor's."""
     floor = Floor(size, [])
     weights = floor.student.state_dict()
-    works = {
+    works: dict[str, Callable[[], object]] = {
         FLOOR: floor,
         "LER + PRC": Step(size, weights, options),
         "neither": Step(size, weights, [*options, *WEIGHTING_OFF]),
