@@ -44,6 +44,9 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         parts = super().from_config(cfg)
         if cfg.MODEL.FOLD_FROZEN_NORM:
             fold_frozen_norms(parts["backbone"])
+        if cfg.MODEL.CHANNELS_LAST:
+            # What convolutions give is laid out as their weights are.
+            parts["backbone"].to(memory_format=torch.channels_last)
         return parts
 
     def forward(
