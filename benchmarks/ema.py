@@ -14,26 +14,14 @@ from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import alternate, median_ratio, show, spread
-from benchmarks.workload import Size, make_config
+from benchmarks.workload import Size, average_by_state_dict, make_config
 from locreweight.method.teacher import MovingAverage, update_teacher
 
 KEEP_RATE = 0.9996
 LOOP, BOUND = "loop over state_dict", "bound: read two, write one"
-
-
-@torch.no_grad()
-def loop(teacher: nn.Module, student: nn.Module) -> None:
-    """As most projects have it."""
-    new = student.state_dict()
-    averaged = {
-        name: new[name] * (1 - KEEP_RATE) + value * KEEP_RATE
-        for name, value in teacher.state_dict().items()
-    }
-    teacher.load_state_dict(averaged)
 
 
 def allocated_mib(work: MovingAverage) -> float:
@@ -62,7 +50,7 @@ def main() -> None:
         "update_teacher, which looks up all tensors": lambda: update_teacher(
             teacher, student, KEEP_RATE
         ),
-        LOOP: lambda: loop(teacher, student),
+        LOOP: lambda: average_by_state_dict(teacher, student),
     }
     seconds = alternate(works, args.repeats, teacher.device, warm_up=3)
     rows = [

@@ -6,8 +6,9 @@
     python benchmarks/step.py MODEL.CHANNELS_LAST True
 
 The floor is a student's forward and backward pass and a teacher's forward pass, and no more: no
-optimizer, no moving average, no second look. KEY VALUE pairs at the end go over the step's config,
-not over the floor's.
+optimizer, no moving average, no second look. Beside it stand the passes over the detector that
+Unbiased Teacher makes, by bare Detectron2 as well, without the rest of its step. KEY VALUE pairs at
+the end go over the step's config, not over the floor's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.timing import Clock, alternate, matrix_product, median_ratio, show, spread
-from benchmarks.workload import Floor, Size, Step
+from benchmarks.workload import Floor, Size, Step, UnbiasedTeacherPasses
 
 WEIGHTING_OFF = ["SEMI.LER", "False", "SEMI.PRC", "False"]
 FLOOR, DRIFT = "floor: bare Detectron2", "fixed matrix product"
@@ -36,6 +37,7 @@ def compare(size: Size, repeats: int, options: list[str]) -> None:
         "LER + PRC, as Detectron2 computes": Step(
             size, weights, ["MODEL.FOLD_FROZEN_NORM", "False"]
         ),
+        "passes of Unbiased Teacher": UnbiasedTeacherPasses(size, []),
         DRIFT: matrix_product(floor.device),
     }
     seconds = alternate(works, repeats, floor.device)

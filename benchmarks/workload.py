@@ -244,10 +244,46 @@ class Floor:
         return self.student.device
 
     def __call__(self) -> None:
+        self._pass_over(self._seen_by_student)
+
+    def _pass_over(self, *batches: list[dict]) -> None:
+        """The teacher's look, the student's forward passes, and one backward pass."""
         self.student.zero_grad()
         with EventStorage(), self._autocast:
             if self._seen_by_teacher:
                 with torch.no_grad():
                     self.teacher.inference(self._seen_by_teacher, do_postprocess=False)
-            losses = self.student(self._seen_by_student)
-            torch.stack(list(losses.values())).sum().backward()
+            losses = [loss for batch in batches for loss in self.student(batch).values()]
+            torch.stack(losses).sum().backward()
+
+
+class UnbiasedTeacherPasses(Floor):
+    """What Unbiased Teacher asks of the detector for the same images, by bare Detectron2.
+
+    The student sees labeled images in a weak and a strong view and unlabeled ones in the strong
+    view, in two passes; the optimizer's step and the average, a loop over ``state_dict``, follow.
+    """
+
+    def __init__(self, size: Size, options: list[str]) -> None:
+        super().__init__(size, options)
+        self._labeled = 2 * self._seen_by_student[: size.labeled]
+        self._unlabeled = self._seen_by_student[size.labeled :]
+        self._optimizer = torch.optim.SGD(self.student.parameters(), 1e-9, momentum=0.9)
+
+    def __call__(self) -> None:
+        self._pass_over(self._labeled, self._unlabeled)
+        self._optimizer.step()
+        average_by_state_dict(self.teacher, self.student)
+
+
+@torch.no_grad()
+def average_by_state_dict(
+    teacher: nn.Module, student: nn.Module, keep_rate: float = 0.9996
+) -> None:
+    """The moving average as most projects have it."""
+    new = student.state_dict()
+    averaged = {
+        name: new[name] * (1 - keep_rate) + value * keep_rate
+        for name, value in teacher.state_dict().items()
+    }
+    teacher.load_state_dict(averaged)
