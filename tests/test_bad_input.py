@@ -114,7 +114,7 @@ def add_class(content):
 
 
 NAN, INFINITY = math.nan, math.inf
-WAYS_TO_NAME = ["coco:<annotations.json>", "voc:<folder>", "folder:<image folder>"]
+WAYS_TO_NAME = ["coco:<annotations.json>", "voc:<folder>", "folder:<image folder>", "list:<index"]
 NO_COCO = ["annotations.json is not a COCO annotation file"]
 DROP = ["0000.png", "DATASETS.DROP_BAD_BOXES True"]
 NO_UNLABELED = ["no unlabeled images", "DATASETS.UNLABELED", "DATASETS.LABELED_PERCENT"]

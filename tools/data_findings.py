@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -14,6 +15,7 @@ from detectron2.data import MetadataCatalog
 from data_sets import DataSets, Finding, Severity
 from image_survey import Copy, ImageFacts, copies_between, copies_within
 from locreweight.data.checks import check_boxes, check_classes, without_overlap
+from locreweight.data.packed import ImageFiles
 from locreweight.errors import UsageError
 
 
@@ -157,7 +159,7 @@ def _copy_findings(copies: list[Copy], what: str, severity: Severity, why: str) 
 def _same_files(cfg: CfgNode, sets: DataSets) -> list[Finding]:
     """Overlaps that training itself finds and leaves out, if it is told to."""
     findings = []
-    unlabeled = [record for records in sets.unlabeled.values() for record in records]
+    unlabeled = ImageFiles(record["file_name"] for record in chain(*sets.unlabeled.values()))
     for purpose, named in (("labeled", sets.train), ("test", sets.test)):
         records = [record for group in named.values() for record in group]
         kept = without_overlap(records, unlabeled, exclude=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import Counter
+from collections.abc import Sequence
 
 from detectron2.structures import BoxMode
 
 from ..errors import UsageError
 from .file_names import shown
+from .packed import ImageFiles
+from .same_files import RealPaths
 
 logger = logging.getLogger(__name__)
 
@@ -110,31 +112,30 @@ def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
             )
 
 
-def without_overlap(labeled: list[dict], unlabeled: list[dict], *, exclude: bool) -> list[dict]:
-    """The unlabeled records, none of which is an image of the labeled ones.
+def without_overlap(labeled: Sequence[dict], unlabeled: ImageFiles, *, exclude: bool) -> ImageFiles:
+    """The unlabeled images, none of which is one of the labeled ones.
 
     Args:
-        labeled, unlabeled: records; images are the same if their files are.
+        labeled: records; images are the same if their files are, whatever links lead to them.
+        unlabeled: what is looked through.
         exclude: leave common images out, and do not raise.
 
     Raises:
         UsageError: names some of the common images.
     """
-    known = {_identity(record) for record in labeled}
-    common = [shown(r["file_name"]) for r in unlabeled if _identity(r) in known]
+    real_path = RealPaths()
+    known = {real_path(record["file_name"]) for record in labeled}
+    common = {r["image_id"] for r in unlabeled if real_path(r["file_name"]) in known}
     if not common:
         return unlabeled
     if not exclude:
+        first = [shown(unlabeled[i]["file_name"]) for i in sorted(common)[: _SHOWN + 1]]
         raise UsageError(
-            f"{len(common)} unlabeled images are labeled as well: {some(common)}. Take them "
+            f"{len(common)} unlabeled images are labeled as well: {some(first)}. Take them "
             "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
         )
     logger.info("left out %d unlabeled images that are annotated", len(common))
-    return [r for r in unlabeled if _identity(r) not in known]
-
-
-def _identity(record: dict) -> str:
-    return os.path.realpath(record["file_name"])
+    return ImageFiles(r["file_name"] for r in unlabeled if r["image_id"] not in common)
 
 
 def _where(annotation: dict, record: dict) -> str:

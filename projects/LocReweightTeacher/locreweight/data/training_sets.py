@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,6 +22,7 @@ from ..errors import UsageError
 from .checks import check_boxes, check_classes, check_test_set, without_overlap
 from .datasets import register
 from .image_checks import check_images_decode, check_images_exist
+from .packed import ImageFiles, PackedRecords
 from .split_files import split_annotated
 from .watched import choose_watched
 
@@ -27,18 +31,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSets:
-    """Records in Detectron2's standard format; the unlabeled ones have a ``file_name`` only.
+    """Records in Detectron2's standard format; the unlabeled ones have no annotations.
 
-    ``watched`` are a few of the unlabeled ones, with annotations where they are known: for looking
-    and measuring, never for training.
+    Both are packed, for loader workers to share. ``watched`` are a few of the unlabeled ones, with
+    annotations where they are known: for looking and measuring, never for training.
     """
 
-    labeled: list[dict]
-    unlabeled: list[dict]
+    labeled: PackedRecords
+    unlabeled: ImageFiles
     class_names: list[str]
     watched: list[dict] = field(default_factory=list)
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Of each stream: how many images, and which in which order.
 
@@ -97,8 +101,8 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     """
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
-    annotated = {name: _load(name) for name in cfg.DATASETS.TRAIN}
-    tested = {name: _load(name) for name in cfg.DATASETS.TEST}
+    annotated = {name: list(_load(name)) for name in cfg.DATASETS.TRAIN}
+    tested = {name: list(_load(name)) for name in cfg.DATASETS.TEST}
     for name, records in tested.items():
         check_test_set(name, records)
         check_images_exist(records)
@@ -115,8 +119,8 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
             "annotations are missing or left out, or DATASETS.LABELED_PERCENT drew none of them"
         )
     others = {name: _load(name) for name in cfg.DATASETS.UNLABELED}
-    found = [*rest, *(record for records in others.values() for record in records)]
-    unlabeled = [{"file_name": r["file_name"]} for r in found]
+    found = chain(rest, *others.values())
+    unlabeled = ImageFiles(record["file_name"] for record in found)
     unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
     unlabeled = _without_test_images(cfg, unlabeled, tested)
     _check_enough_unlabeled(cfg, unlabeled)
@@ -127,15 +131,25 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     if comm.is_main_process():
         print_instances_class_histogram(labeled, class_names)
         logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))
-    return TrainingSets(labeled, unlabeled, class_names, watched)
+    return TrainingSets(PackedRecords(labeled), unlabeled, class_names, watched)
 
 
-def _fingerprint(records: list[dict]) -> str:
-    names = "\0".join(os.path.basename(record["file_name"]) for record in records)
-    return f"{len(records)} images ({hashlib.sha256(os.fsencode(names)).hexdigest()[:12]})"
+def _fingerprint(records: Sequence[dict]) -> str:
+    digest = hashlib.sha256()
+    for i, record in enumerate(records):
+        name = _as_bytes(os.path.basename(record["file_name"]))
+        digest.update(b"\0" + name if i else name)
+    return f"{len(records)} images ({digest.hexdigest()[:12]})"
 
 
-def _load(name: str) -> list[dict]:
+def _as_bytes(name: str) -> bytes:
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:  # json can hold what no file can be called
+        return name.encode("utf-8", "surrogatepass")
+
+
+def _load(name: str) -> Sequence[dict]:
     records = DatasetCatalog.get(name)
     if not records:
         raise UsageError(f"the data set {name} has no images")
@@ -153,8 +167,8 @@ def _checked_class_names(cfg: CfgNode) -> list[str]:
 
 
 def _without_test_images(
-    cfg: CfgNode, unlabeled: list[dict], tested: dict[str, list[dict]]
-) -> list[dict]:
+    cfg: CfgNode, unlabeled: ImageFiles, tested: dict[str, list[dict]]
+) -> ImageFiles:
     records = [record for records in tested.values() for record in records]
     others = without_overlap(records, unlabeled, exclude=True)
     common = len(unlabeled) - len(others)
@@ -169,7 +183,7 @@ def _without_test_images(
     return unlabeled
 
 
-def _check_enough_unlabeled(cfg: CfgNode, unlabeled: list[dict]) -> None:
+def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
     mutual_learning = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
     if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
         raise UsageError(
