@@ -39,7 +39,8 @@ from data_sets import DataSets, Finding, Severity, read_data_sets
 from image_survey import ImageFacts, survey
 from locreweight.config import check_supported, load_config, scale_to_world_size
 from locreweight.data.checks import without_overlap
-from locreweight.data.packed import ImageFiles
+from locreweight.data.image_files import ImageFiles
+from locreweight.data.same_files import RealPaths
 from locreweight.data.split_files import split_annotated
 from locreweight.errors import UsageError
 from memory_estimate import GIB, estimate_memory
@@ -151,11 +152,10 @@ def effective_values(
 def numbers_of_images(cfg: CfgNode, sets: DataSets) -> tuple[int, int]:
     """Of labeled and of unlabeled images, as training will split and exclude them."""
     labeled, rest = split_annotated(cfg, sets.train) if sets.train else ([], [])
-    found = chain(rest, *sets.unlabeled.values())
-    unlabeled = ImageFiles(record["file_name"] for record in found)
+    unlabeled = ImageFiles.of_records(chain(rest, *sets.unlabeled.values()))
     if cfg.DATASETS.EXCLUDE_LABELED:
         tested = [record for records in sets.test.values() for record in records]
-        unlabeled = without_overlap([*labeled, *tested], unlabeled, exclude=True)
+        unlabeled = without_overlap([*labeled, *tested], unlabeled, RealPaths(), exclude=True)
     return len(labeled), len(unlabeled)
 
 

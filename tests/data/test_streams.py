@@ -17,7 +17,7 @@ from tiny_data import make_folder
 
 from locreweight.config import load_config
 from locreweight.data import streams
-from locreweight.data.image_files import load_folder
+from locreweight.data.image_folders import load_folder
 from locreweight.data.images import UnreadableImage
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.recipes import Recipe, build_recipe

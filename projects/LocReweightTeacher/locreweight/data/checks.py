@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from detectron2.structures import BoxMode
 
 from ..errors import UsageError
 from .file_names import shown
-from .packed import ImageFiles
+from .image_files import ImageFiles
 from .same_files import RealPaths
 
 logger = logging.getLogger(__name__)
@@ -112,30 +112,32 @@ def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
             )
 
 
-def without_overlap(labeled: Sequence[dict], unlabeled: ImageFiles, *, exclude: bool) -> ImageFiles:
+def without_overlap(
+    labeled: Iterable[dict], unlabeled: ImageFiles, real_paths: RealPaths, *, exclude: bool
+) -> ImageFiles:
     """The unlabeled images, none of which is one of the labeled ones.
 
     Args:
         labeled: records; images are the same if their files are, whatever links lead to them.
         unlabeled: what is looked through.
+        real_paths: remembers the folders; the same one for several calls.
         exclude: leave common images out, and do not raise.
 
     Raises:
         UsageError: names some of the common images.
     """
-    real_path = RealPaths()
-    known = {real_path(record["file_name"]) for record in labeled}
-    common = {r["image_id"] for r in unlabeled if real_path(r["file_name"]) in known}
+    known = {real_paths(record["file_name"]) for record in labeled}
+    common = real_paths.among(known, unlabeled)
     if not common:
         return unlabeled
     if not exclude:
-        first = [shown(unlabeled[i]["file_name"]) for i in sorted(common)[: _SHOWN + 1]]
+        names = [shown(unlabeled[i]["file_name"]) for i in common]
         raise UsageError(
-            f"{len(common)} unlabeled images are labeled as well: {some(first)}. Take them "
+            f"{len(common)} unlabeled images are labeled as well: {some(names)}. Take them "
             "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
         )
     logger.info("left out %d unlabeled images that are annotated", len(common))
-    return ImageFiles(r["file_name"] for r in unlabeled if r["image_id"] not in common)
+    return unlabeled.without(common)
 
 
 def _where(annotation: dict, record: dict) -> str:

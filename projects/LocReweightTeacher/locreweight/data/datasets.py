@@ -28,7 +28,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 
 from ..errors import UsageError
 from .coco_json import load_coco
-from .image_files import load_folder, load_list
+from .image_folders import load_folder, load_list
 from .places import expand
 from .voc import load_voc
 

@@ -10,24 +10,23 @@ from __future__ import annotations
 import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
 
 
 class PackedBytes:
-    """Byte strings, one behind the other."""
+    """Byte strings, one behind the other in one block."""
 
     def __init__(self, block: np.ndarray, ends: np.ndarray) -> None:
         """
         Args:
             block: uint8, all of them.
-            ends: ``(N,)`` int64, where each ends.
+            ends: ``(N,)`` int64, where in it each ends.
         """
-        self._block = block
+        self.block = block
         self._ends = ends
-        self._view = block.data
 
     @classmethod
     def of(cls, strings: Iterable[bytes]) -> PackedBytes:
@@ -38,20 +37,35 @@ class PackedBytes:
             ends.append(len(block))
         return cls(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64))
 
+    @classmethod
+    def joined(cls, parts: Sequence[PackedBytes]) -> PackedBytes:
+        """One behind the other."""
+        starts = np.cumsum([0, *(len(part.block) for part in parts)])
+        ends = [part._ends + start for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(np.concatenate([part.block for part in parts]), np.concatenate(ends))
+
+    def only(self, chosen: np.ndarray) -> PackedBytes:
+        """Those where ``chosen``, ``(N,)`` bool, is true."""
+        lengths = np.diff(self._ends, prepend=0)
+        return PackedBytes(self.block[np.repeat(chosen, lengths)], lengths[chosen].cumsum())
+
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> memoryview:
-        return self._view[self._ends[index - 1] if index else 0 : self._ends[index]]
+    def __getitem__(self, index: int) -> bytes:
+        return self.block[self._ends[index - 1] if index else 0 : self._ends[index]].tobytes()
 
-    def __iter__(self) -> Iterator[memoryview]:
+    def __iter__(self) -> Iterator[bytes]:
         start = 0
         for end in self._ends:
-            yield self._view[start:end]
+            yield self.block[start:end].tobytes()
             start = end
 
-    def __reduce__(self) -> tuple:
-        return _from_tensors, (PackedBytes, *map(torch.from_numpy, (self._block, self._ends)))
+    def __getstate__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self.block), torch.from_numpy(self._ends)
+
+    def __setstate__(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.block, self._ends = (tensor.numpy() for tensor in state)
 
 
 class Packed(Sequence[dict]):
@@ -81,56 +95,3 @@ class PackedRecords(Packed):
 
     def _record(self, index: int) -> dict:
         return pickle.loads(self._pickled[index])
-
-
-class ImageFiles(Packed):
-    """Records of images without annotations: ``file_name``, and ``image_id``, the place in here.
-
-    A folder that many images lie in is held once. Apart from folders an image takes 12 bytes and
-    its name.
-    """
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        """
-        Args:
-            paths: of the images, in their order; any text that Python takes as a path.
-        """
-        folders: dict[bytes, int] = {}
-        folder_of = array("i")
-
-        def names() -> Iterator[bytes]:
-            for path in paths:
-                folder, slash, name = path.encode(*_ANY_TEXT).rpartition(b"/")
-                folder_of.append(folders.setdefault(folder + slash, len(folders)))
-                yield name
-
-        self._names = PackedBytes.of(names())
-        self._folders = PackedBytes.of(folders)
-        self._folder_of = np.frombuffer(folder_of, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[dict]:
-        folders = [bytes(folder) for folder in self._folders]
-        for i, (folder, name) in enumerate(zip(self._folder_of, self._names, strict=True)):
-            yield {"file_name": str(folders[folder] + name, *_ANY_TEXT), "image_id": i}
-
-    def _record(self, index: int) -> dict:
-        path = bytes(self._folders[self._folder_of[index]]) + self._names[index]
-        return {"file_name": str(path, *_ANY_TEXT), "image_id": index}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_folder_of": torch.from_numpy(self._folder_of)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_folder_of": state["_folder_of"].numpy()}
-
-
-# Names in annotation files may hold halves of surrogate pairs, and names of files any bytes, which
-# Python turns into such halves.
-_ANY_TEXT = ("utf-8", "surrogatepass")
-
-
-def _from_tensors(kind: type, *tensors: torch.Tensor) -> Any:
-    return kind(*(tensor.numpy() for tensor in tensors))

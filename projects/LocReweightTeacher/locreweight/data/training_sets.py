@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,7 +20,9 @@ from ..errors import UsageError
 from .checks import check_boxes, check_classes, check_test_set, without_overlap
 from .datasets import register
 from .image_checks import check_images_decode, check_images_exist
-from .packed import ImageFiles, PackedRecords
+from .image_files import ImageFiles
+from .packed import PackedRecords
+from .same_files import RealPaths
 from .split_files import split_annotated
 from .watched import choose_watched
 
@@ -119,10 +119,11 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
             "annotations are missing or left out, or DATASETS.LABELED_PERCENT drew none of them"
         )
     others = {name: _load(name) for name in cfg.DATASETS.UNLABELED}
-    found = chain(rest, *others.values())
-    unlabeled = ImageFiles(record["file_name"] for record in found)
-    unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
-    unlabeled = _without_test_images(cfg, unlabeled, tested)
+    found = ImageFiles.joined([*map(ImageFiles.of_records, (rest, *others.values()))])
+    real_paths = RealPaths()
+    exclude = cfg.DATASETS.EXCLUDE_LABELED
+    unlabeled = without_overlap(labeled, found, real_paths, exclude=exclude)
+    unlabeled = _without_test_images(cfg, unlabeled, tested, real_paths)
     _check_enough_unlabeled(cfg, unlabeled)
     watched = choose_watched(cfg, unlabeled, rest, others, class_names)
     if cfg.DATASETS.CHECK_IMAGES:
@@ -134,19 +135,10 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     return TrainingSets(PackedRecords(labeled), unlabeled, class_names, watched)
 
 
-def _fingerprint(records: Sequence[dict]) -> str:
-    digest = hashlib.sha256()
-    for i, record in enumerate(records):
-        name = _as_bytes(os.path.basename(record["file_name"]))
-        digest.update(b"\0" + name if i else name)
-    return f"{len(records)} images ({digest.hexdigest()[:12]})"
-
-
-def _as_bytes(name: str) -> bytes:
-    try:
-        return os.fsencode(name)
-    except UnicodeEncodeError:  # json can hold what no file can be called
-        return name.encode("utf-8", "surrogatepass")
+def _fingerprint(records: ImageFiles | Iterable[dict]) -> str:
+    files = ImageFiles.of_records(records)
+    digest = hashlib.sha256(files.base_names).hexdigest()
+    return f"{len(files)} images ({digest[:12]})"
 
 
 def _load(name: str) -> Sequence[dict]:
@@ -167,10 +159,10 @@ def _checked_class_names(cfg: CfgNode) -> list[str]:
 
 
 def _without_test_images(
-    cfg: CfgNode, unlabeled: ImageFiles, tested: dict[str, list[dict]]
+    cfg: CfgNode, unlabeled: ImageFiles, tested: dict[str, list[dict]], real_paths: RealPaths
 ) -> ImageFiles:
     records = [record for records in tested.values() for record in records]
-    others = without_overlap(records, unlabeled, exclude=True)
+    others = without_overlap(records, unlabeled, real_paths, exclude=True)
     common = len(unlabeled) - len(others)
     if not common or cfg.DATASETS.EXCLUDE_LABELED:
         return others

@@ -20,8 +20,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from ..errors import UsageError
 from ..method.geometry import warp_boxes
 from .checks import check_boxes, check_classes
+from .image_files import ImageFiles
 from .mapper import ViewMapper
-from .packed import ImageFiles
 from .same_files import RealPaths
 from .streams import Position, Stream, StreamDataset
 from .views import UnlabeledSample
