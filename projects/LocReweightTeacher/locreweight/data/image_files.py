@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from .packed import Packed, PackedBytes
+from .packed import Packed, PackedBytes, tensor_of
 
 
 class ImageFiles(Packed):
@@ -20,7 +20,7 @@ class ImageFiles(Packed):
     its name.
     """
 
-    def __init__(self, folders: PackedBytes, folder_of: np.ndarray, names: PackedBytes) -> None:
+    def __init__(self, folders: PackedBytes, folder_of: torch.Tensor, names: PackedBytes) -> None:
         """
         Args:
             folders: with ``/`` at the end, or empty.
@@ -52,7 +52,7 @@ class ImageFiles(Packed):
         start = os.fsencode(below)
         return cls(
             PackedBytes.of(os.path.join(start, folder) for folder in folders),
-            np.frombuffer(folder_of, np.int32),
+            tensor_of(folder_of, np.int32),
             packed,
         )
 
@@ -66,11 +66,11 @@ class ImageFiles(Packed):
     @classmethod
     def joined(cls, parts: Sequence[ImageFiles]) -> ImageFiles:
         """The images of one or more, in their order."""
-        starts = np.cumsum([0, *(len(part._folders) for part in parts)], dtype=np.int32)
+        starts = accumulate((len(part._folders) for part in parts), initial=0)
         folder_of = [part._folder_of + start for part, start in zip(parts, starts, strict=False)]
         return cls(
             PackedBytes.joined([part._folders for part in parts]),
-            np.concatenate(folder_of),
+            torch.cat(folder_of),
             PackedBytes.joined([part._names for part in parts]),
         )
 
@@ -82,16 +82,17 @@ class ImageFiles(Packed):
     @property
     def base_names(self) -> memoryview:
         """The names of all files without their folders, as bytes, with a zero byte between them."""
-        return self._names.block[:-1].data
+        return self._names.block.numpy()[:-1].data
 
     def in_folders(self, chosen: Sequence[bool]) -> list[int]:
         """The images that lie in folders that are chosen, of which there is one word for each."""
-        return np.flatnonzero(np.array(chosen, bool)[self._folder_of]).tolist()
+        is_chosen = torch.tensor(chosen, dtype=torch.bool)[self._folder_of]
+        return is_chosen.nonzero().flatten().tolist()
 
     def without(self, images: Sequence[int]) -> ImageFiles:
         """The others, in their order."""
-        kept = np.ones(len(self), bool)
-        kept[list(images)] = False
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[torch.tensor(images, dtype=torch.int64)] = False
         return ImageFiles(self._folders, self._folder_of[kept], self._names.only(kept))
 
     def __len__(self) -> int:
@@ -99,15 +100,9 @@ class ImageFiles(Packed):
 
     def __iter__(self) -> Iterator[dict]:
         folders = self.folders
-        for i, (folder, name) in enumerate(zip(self._folder_of, self._names, strict=True)):
+        for i, (folder, name) in enumerate(zip(self._folder_of.numpy(), self._names, strict=True)):
             yield {"file_name": folders[folder] + os.fsdecode(name[:-1]), "image_id": i}
 
     def _record(self, index: int) -> dict:
-        path = self._folders[self._folder_of[index]] + self._names[index][:-1]
+        path = self._folders[int(self._folder_of[index])] + self._names[index][:-1]
         return {"file_name": os.fsdecode(path), "image_id": index}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_folder_of": torch.from_numpy(self._folder_of)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _folder_of=state["_folder_of"].numpy())

@@ -10,23 +10,27 @@ from __future__ import annotations
 import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import overload
 
 import numpy as np
 import torch
 
 
+@dataclass(frozen=True)
 class PackedBytes:
-    """Byte strings, one behind the other in one block."""
+    """Byte strings, one behind the other in one block.
 
-    def __init__(self, block: np.ndarray, ends: np.ndarray) -> None:
-        """
-        Args:
-            block: uint8, all of them.
-            ends: ``(N,)`` int64, where in it each ends.
-        """
-        self.block = block
-        self._ends = ends
+    Attributes:
+        block: uint8, all of them.
+        ends: ``(N,)`` int64, where in it each ends.
+    """
+
+    # Tensors, which torch moves to shared memory when a worker is spawned: arrays made of them are
+    # not to be kept.
+    block: torch.Tensor
+    ends: torch.Tensor
 
     @classmethod
     def of(cls, strings: Iterable[bytes]) -> PackedBytes:
@@ -35,37 +39,39 @@ class PackedBytes:
         for string in strings:
             block += string
             ends.append(len(block))
-        return cls(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64))
+        return cls(tensor_of(block, np.uint8), tensor_of(ends, np.int64))
 
     @classmethod
     def joined(cls, parts: Sequence[PackedBytes]) -> PackedBytes:
         """One behind the other."""
-        starts = np.cumsum([0, *(len(part.block) for part in parts)])
-        ends = [part._ends + start for part, start in zip(parts, starts[:-1], strict=True)]
-        return cls(np.concatenate([part.block for part in parts]), np.concatenate(ends))
+        starts = accumulate((len(part.block) for part in parts), initial=0)
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+        return cls(torch.cat([part.block for part in parts]), torch.cat(ends))
 
-    def only(self, chosen: np.ndarray) -> PackedBytes:
+    def only(self, chosen: torch.Tensor) -> PackedBytes:
         """Those where ``chosen``, ``(N,)`` bool, is true."""
-        lengths = np.diff(self._ends, prepend=0)
-        return PackedBytes(self.block[np.repeat(chosen, lengths)], lengths[chosen].cumsum())
+        lengths = self.ends.diff(prepend=self.ends.new_zeros(1))
+        return PackedBytes(
+            self.block[chosen.repeat_interleave(lengths)], lengths[chosen].cumsum(dim=0)
+        )
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __getitem__(self, index: int) -> bytes:
-        return self.block[self._ends[index - 1] if index else 0 : self._ends[index]].tobytes()
+        ends = self.ends.numpy()
+        return self.block.numpy()[ends[index - 1] if index else 0 : ends[index]].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
-        start = 0
-        for end in self._ends:
-            yield self.block[start:end].tobytes()
+        block, start = self.block.numpy(), 0
+        for end in self.ends.numpy():
+            yield block[start:end].tobytes()
             start = end
 
-    def __getstate__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(self.block), torch.from_numpy(self._ends)
 
-    def __setstate__(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.block, self._ends = (tensor.numpy() for tensor in state)
+def tensor_of(numbers: bytearray | array, kind: type[np.generic]) -> torch.Tensor:
+    """Numbers that are in memory already, as a tensor."""
+    return torch.from_numpy(np.frombuffer(numbers, kind))
 
 
 class Packed(Sequence[dict]):
