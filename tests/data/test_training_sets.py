@@ -130,6 +130,8 @@ def set_boxes(*given):
     [
         ([5, 5, 0, 9], "have no area"),
         ([5, 5, 9, 0], "have no area"),
+        ([5, 5.5, 0, 9], "have no area"),
+        ([30.5, 5, 1e-7, 9], "have no area"),  # in the precision that boxes are trained in
         ([64, 5, 9, 9], "lie outside of their image"),
         ([5, 70, 9, 9], "lie outside of their image"),
         ([-9, 5, 9, 9], "lie outside of their image"),
