@@ -106,6 +106,10 @@ class TestImageFiles:
         assert files(joined) == PATHS[:3] + PATHS
         assert [record["image_id"] for record in joined] == list(range(3 + len(PATHS)))
 
+    def test_one_alone_is_not_copied(self):
+        alone = image_files(*PATHS)
+        assert ImageFiles.joined([image_files(), alone, image_files()]) is alone
+
     @pytest.mark.parametrize("left_out", [[], [0], [3, 4, 10], list(range(len(PATHS)))])
     def test_without_some(self, left_out):
         kept = image_files(*PATHS).without(left_out)

@@ -66,6 +66,9 @@ class ImageFiles(Packed):
     @classmethod
     def joined(cls, parts: Sequence[ImageFiles]) -> ImageFiles:
         """The images of one or more, in their order."""
+        parts = [part for part in parts if len(part)] or parts[:1]
+        if len(parts) == 1:
+            return parts[0]
         starts = accumulate((len(part._folders) for part in parts), initial=0)
         folder_of = [part._folder_of + start for part, start in zip(parts, starts, strict=False)]
         return cls(
