@@ -8,8 +8,8 @@ name                                    what it is
                                         ``JPEGImages``
 ``folder:<images>``                     images without annotations, at any depth; links are
                                         followed, each folder is read once
-``list:<index.txt>:<images>``           those that a text file lists, a path in each line, relative
-                                        to the folder, which is not gone through
+``list:<index.txt>:<images>``           the same, of those that a text file lists: in each line a
+                                        path relative to the folder
 anything else                           a data set that Detectron2 has registered
 ======================================  ==========================================================
 

@@ -31,7 +31,7 @@ def load_folder(folder: str) -> ImageFiles:
 
 
 def load_list(list_file: str, folder: str, *, allow_outside: bool = False) -> ImageFiles:
-    """Records of the images that a text file lists, in its order; the folder is not gone through.
+    """Records of the images that a text file lists, in its order, without going through the folder.
 
     Args:
         list_file: a path in each line, relative to ``folder``. Blank lines are passed over; lines
