@@ -95,6 +95,17 @@ def empty_folder(project):
         file.rename(file.with_suffix(".txt"))
 
 
+def listed(content, folder=None, key="DATASETS.UNLABELED"):
+    """A list of images with this content."""
+
+    def spoil(project):
+        index = project.folder / "index.txt"
+        index.write_text(content)
+        project.set(key, [f"list:{index}:{folder or project.unlabeled}"])
+
+    return spoil
+
+
 def repeated_class(project):
     for file in (project.json, project.test_json):
         edit_json(file, lambda content: content["categories"][1].update(name="cat"))
@@ -114,7 +125,7 @@ def add_class(content):
 
 
 NAN, INFINITY = math.nan, math.inf
-WAYS_TO_NAME = ["coco:<annotations.json>", "voc:<folder>", "folder:<image folder>"]
+WAYS_TO_NAME = ["coco:<annotations.json>", "voc:<folder>", "folder:<image folder>", "list:<index"]
 NO_COCO = ["annotations.json is not a COCO annotation file"]
 DROP = ["0000.png", "DATASETS.DROP_BAD_BOXES True"]
 NO_UNLABELED = ["no unlabeled images", "DATASETS.UNLABELED", "DATASETS.LABELED_PERCENT"]
@@ -133,6 +144,33 @@ SPOILED = {
         ["'/no/images'", "not exist"],
     ),
     "no folder": (set_to("DATASETS.UNLABELED", ["folder:/no/images"]), ["'/no/images'", "not ex"]),
+    "no list": (
+        set_to("DATASETS.UNLABELED", ["list:/no/index.txt:/tmp"]),
+        ["'/no/index.txt'", "not exist"],
+    ),
+    "list without folder": (
+        set_to("DATASETS.UNLABELED", ["list:index.txt"]),
+        ["form list:<index.txt>:<image folder>"],
+    ),
+    "no list folder": (
+        lambda p: p.set("DATASETS.UNLABELED", [f"list:{p.json}:/no/images"]),
+        ["'/no/images'", "not exist"],
+    ),
+    "list that leads out": (
+        listed("0000.png\n/etc/passwd\n"),
+        ["index.txt", "/etc/passwd", "DATASETS.ALLOW_OUTSIDE_PATHS True"],
+    ),
+    "list of nothing": (listed("\n"), ["index.txt", "no image"]),
+    "list of another folder": (listed("other/0000.png\n"), ["index.txt", "other/0000.png"]),
+    "list with an image twice": (listed("0000.png\n" * 2), ["0000.png", "more than once"]),
+    "list of labeled images": (
+        lambda p: listed("".join(f"000{i}.png\n" for i in range(4)), folder=p.images)(p),
+        OVERLAP,
+    ),
+    "test set by a list": (
+        lambda p: listed("0000.png\n", key="DATASETS.TEST")(p),
+        ["index.txt", "no annotat"],
+    ),
     "no voc folder": (set_to("DATASETS.TRAIN", ["voc:/no/voc:train"]), ["'/no/voc'", "not exist"]),
     "no voc split": (
         lambda p: p.set("DATASETS.TRAIN", [f"voc:{p.voc()}:other"]),

@@ -19,6 +19,7 @@ import logging
 import shlex
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ from data_sets import DataSets, Finding, Severity, read_data_sets
 from image_survey import ImageFacts, survey
 from locreweight.config import check_supported, load_config, scale_to_world_size
 from locreweight.data.checks import without_overlap
+from locreweight.data.image_files import ImageFiles
+from locreweight.data.same_files import RealPaths
 from locreweight.data.split_files import split_annotated
 from locreweight.errors import UsageError
 from memory_estimate import GIB, estimate_memory
@@ -148,11 +151,11 @@ def effective_values(
 
 def numbers_of_images(cfg: CfgNode, sets: DataSets) -> tuple[int, int]:
     """Of labeled and of unlabeled images, as training will split and exclude them."""
-    labeled, unlabeled = split_annotated(cfg, sets.train) if sets.train else ([], [])
-    unlabeled = [*unlabeled, *(r for records in sets.unlabeled.values() for r in records)]
+    labeled, rest = split_annotated(cfg, sets.train) if sets.train else ([], [])
+    unlabeled = ImageFiles.of_records(chain(rest, *sets.unlabeled.values()))
     if cfg.DATASETS.EXCLUDE_LABELED:
         tested = [record for records in sets.test.values() for record in records]
-        unlabeled = without_overlap([*labeled, *tested], unlabeled, exclude=True)
+        unlabeled = without_overlap([*labeled, *tested], unlabeled, RealPaths(), exclude=True)
     return len(labeled), len(unlabeled)
 
 

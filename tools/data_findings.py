@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -14,6 +15,8 @@ from detectron2.data import MetadataCatalog
 from data_sets import DataSets, Finding, Severity
 from image_survey import Copy, ImageFacts, copies_between, copies_within
 from locreweight.data.checks import check_boxes, check_classes, without_overlap
+from locreweight.data.image_files import ImageFiles
+from locreweight.data.same_files import RealPaths
 from locreweight.errors import UsageError
 
 
@@ -157,10 +160,10 @@ def _copy_findings(copies: list[Copy], what: str, severity: Severity, why: str) 
 def _same_files(cfg: CfgNode, sets: DataSets) -> list[Finding]:
     """Overlaps that training itself finds and leaves out, if it is told to."""
     findings = []
-    unlabeled = [record for records in sets.unlabeled.values() for record in records]
+    unlabeled = ImageFiles.of_records(chain(*sets.unlabeled.values()))
     for purpose, named in (("labeled", sets.train), ("test", sets.test)):
         records = [record for group in named.values() for record in group]
-        kept = without_overlap(records, unlabeled, exclude=True)
+        kept = without_overlap(records, unlabeled, RealPaths(), exclude=True)
         common = len(unlabeled) - len(kept)
         if common and not cfg.DATASETS.EXCLUDE_LABELED:
             text = f"{common} unlabeled images are the very files of the {purpose} ones"

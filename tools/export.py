@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from locreweight.data.datasets import load_folder
+from locreweight.data.image_folders import load_folder
 from locreweight.data.images import read_rgb
 from locreweight.engine.detector import Detector, open_checkpoint
 from locreweight.errors import UsageError

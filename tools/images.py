@@ -14,7 +14,7 @@ import numpy as np
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from locreweight.data.datasets import IMAGE_SUFFIXES
+from locreweight.data.image_folders import IMAGE_SUFFIXES
 from locreweight.data.images import UnreadableImage, read_rgb
 from locreweight.engine.detector import Detector
 from locreweight.errors import UsageError

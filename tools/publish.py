@@ -26,7 +26,7 @@ from torch import Tensor
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from finished_run import TrainedModel, read_run
-from locreweight.data.datasets import load_folder
+from locreweight.data.image_folders import load_folder
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine.detector import open_checkpoint
 from locreweight.errors import UsageError

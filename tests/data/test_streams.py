@@ -17,7 +17,7 @@ from tiny_data import make_folder
 
 from locreweight.config import load_config
 from locreweight.data import streams
-from locreweight.data.datasets import load_folder
+from locreweight.data.image_folders import load_folder
 from locreweight.data.images import UnreadableImage
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.recipes import Recipe, build_recipe
@@ -115,6 +115,16 @@ def test_every_epoch_shows_every_image_once(folder, labeled):
         assert len(set(names)) == size
         if size > 5:
             assert len({tuple(epoch) for epoch in epochs}) == 5  # each in its own order
+
+
+def test_the_order_of_an_epoch_is_that_of_runs_before():
+    """Runs that are resumed go on in it."""
+    for size in (1, 2, 9, 1000, 70_000):
+        for key in ((7, LABELED, 0), (7, UNLABELED, 3)):
+            order = streams._epoch_order(*key, size)
+            assert order.dtype == np.int32
+            assert (order == np.random.default_rng(key).permutation(size)).all()
+    assert streams._epoch_order(1, UNLABELED, 2, 9).tolist() == [0, 2, 6, 5, 3, 1, 4, 8, 7]
 
 
 @pytest.mark.parametrize("size", [(24, 40), (40, 24)])

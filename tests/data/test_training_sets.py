@@ -75,7 +75,7 @@ def test_what_is_not_used_with_labels_is_used_without(coco, folder, percent):
     assert files(sets.unlabeled)[:-3] == [every[i] for i in rest]
 
 
-def test_unlabeled_records_have_nothing_but_a_file(tmp_path, coco):
+def test_unlabeled_records_have_nothing_but_a_file_and_a_number(tmp_path, coco):
     json_file, images = make_coco(tmp_path / "other", images=4)
     sets = load(
         *("DATASETS.LABELED_PERCENT", "50.0"),
@@ -83,7 +83,8 @@ def test_unlabeled_records_have_nothing_but_a_file(tmp_path, coco):
         unlabeled=[f"coco:{json_file}:{images}"],
     )
     assert len(sets.unlabeled) == 9
-    assert all(set(record) == {"file_name"} for record in sets.unlabeled)
+    assert all(set(record) == {"file_name", "image_id"} for record in sets.unlabeled)
+    assert [record["image_id"] for record in sets.unlabeled] == list(range(9))
 
 
 def test_an_unlabeled_coco_file_needs_no_annotations(tmp_path, coco):
@@ -129,6 +130,8 @@ def set_boxes(*given):
     [
         ([5, 5, 0, 9], "have no area"),
         ([5, 5, 9, 0], "have no area"),
+        ([5, 5.5, 0, 9], "have no area"),
+        ([30.5, 5, 1e-7, 9], "have no area"),  # in the precision that boxes are trained in
         ([64, 5, 9, 9], "lie outside of their image"),
         ([5, 70, 9, 9], "lie outside of their image"),
         ([-9, 5, 9, 9], "lie outside of their image"),
@@ -193,7 +196,7 @@ def test_common_images_are_left_out_where_the_config_says_so(tmp_path, coco, fol
 
 def test_supervised_training_needs_no_unlabeled_images(coco):
     options = ("SEMI.BURN_IN_ITERS", "100", "SOLVER.MAX_ITER", "100")
-    assert load(*options, train=[coco[1]]).unlabeled == []
+    assert len(load(*options, train=[coco[1]]).unlabeled) == 0
 
 
 def test_the_split_does_not_touch_the_generators(coco, folder):

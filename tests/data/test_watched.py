@@ -43,7 +43,7 @@ def test_images_set_aside_from_the_labeled_ones_are_known(coco):
 
 def test_training_does_not_get_the_truth(coco):
     found = sets({"DATASETS.TRAIN": [coco("a", images=10)], "DATASETS.LABELED_PERCENT": 20.0})
-    assert all(record.keys() == {"file_name"} for record in found.unlabeled)
+    assert all(record.keys() == {"file_name", "image_id"} for record in found.unlabeled)
 
 
 def test_annotated_unlabeled_sets_are_known_and_folders_are_not(coco, tmp_path):

@@ -21,6 +21,7 @@ from tests.modeling.tiny_model import tiny_config
         ("coco:data/a.json:data/a", "coco:data/a.json:data/a"),
         ("coco:/home/jane/a.json:/home/jane/a b", "coco:a.json:a b"),
         ("folder:/mnt/jane's disk/photos", "folder:photos"),
+        ("list:/mnt/jane/index.txt:/mnt/jane/photos", "list:index.txt:photos"),
         ("detectron2://ImageNetPretrained/MSRA/R-50.pkl",) * 2,
         ("https://jane:secret@intern.example.org/models/a.pth?key=jane", "a.pth"),
         ("file:///home/jane/a.pth", "a.pth"),

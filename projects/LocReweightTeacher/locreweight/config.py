@@ -107,6 +107,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
 def _add_data_keys(cfg: CfgNode) -> None:
     # Data sets are named by what Detectron2 has registered, or by where they lie:
     #   "coco:<annotations.json>:<image folder>"   "voc:<folder>:<split>"   "folder:<image folder>"
+    #   "list:<index.txt>:<image folder>"
     # DATASETS.TRAIN is labeled, DATASETS.UNLABELED needs no annotations (those there are ignored).
     cfg.DATASETS.UNLABELED = ()
     # Share of DATASETS.TRAIN, in percent, that is used with its labels; the rest joins the

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 from detectron2.structures import BoxMode
 
 from ..errors import UsageError
 from .file_names import shown
+from .image_files import ImageFiles
+from .same_files import RealPaths
 
 logger = logging.getLogger(__name__)
 
@@ -110,31 +113,32 @@ def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
             )
 
 
-def without_overlap(labeled: list[dict], unlabeled: list[dict], *, exclude: bool) -> list[dict]:
-    """The unlabeled records, none of which is an image of the labeled ones.
+def without_overlap(
+    labeled: Iterable[dict], unlabeled: ImageFiles, real_paths: RealPaths, *, exclude: bool
+) -> ImageFiles:
+    """The unlabeled images, none of which is one of the labeled ones.
 
     Args:
-        labeled, unlabeled: records; images are the same if their files are.
+        labeled: records; images are the same if their files are, whatever links lead to them.
+        unlabeled: what is looked through.
+        real_paths: remembers the folders; the same one for several calls.
         exclude: leave common images out, and do not raise.
 
     Raises:
         UsageError: names some of the common images.
     """
-    known = {_identity(record) for record in labeled}
-    common = [shown(r["file_name"]) for r in unlabeled if _identity(r) in known]
+    known = {real_paths(record["file_name"]) for record in labeled}
+    common = real_paths.among(known, unlabeled)
     if not common:
         return unlabeled
     if not exclude:
+        names = [shown(unlabeled[i]["file_name"]) for i in common]
         raise UsageError(
-            f"{len(common)} unlabeled images are labeled as well: {some(common)}. Take them "
+            f"{len(common)} unlabeled images are labeled as well: {some(names)}. Take them "
             "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
         )
     logger.info("left out %d unlabeled images that are annotated", len(common))
-    return [r for r in unlabeled if _identity(r) not in known]
-
-
-def _identity(record: dict) -> str:
-    return os.path.realpath(record["file_name"])
+    return unlabeled.without(common)
 
 
 def _where(annotation: dict, record: dict) -> str:
@@ -143,9 +147,7 @@ def _where(annotation: dict, record: dict) -> str:
 
 def _box_fault(annotation: dict, record: dict) -> str | None:
     try:
-        x1, y1, x2, y2 = BoxMode.convert(
-            list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
-        )
+        x1, y1, x2, y2 = _corners(list(annotation["bbox"]), annotation["bbox_mode"])
         finite = all(math.isfinite(value) for value in (x1, y1, x2, y2))
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, OverflowError):
         return "bad"  # not four numbers
@@ -155,6 +157,15 @@ def _box_fault(annotation: dict, record: dict) -> str | None:
         return "empty"
     width, height = record.get("width", math.inf), record.get("height", math.inf)
     return "outside" if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0 else None
+
+
+def _corners(box: list, mode: BoxMode) -> Sequence[float]:
+    if mode == BoxMode.XYWH_ABS and len(box) == 4 and {*map(type, box)} <= {int, float}:
+        # What Detectron2 does with tensors, which for the million boxes of COCO takes a minute.
+        with np.errstate(over="ignore"):
+            x, y, width, height = np.array(box, np.float32)
+            return x, y, x + width, y + height
+    return BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
 
 
 def some(faults: list[str]) -> str:

@@ -8,6 +8,8 @@ name                                    what it is
                                         ``JPEGImages``
 ``folder:<images>``                     images without annotations, at any depth; links are
                                         followed, each folder is read once
+``list:<index.txt>:<images>``           the same, of those that a text file lists: in each line a
+                                        path relative to the folder
 anything else                           a data set that Detectron2 has registered
 ======================================  ==========================================================
 
@@ -18,7 +20,7 @@ as each record says, in absolute pixels of the original image.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -26,10 +28,9 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 
 from ..errors import UsageError
 from .coco_json import load_coco
+from .image_folders import load_folder, load_list
 from .places import expand
 from .voc import load_voc
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 def register(
@@ -60,42 +61,18 @@ def register(
         elif kind == "folder":
             _need_folder(rest, name)
             DatasetCatalog.register(name, partial(load_folder, rest))
+        elif kind == "list":
+            list_file, folder = _two_parts(name, rest, "list:<index.txt>:<image folder>")
+            _need_file(list_file, name)
+            _need_folder(folder, name)
+            load = partial(load_list, list_file, folder, allow_outside=allow_outside)
+            DatasetCatalog.register(name, load)
         else:
             raise UsageError(
                 f"unknown data set {name!r}. Name one that Detectron2 has registered, or say where "
                 "it lies: coco:<annotations.json>:<image folder>, voc:<folder>:<split>, "
-                "folder:<image folder>"
+                "folder:<image folder>, list:<index.txt>:<image folder>"
             )
-
-
-def load_folder(folder: str) -> list[dict]:
-    """Records of all images in a folder, at any depth, in order of their names.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    paths = sorted(_image_paths(folder))
-    if not paths:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise UsageError(f"no image ({suffixes}) in the folder {folder}")
-    return [{"file_name": path, "image_id": i} for i, path in enumerate(paths)]
-
-
-def _image_paths(folder: str) -> Iterator[str]:
-    visited = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in visited:  # links can lead in circles
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        folders.sort()  # which of several ways to a folder is taken must not depend on the disk
-        for file in files:
-            path = os.path.join(parent, file)
-            # Of pipes and devices reading would never end; a link to nowhere is an image missing.
-            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and (
-                os.path.isfile(path) or not os.path.exists(path)
-            ):
-                yield path
 
 
 def _two_parts(name: str, rest: str, form: str) -> tuple[str, str]:

@@ -27,10 +27,18 @@ def check_inside(name: str, written_in: str, folder: str, *, allow_outside: bool
     Raises:
         UsageError: names the annotation file and the name.
     """
-    if not name.strip() or "\0" in name:
+    if not name.strip() or "\0" in name or not _is_encodable(name):
         raise UsageError(f"{shown(written_in)} names the file {name!r}, which can be none")
     if not allow_outside and (os.path.isabs(name) or ".." in name.split(os.sep)):
         raise UsageError(
             f"{shown(written_in)} names {shown(name)}, which may lie outside of {shown(folder)}; "
             "if you trust that file, allow it with DATASETS.ALLOW_OUTSIDE_PATHS True"
         )
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # json can hold halves of characters
+        return False
+    return True

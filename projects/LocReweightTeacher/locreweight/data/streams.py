@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from detectron2.data.common import DatasetFromList
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .images import UnreadableImage
 from .mapper import ViewMapper
+from .packed import Packed, PackedRecords
 from .views import UnlabeledSample, View
 
 # An unreadable unlabeled image is replaced by another; so many in a row mean that there is none
@@ -83,19 +83,18 @@ class StreamDataset(Dataset):
     """The samples of both streams, by position."""
 
     def __init__(
-        self, labeled: list[dict], unlabeled: list[dict], mapper: ViewMapper, seed: int
+        self, labeled: Sequence[dict], unlabeled: Sequence[dict], mapper: ViewMapper, seed: int
     ) -> None:
         """
         Args:
-            labeled, unlabeled: records; kept in one serialized block each, which worker processes
-                share and do not copy.
+            labeled, unlabeled: records; packed if they are not, so that worker processes share
+                and do not copy them.
             mapper: makes the views.
             seed: of both streams, the same in every process.
         """
         self._records = {
-            Stream.LABELED: DatasetFromList(labeled, copy=False),
-            # Detectron2 cannot serialize nothing.
-            Stream.UNLABELED: DatasetFromList(unlabeled, copy=False) if unlabeled else [],
+            stream: records if isinstance(records, Packed) else PackedRecords(records)
+            for stream, records in ((Stream.LABELED, labeled), (Stream.UNLABELED, unlabeled))
         }
         self._mapper = mapper
         self._seed = seed
@@ -133,10 +132,13 @@ class StreamDataset(Dataset):
         )
 
 
-# Two epochs of each stream: a batch can reach over the end of one.
+# Two epochs of each stream: a batch can reach over the end of one. Four bytes an image each.
 @lru_cache(maxsize=2 * len(Stream))
 def _epoch_order(seed: int, stream: Stream, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, stream, epoch]).permutation(size).astype(np.int32)
+    order = np.arange(size, dtype=np.int32)
+    # As permutation(size) would have it, which makes numbers of twice the size first.
+    np.random.default_rng([seed, stream, epoch]).shuffle(order)
+    return order
 
 
 class BatchSchedule(Sampler[list[Position]]):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,6 +20,9 @@ from ..errors import UsageError
 from .checks import check_boxes, check_classes, check_test_set, without_overlap
 from .datasets import register
 from .image_checks import check_images_decode, check_images_exist
+from .image_files import ImageFiles
+from .packed import PackedRecords
+from .same_files import RealPaths
 from .split_files import split_annotated
 from .watched import choose_watched
 
@@ -27,18 +31,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSets:
-    """Records in Detectron2's standard format; the unlabeled ones have a ``file_name`` only.
+    """Records in Detectron2's standard format; the unlabeled ones have no annotations.
 
-    ``watched`` are a few of the unlabeled ones, with annotations where they are known: for looking
-    and measuring, never for training.
+    Both are packed, for loader workers to share. ``watched`` are a few of the unlabeled ones, with
+    annotations where they are known: for looking and measuring, never for training.
     """
 
-    labeled: list[dict]
-    unlabeled: list[dict]
+    labeled: PackedRecords
+    unlabeled: ImageFiles
     class_names: list[str]
     watched: list[dict] = field(default_factory=list)
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Of each stream: how many images, and which in which order.
 
@@ -97,8 +101,8 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     """
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
-    annotated = {name: _load(name) for name in cfg.DATASETS.TRAIN}
-    tested = {name: _load(name) for name in cfg.DATASETS.TEST}
+    annotated = {name: list(_load(name)) for name in cfg.DATASETS.TRAIN}
+    tested = {name: list(_load(name)) for name in cfg.DATASETS.TEST}
     for name, records in tested.items():
         check_test_set(name, records)
         check_images_exist(records)
@@ -115,27 +119,31 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
             "annotations are missing or left out, or DATASETS.LABELED_PERCENT drew none of them"
         )
     others = {name: _load(name) for name in cfg.DATASETS.UNLABELED}
-    found = [*rest, *(record for records in others.values() for record in records)]
-    unlabeled = [{"file_name": r["file_name"]} for r in found]
-    unlabeled = without_overlap(labeled, unlabeled, exclude=cfg.DATASETS.EXCLUDE_LABELED)
-    unlabeled = _without_test_images(cfg, unlabeled, tested)
+    found = ImageFiles.joined([*map(ImageFiles.of_records, (rest, *others.values()))])
+    real_paths = RealPaths()
+    exclude = cfg.DATASETS.EXCLUDE_LABELED
+    unlabeled = without_overlap(labeled, found, real_paths, exclude=exclude)
+    unlabeled = _without_test_images(cfg, unlabeled, tested, real_paths)
     _check_enough_unlabeled(cfg, unlabeled)
     watched = choose_watched(cfg, unlabeled, rest, others, class_names)
     if cfg.DATASETS.CHECK_IMAGES:
         # Last, since it takes longest. Boxes that were left out may be due to a wrong size.
         check_images_decode([*drawn, *(record for name in tested for record in tested[name])])
     if comm.is_main_process():
-        print_instances_class_histogram(labeled, class_names)
+        boxes = [annotation for record in labeled for annotation in record["annotations"]]
+        # As if of one image, which is counted faster.
+        print_instances_class_histogram([{"annotations": boxes}], class_names)
         logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))
-    return TrainingSets(labeled, unlabeled, class_names, watched)
+    return TrainingSets(PackedRecords(labeled), unlabeled, class_names, watched)
 
 
-def _fingerprint(records: list[dict]) -> str:
-    names = "\0".join(os.path.basename(record["file_name"]) for record in records)
-    return f"{len(records)} images ({hashlib.sha256(os.fsencode(names)).hexdigest()[:12]})"
+def _fingerprint(records: ImageFiles | Iterable[dict]) -> str:
+    files = ImageFiles.of_records(records)
+    digest = hashlib.sha256(files.base_names).hexdigest()
+    return f"{len(files)} images ({digest[:12]})"
 
 
-def _load(name: str) -> list[dict]:
+def _load(name: str) -> Sequence[dict]:
     records = DatasetCatalog.get(name)
     if not records:
         raise UsageError(f"the data set {name} has no images")
@@ -153,10 +161,10 @@ def _checked_class_names(cfg: CfgNode) -> list[str]:
 
 
 def _without_test_images(
-    cfg: CfgNode, unlabeled: list[dict], tested: dict[str, list[dict]]
-) -> list[dict]:
+    cfg: CfgNode, unlabeled: ImageFiles, tested: dict[str, list[dict]], real_paths: RealPaths
+) -> ImageFiles:
     records = [record for records in tested.values() for record in records]
-    others = without_overlap(records, unlabeled, exclude=True)
+    others = without_overlap(records, unlabeled, real_paths, exclude=True)
     common = len(unlabeled) - len(others)
     if not common or cfg.DATASETS.EXCLUDE_LABELED:
         return others
@@ -169,7 +177,7 @@ def _without_test_images(
     return unlabeled
 
 
-def _check_enough_unlabeled(cfg: CfgNode, unlabeled: list[dict]) -> None:
+def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
     mutual_learning = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
     if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
         raise UsageError(

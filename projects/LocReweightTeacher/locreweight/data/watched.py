@@ -7,8 +7,7 @@ one look to the next is the teacher. Looking draws from no generator that traini
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,7 +20,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from ..errors import UsageError
 from ..method.geometry import warp_boxes
 from .checks import check_boxes, check_classes
+from .image_files import ImageFiles
 from .mapper import ViewMapper
+from .same_files import RealPaths
 from .streams import Position, Stream, StreamDataset
 from .views import UnlabeledSample
 
@@ -99,9 +100,9 @@ def known(record: dict) -> bool:
 
 def choose_watched(
     cfg: CfgNode,
-    unlabeled: list[dict],
+    unlabeled: Sequence[dict],
     set_aside: list[dict],
-    others: Mapping[str, list[dict]],
+    others: Mapping[str, Sequence[dict]],
     class_names: list[str],
 ) -> list[dict]:
     """Draw the images to watch: of those whose truth is known, if there are any.
@@ -122,15 +123,16 @@ def choose_watched(
     count = cfg.TEST.WATCHED_IMAGES if cfg.VIS_PERIOD > 0 else 0
     if not count or not unlabeled:
         return []
-    truth: dict[str, dict] = {}
-    for record in [*set_aside, *_annotated(cfg, others, class_names)]:
-        truth[os.path.realpath(record["file_name"])] = record
+    real_path = RealPaths()
+    truth = {
+        real_path(record["file_name"]): record
+        for record in [*set_aside, *_annotated(cfg, others, class_names)]
+    }
     order = np.random.RandomState(cfg.DATASETS.SPLIT_SEED).permutation(len(unlabeled))
-    shuffled = [unlabeled[index] for index in order]
     with_truth = (
         truth[path] | record
-        for record in shuffled
-        if (path := os.path.realpath(record["file_name"])) in truth
+        for record in (unlabeled[index] for index in order)
+        if (path := real_path(record["file_name"])) in truth
     )
     if truth and (chosen := list(islice(with_truth, count))):
         return check_boxes(chosen, drop_bad=True)
@@ -139,15 +141,15 @@ def choose_watched(
             f"no image of DATASETS.UNLABELED_TRUTH {', '.join(cfg.DATASETS.UNLABELED_TRUTH)} is "
             "among the unlabeled ones; name the annotations of these, or leave the key empty"
         )
-    return shuffled[:count]
+    return [unlabeled[index] for index in order[:count]]
 
 
 def _annotated(
-    cfg: CfgNode, others: Mapping[str, list[dict]], class_names: list[str]
+    cfg: CfgNode, others: Mapping[str, Sequence[dict]], class_names: list[str]
 ) -> Iterator[dict]:
     for name, records in others.items():
         # Detectron2 gives images of a set without annotations an empty list of them.
-        if not any(record.get("annotations") for record in records):
+        if isinstance(records, ImageFiles) or not any(r.get("annotations") for r in records):
             continue
         if list(MetadataCatalog.get(name).get("thing_classes", [])) == class_names:
             yield from records

@@ -1,0 +1,176 @@
+"""Images without annotations: of a folder, and of a list."""
+
+import os
+
+import pytest
+from detectron2.data import DatasetCatalog
+
+from locreweight.data import image_folders
+from locreweight.data.datasets import register
+from locreweight.data.image_folders import IMAGE_SUFFIXES, load_folder, load_list
+from locreweight.errors import UsageError
+from tests.tiny_data import make_folder
+from tests.tiny_project import Project
+
+
+def files(records):
+    return [record["file_name"] for record in records]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """0000.png to 0003.png."""
+    return make_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def listed(tmp_path, images):
+    """Reads a list with this content."""
+
+    def read(content, **options):
+        (tmp_path / "index.txt").write_bytes(content)
+        return load_list(str(tmp_path / "index.txt"), str(images), **options)
+
+    return read
+
+
+class TestList:
+    def test_images_are_those_listed_in_their_order(self, listed, images):
+        records = listed(b"0002.png\n0000.png\n0003.png\n")
+        assert files(records) == [str(images / f"{i:04d}.png") for i in (2, 0, 3)]
+        assert [record["image_id"] for record in records] == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        ("content", "names"),
+        [
+            (b"0002.png", ["0002.png"]),
+            (b"\n\n0002.png\n  \n\t\n0001.png\n\n", ["0002.png", "0001.png"]),
+            (b"0002.png\r\n\r\n0001.png\r\n", ["0002.png", "0001.png"]),
+            (b"\xef\xbb\xbf0002.png\n0001.png\n", ["0002.png", "0001.png"]),
+            (b" 0002.png \n0001.png\n", [" 0002.png ", "0001.png"]),
+            (b"0001.png\n\xff\xe4.png\n", ["0001.png", "\udcff\udce4.png"]),
+            ("0001.png\nä/ö.png\n".encode(), ["0001.png", "ä/ö.png"]),
+            (b"./0001.png\na//b.png\n", ["./0001.png", "a//b.png"]),
+            (b"0001.png\nno image by its name\n", ["0001.png", "no image by its name"]),
+            (b"0001.png\na..b.png\n..c/d.png\n", ["0001.png", "a..b.png", "..c/d.png"]),
+        ],
+    )
+    def test_a_line_is_a_name(self, listed, images, content, names):
+        assert files(listed(content)) == [os.path.join(images, name) for name in names]
+
+    @pytest.mark.parametrize("name", [b"/etc/passwd", b"../a.png", b"a/../../b.png", b".."])
+    def test_names_that_lead_out_need_their_permission(self, listed, images, name):
+        content = b"0000.png\n" + name + b"\n"
+        with pytest.raises(UsageError, match=r"index\.txt names .*ALLOW_OUTSIDE_PATHS True"):
+            listed(content)
+        allowed = listed(content, allow_outside=True)
+        assert files(allowed)[1] == os.path.join(images, os.fsdecode(name))
+
+    @pytest.mark.parametrize("content", [b"", b"\n", b"\r\n \n", b"\xef\xbb\xbf"])
+    def test_of_nothing(self, listed, content):
+        with pytest.raises(UsageError, match=r"index\.txt lists no image"):
+            listed(content)
+
+    @pytest.mark.parametrize("content", [b"0001.png\n0000.png\n0001.png", b"x\n0000.png\r\nx\r\n"])
+    def test_an_image_twice(self, listed, content):
+        with pytest.raises(UsageError, match=r"lists (0001\.png|x) more than once.*sort -u"):
+            listed(content)
+
+    def test_names_of_one_hash_are_not_one_name(self, listed, monkeypatch):
+        monkeypatch.setattr(image_folders, "hash", lambda name: len(name), raising=False)
+        assert len(listed(b"0001.png\n0000.png\n0002.png\n")) == 3
+        with pytest.raises(UsageError, match=r"lists 0000\.png more than once"):
+            listed(b"0001.png\n0000.png\n0002.png\n0000.png\n")
+
+    def test_as_some_shells_write_it(self, listed):
+        with pytest.raises(UsageError, match="can be none"):
+            listed("0000.png\n".encode("utf-16"))
+
+    def test_the_wrong_folder(self, listed):
+        with pytest.raises(UsageError, match=r"none of 2 images .*images/a/1\.png.*relative"):
+            listed(b"a/1.png\na/2.png\n")
+
+    def test_a_file_that_cannot_be_read(self, tmp_path, images):
+        with pytest.raises(UsageError, match=r"list '.*images' cannot be read: Is a directory"):
+            load_list(str(images), str(images))
+
+    def test_by_its_name_in_the_config(self, listed, images, tmp_path):
+        expected = files(listed(b"0002.png\n0000.png\n"))
+        (tmp_path / "a:b").symlink_to(tmp_path)
+        name = f"list:{tmp_path / 'a:b' / 'index.txt'}:{images}"
+        register([name])
+        assert files(DatasetCatalog.get(name)) == expected
+
+    def test_nothing_is_gone_through(self, listed, monkeypatch):
+        monkeypatch.setattr(os, "scandir", lambda *_: pytest.fail("a folder was listed"))
+        assert len(listed(b"0002.png\n0000.png\n")) == 2
+
+    def test_a_missing_image_is_skipped_in_training(self, tmp_path):
+        from locreweight.data.streams import Position, Stream
+
+        project = Project(tmp_path)
+        index = tmp_path / "index.txt"
+        index.write_text("0000.png\nmissing.png\n0001.png\n")
+        project.set("DATASETS.UNLABELED", [f"list:{index}:{project.unlabeled}"])
+        sets, dataset = project.read()
+        assert len(sets.unlabeled) == 3
+        samples = [dataset[Position(Stream.UNLABELED, i)] for i in range(3)]
+        (message,) = {message for sample in samples for message in sample.unread}
+        assert str(project.unlabeled / "missing.png") in message
+
+
+class TestFolder:
+    def test_order_is_that_of_whole_paths(self, tmp_path):
+        names = ["a/x.png", "a.b/x.png", "a-1/x.png", "a/b/x.png", "a.png", "a/b.png", "B/x.png"]
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        assert files(load_folder(str(tmp_path))) == sorted(str(tmp_path / name) for name in names)
+
+    def test_it_is_what_asking_about_every_file_finds(self, tmp_path):
+        """Every kind of entry at several depths, against Python's own walk."""
+        for folder in ("", "a", "a/b", ".c", "d.png", "e\udcff"):
+            make_entries(tmp_path / folder)
+        (tmp_path / "a" / "up").symlink_to(tmp_path)
+        (tmp_path / "linked").symlink_to(tmp_path / "a" / "b")
+        assert files(load_folder(str(tmp_path))) == sorted(asked_about(str(tmp_path)))
+
+    def test_images_are_not_asked_about_one_by_one(self, tmp_path, monkeypatch):
+        folder = make_folder(tmp_path / "images", images=20)
+        for ask in ("stat", "lstat"):
+            real = getattr(os, ask)
+
+            def checked(path, *args, real=real, **options):
+                assert not str(path).endswith(".png")
+                return real(path, *args, **options)
+
+            monkeypatch.setattr(os, ask, checked)
+        assert len(load_folder(str(folder))) == 20
+
+
+def make_entries(folder):
+    folder.mkdir(exist_ok=True)
+    for name in ("a.png", "b.JPG", "c.txt", ".png", "..jpg", ".d.jpg", "e", "f.jpg.txt"):
+        (folder / name).write_bytes(b"")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to("a.png")
+    (folder / "text.png").symlink_to("c.txt")
+    (folder / "nowhere.png").symlink_to("nothing")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "device.png").symlink_to("/dev/null")
+
+
+def asked_about(folder):
+    """Every image in a folder, each found out by its own path."""
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(parent) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        for path in (os.path.join(parent, name) for name in names):
+            if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and (
+                os.path.isfile(path) or not os.path.exists(path)
+            ):
+                yield path

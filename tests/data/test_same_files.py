@@ -1,0 +1,131 @@
+"""Which images are the same file, whatever links lead to them."""
+
+import os
+
+import pytest
+
+from locreweight.data.checks import without_overlap
+from locreweight.data.image_files import ImageFiles
+from locreweight.data.same_files import RealPaths
+from locreweight.errors import UsageError
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Files, and all kinds of links to them and to their folders."""
+    for folder in ("a/deep", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("a/1.png", "a/deep/2.png", "b/1.png", "b/\udcff.png"):
+        (tmp_path / file).write_bytes(b"")
+    links = {
+        "linked": "a",
+        "b/up": "..",
+        "b/same.png": "../a/1.png",
+        "b/absolute.png": tmp_path / "a" / "1.png",
+        "b/twice.png": "same.png",
+        "b/thrice.png": "twice.png",
+        "b/by_folder.png": "../linked/deep/2.png",
+        "b/nowhere.png": "nothing.png",
+        "b/loop.png": "loop.png",
+        "b/ping": "pong",
+        "b/pong": "ping",
+        "b/folder.png": "../a/deep",
+    }
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    monkeypatch.chdir(tmp_path / "a")
+    return tmp_path
+
+
+WAYS = [
+    "a/1.png",
+    "a/./1.png",
+    "a//1.png",
+    "a/deep/../1.png",
+    "linked/1.png",
+    "linked/deep/2.png",
+    "linked/..",
+    "linked/../b/1.png",
+    "b/up/a/1.png",
+    "b/up/b/up/b/same.png",
+    "b/same.png",
+    "b/absolute.png",
+    "b/twice.png",
+    "b/thrice.png",
+    "b/by_folder.png",
+    "b/nowhere.png",
+    "b/loop.png",
+    "b/loop.png/x.png",
+    "b/ping",
+    "b/ping/x.png",
+    "b/folder.png",
+    "b/folder.png/",
+    "b/\udcff.png",
+    "b/missing.png",
+    "missing/1.png",
+    "missing/../a/1.png",
+    "a/1.png/x.png",
+    "",
+    "..",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_pythons_realpath(tree, way):
+    real_path = RealPaths()
+    for path in (os.path.join(tree, way), os.path.join("..", way), way):
+        assert real_path(path) == os.path.realpath(path)
+    assert real_path("/") == "/"
+    assert real_path("/1.png") == "/1.png"
+
+
+def test_folders_that_cannot_be_listed(tree, monkeypatch):
+    """As of a folder that may be passed through but not read, which root may read nevertheless."""
+
+    def closed(folder):
+        raise PermissionError(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for way in WAYS:
+        path = os.path.join(tree, way)
+        assert RealPaths()(path) == os.path.realpath(path)
+
+
+def image_files(*paths):
+    return ImageFiles.of(map(os.fsencode, paths))
+
+
+def test_known_images_are_found_by_every_way(tree):
+    paths = [os.path.join(tree, way) for way in WAYS if way]
+    for known in ("a/1.png", "a/deep/2.png", "b/\udcff.png"):
+        target = os.path.realpath(tree / known)
+        expected = [i for i, path in enumerate(paths) if os.path.realpath(path) == target]
+        assert RealPaths().among({target}, image_files(*paths)) == expected
+
+
+def test_none_are_known_or_there(tree):
+    images = image_files(str(tree / "a/1.png"))
+    assert RealPaths().among(set(), images) == []
+    assert RealPaths().among({str(tree / "a/1.png")}, image_files()) == []
+    assert RealPaths().among({str(tree / "a/1.png")}, images) == [0]
+
+
+def test_each_folder_is_listed_once_for_all_its_images(tree, monkeypatch):
+    scandir, listed = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    monkeypatch.setattr(os, "lstat", lambda path: pytest.fail(f"{path} was asked about"))
+    real_path = RealPaths()
+    real_path._real_folder = str  # asks about each part of each folder's path, once
+    for i in range(1000):
+        assert real_path(f"{tree}/a/{i}.png") == f"{tree}/a/{i}.png"
+    assert listed == [f"{tree}/a"]
+
+
+def test_common_images_are_an_error_or_left_out(tree):
+    labeled = [{"file_name": str(tree / "a/1.png")}]
+    images = image_files(*(str(tree / name) for name in ("b/1.png", "b/same.png", "b/x.png")))
+    with pytest.raises(UsageError, match=r"1 unlabeled images are labeled.*b/same\.png.*EXCLUDE"):
+        without_overlap(labeled, images, RealPaths(), exclude=False)
+    kept = without_overlap(labeled, images, RealPaths(), exclude=True)
+    assert [os.path.basename(r["file_name"]) for r in kept] == ["1.png", "x.png"]
+    assert without_overlap([], images, RealPaths(), exclude=False) is images
