@@ -6,8 +6,6 @@ its kernel. The host would have to wait for the backward pass in order to know.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer
@@ -77,9 +75,11 @@ class SkippingOptimizer:
 def largest_in_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Parameter -> scalar: the largest absolute number in its gradient, NaN if one is NaN."""
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    # Not Euclidean lengths, which overflow long before a gradient does.
-    norms = torch._foreach_norm(list(named.values()), ord=math.inf)
-    return dict(zip(named, norms, strict=True))
+    # Not Euclidean lengths, which overflow long before a gradient does; and not maximum norms,
+    # which PyTorch computes one number at a time on a CPU.
+    least, greatest = zip(*(gradient.aminmax() for gradient in named.values()), strict=True)
+    largest = torch.maximum(torch.stack(greatest), -torch.stack(least))
+    return dict(zip(named, largest.unbind(), strict=True))
 
 
 def _fused(optimizer: torch.optim.SGD) -> torch.optim.SGD:
