@@ -15,6 +15,7 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from detectron2.data.common import DatasetFromList
@@ -173,7 +174,13 @@ def build_loader(
         batch_sampler=schedule,
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_use_one_thread,
     )
+
+
+def _use_one_thread(worker: int) -> None:
+    # As torch in a worker: there are as many workers as cores, not one with as many threads.
+    cv2.setNumThreads(1)
 
 
 def _collate(samples: list[list[dict] | UnlabeledSample]) -> Batch:
