@@ -69,6 +69,28 @@ def test_a_list_of_augmentations_does_and_records_as_with_detectron2(augmentatio
     )
 
 
+def test_views_of_one_size_share_the_resized_image_and_nothing_else():
+    image, shared = noise(), {}
+    first, second, third = (FastInput(image, shared) for _ in range(3))
+    for view, size in ((first, (45, 60)), (second, (45, 60)), (third, (50, 60))):
+        view.transform(T.ResizeTransform(90, 120, *size))
+    assert np.shares_memory(first.image, second.image)
+    assert third.image.shape == (50, 60, 3)
+    first.transform(T.HFlipTransform(60))
+    first.transform(T.ResizeTransform(45, 60, 50, 60))  # of another image: not the shared one
+    assert_array_equal(second.image, resized(image, 45, 60))
+    assert_array_equal(first.image, resized(resized(image, 45, 60)[:, ::-1], 50, 60))
+    assert set(shared) == {(45, 60), (50, 60)}
+
+
+def test_what_views_share_cannot_be_written_to():
+    given = FastInput(noise())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="read-only"):
+            given.image[:] = 0
+        given.transform(T.ResizeTransform(90, 120, 45, 60))
+
+
 def test_other_filters_stay_detectron2s():
     image = noise()
     nearest = T.ResizeTransform(90, 120, 45, 70, Image.Resampling.NEAREST)

@@ -121,12 +121,13 @@ class ViewMapper:
         """
         with naming(record["file_name"], ValueError):
             source = read_for_training(record["file_name"], self._unlabeled_limit)
-            weak, weak_transforms = _augment(source.pixels, self.recipe.weak)
+            resized: dict = {}
+            weak, weak_transforms = _augment(source.pixels, self.recipe.weak, resized)
             if self.recipe.strong_on_weak:
                 strong, strong_transforms = _augment(weak, self.recipe.strong)
                 strong_transforms = weak_transforms + strong_transforms
             else:
-                strong, strong_transforms = _augment(source.pixels, self.recipe.strong)
+                strong, strong_transforms = _augment(source.pixels, self.recipe.strong, resized)
         return UnlabeledSample(
             file_name=record["file_name"],
             weak=self._view(source, weak, weak_transforms),
@@ -164,8 +165,8 @@ def _size_limit(views: Iterable[list[T.Augmentation]]) -> SizeLimit:
 
 
 def _augment(
-    pixels: np.ndarray, augmentations: list[T.Augmentation]
+    pixels: np.ndarray, augmentations: list[T.Augmentation], resized: dict | None = None
 ) -> tuple[np.ndarray, T.TransformList]:
-    image = FastInput(pixels)
+    image = FastInput(pixels, resized)
     transforms = T.AugmentationList(augmentations)(image)
     return image.image, transforms

@@ -20,10 +20,42 @@ class FastInput(T.AugInput):
 
     image: np.ndarray
 
+    def __init__(self, image: np.ndarray, resized_before: dict | None = None) -> None:
+        """
+        Args:
+            image: as it is before the first augmentation; it is kept.
+            resized_before: of the same image, by height and width; is added to. Views that have
+                one size share the work, however they differ afterwards.
+        """
+        # What views share can only be read: augmentations that write in place are to fail.
+        super().__init__(_read_only(image))
+        self._original, self._shown = image, self.image
+        self._resized_before = {} if resized_before is None else resized_before
+
     def transform(self, tfm: T.Transform) -> None:
         """Transforms the image in place, as a recorded transform says."""
         for single in tfm.transforms if isinstance(tfm, T.TransformList) else [tfm]:
-            self.image = _apply(single, self.image)
+            self.image = self._apply(single)
+
+    def _apply(self, transform: T.Transform) -> np.ndarray:
+        # By the exact type: a class derived from one of these may do something else to pixels.
+        kind = type(transform)
+        if kind is T.ResizeTransform and transform.interp == Image.Resampling.BILINEAR:
+            return self._resize(transform.new_h, transform.new_w)
+        # numpy's flips leave the pixels where they are, for each later step to collect them
+        # backwards.
+        if kind is T.HFlipTransform:
+            return cv2.flip(self.image, 1)
+        if kind is T.VFlipTransform:
+            return cv2.flip(self.image, 0)
+        return transform.apply_image(self.image)
+
+    def _resize(self, height: int, width: int) -> np.ndarray:
+        if self.image is not self._shown:
+            return resized(self.image, height, width)
+        if (height, width) not in self._resized_before:
+            self._resized_before[height, width] = resized(self._original, height, width)
+        return _read_only(self._resized_before[height, width])
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -39,9 +71,9 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
         # Nothing is left out, so there is nothing to smooth, which OpenCV never does.
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     # torch has Pillow's filter on bytes. It wants memory that it may write to.
-    channels_first = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-    small = F.interpolate(channels_first[None], (height, width), mode="bilinear", antialias=True)
-    return small[0].permute(1, 2, 0).contiguous().numpy()
+    given = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    planes = F.interpolate(given, (height, width), mode="bilinear", antialias=True)[0]
+    return cv2.merge([plane.numpy() for plane in planes])
 
 
 def channels_first(image: np.ndarray, image_format: str) -> torch.Tensor:
@@ -51,14 +83,7 @@ def channels_first(image: np.ndarray, image_format: str) -> torch.Tensor:
     return torch.from_numpy(planes)
 
 
-def _apply(transform: T.Transform, image: np.ndarray) -> np.ndarray:
-    # By the exact type: a class derived from one of these may do something else to pixels.
-    kind = type(transform)
-    if kind is T.ResizeTransform and transform.interp == Image.Resampling.BILINEAR:
-        return resized(image, transform.new_h, transform.new_w)
-    # numpy's flips leave the pixels where they are, for each later step to collect them backwards.
-    if kind is T.HFlipTransform:
-        return cv2.flip(image, 1)
-    if kind is T.VFlipTransform:
-        return cv2.flip(image, 0)
-    return transform.apply_image(image)
+def _read_only(image: np.ndarray) -> np.ndarray:
+    view = image.view()
+    view.flags.writeable = False
+    return view

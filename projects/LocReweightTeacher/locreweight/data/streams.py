@@ -197,7 +197,8 @@ def _seeded(*key: int) -> Iterator[None]:
     state = np.random.SeedSequence(key).generate_state(3)
     np.random.seed(state[0])
     random.seed(int(state[1]))
-    torch.manual_seed(int(state[2]))
+    # torch.manual_seed would seed the GPU as well, which is not put back and takes longer.
+    torch.default_generator.manual_seed(int(state[2]))
     try:
         yield
     finally:
