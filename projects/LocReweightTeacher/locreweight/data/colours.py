@@ -15,8 +15,6 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import functional as TF
 
-# Of ITU-R 601, as Pillow has it.
-LUMINANCE = np.array([19595, 38470, 7471]) / 65536
 VALUES = np.arange(256, dtype=np.uint8)[None]
 # A bit less than half: OpenCV rounds to the nearest, Pillow's enhancements cut off what is behind
 # the point, and a whole number has to stay what it is.
@@ -36,9 +34,8 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is grey, 1 the image itself. Within 1 of Pillow's, which rounds the grey first."""
-    linear = factor * np.eye(3) + (1 - factor) * LUMINANCE
-    return cv2.transform(image, np.column_stack([linear, np.full(3, CUT_OFF)]))
+    """0 is grey, 1 the image itself. Within 1 of Pillow's, as the grey is."""
+    return cv2.addWeighted(image, factor, grayscale(image), 1 - factor, CUT_OFF)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
