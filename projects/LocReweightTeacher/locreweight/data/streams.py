@@ -169,6 +169,7 @@ def build_loader(
     dataset: StreamDataset, schedule: BatchSchedule, num_workers: int
 ) -> DataLoader[Batch]:
     """A loader of :class:`Batch` for one process; its workers make whole batches ahead."""
+    _use_one_thread()
     return DataLoader(
         dataset,
         batch_sampler=schedule,
@@ -178,9 +179,12 @@ def build_loader(
     )
 
 
-def _use_one_thread(worker: int) -> None:
+def _use_one_thread(worker: int | None = None) -> None:
     # As torch in a worker: there are as many workers as cores, not one with as many threads.
-    cv2.setNumThreads(1)
+    # A forked worker must not change the number: OpenCV would wait for the threads that only the
+    # main process has. So that one does it before, and workers that start afresh for themselves.
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
 
 
 def _collate(samples: list[list[dict] | UnlabeledSample]) -> Batch:
