@@ -62,18 +62,12 @@ def posterize(image: np.ndarray, bits: int) -> np.ndarray:
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
     """Each channel is stretched over all values. Pillow's to the bit."""
-    tables = []
-    for channel in cv2.split(image):
-        low, high, *_ = cv2.minMaxLoc(channel)
-        # All that matters to Pillow is the least and the greatest value.
-        between = Image.fromarray(np.clip(VALUES, int(low), int(high)))
-        tables.append(np.asarray(ImageOps.autocontrast(between)))
-    return cv2.LUT(image, np.dstack(tables))
+    return _by_channel(image, _stretching)
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
     """In each channel all values become about equally frequent. Pillow's to the bit."""
-    return cv2.LUT(image, np.dstack([_equalizing(channel) for channel in cv2.split(image)]))
+    return _by_channel(image, _equalizing)
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:
@@ -91,8 +85,20 @@ def _by_table(image: np.ndarray, change: Callable[[Image.Image], Image.Image]) -
     return cv2.LUT(image, np.asarray(change(Image.fromarray(VALUES))))
 
 
+def _by_channel(image: np.ndarray, table_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Looks each channel up in a table of its own, ``(1, 256)`` uint8, made for it."""
+    return cv2.merge([cv2.LUT(channel, table_of(channel)) for channel in cv2.split(image)])
+
+
+def _stretching(channel: np.ndarray) -> np.ndarray:
+    """The table of ``ImageOps.autocontrast`` for one channel, (H, W)."""
+    low, high, *_ = cv2.minMaxLoc(channel)
+    # All that matters to Pillow is the least and the greatest value.
+    return np.asarray(ImageOps.autocontrast(Image.fromarray(np.clip(VALUES, int(low), int(high)))))
+
+
 def _equalizing(channel: np.ndarray) -> np.ndarray:
-    """The table of ``ImageOps.equalize`` for one channel (H, W): ``(1, 256)`` uint8."""
+    """The table of ``ImageOps.equalize`` for one channel, (H, W)."""
     frequency = cv2.calcHist([channel], [0], None, [256], [0, 256]).ravel().astype(int)
     last = frequency[frequency > 0][-1]
     step = (channel.size - last) // 255

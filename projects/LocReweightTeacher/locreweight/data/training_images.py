@@ -20,7 +20,7 @@ from .images import opened, pixels_of
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 if this leaves so many pixels for one of the view. Its blocks
 # of cosines are then cut off at another frequency than resizing would smooth at. With this share
-# that changes a view less than another usual filter would, bicubic or area (benchmarks/loader.py
+# that changes a view no more than another usual filter would, bicubic or area (benchmarks/loader.py
 # measures it); with 1, more.
 SPARE = 1.5
 
