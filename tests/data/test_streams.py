@@ -8,6 +8,7 @@ import random
 import types
 from itertools import islice
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -77,6 +78,18 @@ def same(ours, theirs):
 def test_batches_do_not_depend_on_the_number_of_workers(folder, num_workers):
     dataset = dataset_of(records_of(folder))
     assert same(batches(dataset, 5, num_workers=num_workers), batches(dataset, 5))
+
+
+def test_workers_come_up_whatever_opencv_did_before(folder):
+    """Threads of OpenCV do not survive a fork; a worker that waited for one would wait for ever."""
+    cv2.setNumThreads(4)
+    image = np.zeros((2000, 2000, 3), np.uint8)
+    cv2.warpAffine(image, np.eye(2, 3), (2000, 2000))  # starts them
+    dataset = dataset_of(records_of(folder))
+    loader = build_loader(dataset, BatchSchedule(**SCHEDULE), num_workers=2)
+    loader.timeout = 60
+    assert same(list(islice(loader, 3)), batches(dataset, 3))
+    assert cv2.getNumThreads() == 1
 
 
 def test_processes_share_the_batch_of_one(folder):

@@ -14,8 +14,9 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from torchvision.transforms import functional as TF
+from PIL import ImageFilter
+
+from . import colours
 
 Fill = tuple[float, float, float]
 
@@ -121,18 +122,18 @@ class OneColorOperation(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         strength = np.random.uniform(0.1, 1.9)  # of an enhancement; 1 is the identity
-        operations: list[Callable[[Image.Image], Image.Image]] = [
+        operations: list[Callable[[np.ndarray], np.ndarray]] = [
             lambda img: img,
-            ImageOps.autocontrast,
-            ImageOps.equalize,
-            lambda img: ImageOps.solarize(img, int(128 * strength)),
-            lambda img: ImageOps.posterize(img, 4 + int(2 * strength)),
-            lambda img: ImageEnhance.Color(img).enhance(strength),
-            lambda img: ImageEnhance.Contrast(img).enhance(strength),
-            lambda img: ImageEnhance.Brightness(img).enhance(strength),
-            lambda img: ImageEnhance.Sharpness(img).enhance(strength),
+            colours.autocontrast,
+            colours.equalize,
+            lambda img: colours.solarize(img, int(128 * strength)),
+            lambda img: colours.posterize(img, 4 + int(2 * strength)),
+            lambda img: colours.saturation(img, strength),
+            lambda img: colours.contrast(img, strength),
+            lambda img: colours.brightness(img, strength),
+            lambda img: colours.sharpness(img, strength),
         ]
-        return T.PILColorTransform(operations[np.random.randint(len(operations))])
+        return T.ColorTransform(operations[np.random.randint(len(operations))])
 
 
 class ColorJitter(T.Augmentation):
@@ -151,20 +152,20 @@ class ColorJitter(T.Augmentation):
         factors = np.random.uniform(1 - self.strength, 1 + self.strength, size=3)
         shift = np.random.uniform(-self.hue, self.hue)
         operations = [
-            lambda img: ImageEnhance.Brightness(img).enhance(factors[0]),
-            lambda img: ImageEnhance.Contrast(img).enhance(factors[1]),
-            lambda img: ImageEnhance.Color(img).enhance(factors[2]),
-            lambda img: TF.adjust_hue(img, shift),
+            lambda img: colours.brightness(img, factors[0]),
+            lambda img: colours.contrast(img, factors[1]),
+            lambda img: colours.saturation(img, factors[2]),
+            lambda img: colours.hue(img, shift),
         ]
         order = np.random.permutation(len(operations))
-        return T.TransformList([T.PILColorTransform(operations[i]) for i in order])
+        return T.TransformList([T.ColorTransform(operations[i]) for i in order])
 
 
 class Grayscale(T.Augmentation):
     """The image without colour, still with three channels."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        return T.PILColorTransform(lambda img: TF.rgb_to_grayscale(img, num_output_channels=3))
+        return T.ColorTransform(colours.grayscale)
 
 
 class GaussianBlur(T.Augmentation):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
@@ -37,19 +38,34 @@ def read_rgb(file_name: str) -> np.ndarray:
     Raises:
         UnreadableImage: names the file.
     """
+    with opened(file_name) as (_, stored):
+        return pixels_of(stored)
+
+
+@contextlib.contextmanager
+def opened(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """An image file and what Pillow knows before it decodes it.
+
+    Raises:
+        UnreadableImage: names the file, also for whatever goes wrong while it is open.
+    """
     with naming(file_name, OSError):
         # Opening a pipe would never end. What is not there at all may be an address.
         if os.path.exists(file_name) and not os.path.isfile(file_name):
             raise OSError("it is no file, but a folder, a pipe or a device")
     # Whatever a damaged file makes the decoder raise.
     with naming(file_name, Exception), PathManager.open(file_name, "rb") as file:
-        stored = Image.open(file, formats=FORMATS)
-        image: Image.Image = _apply_exif_orientation(stored)
-        if _has_sixteen_bits(stored):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif stored.mode in ("I", "F"):
-            raise ValueError("with 32 bits for a pixel it is not known how bright white is")
-        return convert_PIL_to_numpy(image, "RGB")
+        yield file, Image.open(file, formats=FORMATS)
+
+
+def pixels_of(stored: Image.Image) -> np.ndarray:
+    """Decodes an opened image file: :func:`read_rgb` says how."""
+    image: Image.Image = _apply_exif_orientation(stored)
+    if _has_sixteen_bits(stored):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif stored.mode in ("I", "F"):
+        raise ValueError("with 32 bits for a pixel it is not known how bright white is")
+    return convert_PIL_to_numpy(image, "RGB")
 
 
 @contextlib.contextmanager

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import check_image_size, filter_empty_instances
 
 from ..errors import UsageError
-from .augmentations import resize_and_flip
+from .augmentations import ResizeShortestEdge, resize_and_flip
 from .images import naming, read_rgb
+from .pixels import FastInput, channels_first
 from .recipes import Recipe, build_recipe
+from .training_images import SizeLimit, TrainingImage, read_for_training
 from .views import UnlabeledSample, View, matrix_of
 
 
@@ -29,42 +31,63 @@ class RecordMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         """A record with its ``image``: in training with ``instances``, else without annotations."""
-        record = copy.deepcopy(dataset_dict)
-        pixels = read_rgb(record["file_name"])
-        check_image_size(record, pixels)
-        image, transforms = _augment(
-            pixels if self.image_format == "RGB" else pixels[:, :, ::-1], self.augmentations.augs
-        )
-        record["image"] = _channels_first(image)
+        pixels = read_rgb(dataset_dict["file_name"])
+        check_image_size(dataset_dict, pixels)
+        # To the bit as Detectron2 does it: what is evaluated must not depend on this project.
+        augmented = T.AugInput(pixels)
+        transforms = self.augmentations(augmented)
+        return self.record_of(dataset_dict, augmented.image, transforms)
+
+    def view(self, record: dict, source: TrainingImage) -> dict:
+        """One augmented view of a record's image, which was read before; else as a call."""
+        image, transforms = _augment(source.pixels, self.augmentations.augs)
+        return self.record_of(record, image, source.scaling + transforms)
+
+    def record_of(self, record: dict, image: np.ndarray, transforms: T.TransformList) -> dict:
+        """What the model takes of a record whose image was transformed, (H, W, 3) RGB."""
+        annotations = record.get("annotations", [])
+        # Annotations are changed in place, but nothing inside of them is: copies of one level do.
+        mapped = {**record, "annotations": [dict(annotation) for annotation in annotations]}
+        mapped["image"] = channels_first(image, self.image_format)
         if self.is_train:
-            self._transform_annotations(record, transforms, image.shape[:2])
+            self._transform_annotations(mapped, transforms, image.shape[:2])
         else:
-            record.pop("annotations", None)
-        return record
+            del mapped["annotations"]
+        return mapped
 
 
 class ViewMapper:
     """Makes the views of a recipe. Draws from numpy's global generator, as Detectron2 does."""
 
     @configurable
-    def __init__(self, *, recipe: Recipe, image_format: str) -> None:
+    def __init__(
+        self, *, recipe: Recipe, image_format: str, reduced_decoding: bool = False
+    ) -> None:
         """
         Args:
             recipe: the augmentations.
             image_format: "RGB" or "BGR", the order of channels that the model takes.
+            reduced_decoding: JPEGs may be decoded at less than their size where all views are much
+                smaller still.
         """
         _check_format(image_format)
         self.recipe = recipe
         self.image_format = image_format
-        # In RGB: augmentations.py says why.
         self._labeled_mappers = [
-            RecordMapper(is_train=True, augmentations=view, image_format="RGB")
+            RecordMapper(is_train=True, augmentations=view, image_format=image_format)
             for view in recipe.labeled
         ]
+        unlabeled = [recipe.weak] if recipe.strong_on_weak else [recipe.weak, recipe.strong]
+        self._labeled_limit = _size_limit(recipe.labeled) if reduced_decoding else SizeLimit()
+        self._unlabeled_limit = _size_limit(unlabeled) if reduced_decoding else SizeLimit()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        return {"recipe": build_recipe(cfg), "image_format": cfg.INPUT.FORMAT}
+        return {
+            "recipe": build_recipe(cfg),
+            "image_format": cfg.INPUT.FORMAT,
+            "reduced_decoding": cfg.INPUT.REDUCED_DECODING,
+        }
 
     def labeled(self, record: dict) -> list[dict]:
         """The labeled views of one image, in Detectron2's format.
@@ -80,9 +103,10 @@ class ViewMapper:
             UnreadableImage: names the file.
         """
         with naming(record["file_name"], ValueError):
-            samples = [mapper(record) for mapper in self._labeled_mappers]
+            source = read_for_training(record["file_name"], self._labeled_limit)
+            check_image_size(record, source)
+            samples = [mapper.view(record, source) for mapper in self._labeled_mappers]
         for sample in samples:
-            sample["image"] = self._ordered(sample["image"])
             sample["instances"] = filter_empty_instances(sample["instances"])
         return samples
 
@@ -96,22 +120,23 @@ class ViewMapper:
             UnreadableImage: names the file.
         """
         with naming(record["file_name"], ValueError):
-            image = read_rgb(record["file_name"])
-            weak, weak_transforms = _augment(image, self.recipe.weak)
+            source = read_for_training(record["file_name"], self._unlabeled_limit)
+            resized: dict = {}
+            weak, weak_transforms = _augment(source.pixels, self.recipe.weak, resized)
             if self.recipe.strong_on_weak:
                 strong, strong_transforms = _augment(weak, self.recipe.strong)
                 strong_transforms = weak_transforms + strong_transforms
             else:
-                strong, strong_transforms = _augment(image, self.recipe.strong)
-        size = image.shape[:2]
+                strong, strong_transforms = _augment(source.pixels, self.recipe.strong, resized)
         return UnlabeledSample(
             file_name=record["file_name"],
-            weak=View(self._ordered(_channels_first(weak)), matrix_of(weak_transforms, size)),
-            strong=View(self._ordered(_channels_first(strong)), matrix_of(strong_transforms, size)),
+            weak=self._view(source, weak, weak_transforms),
+            strong=self._view(source, strong, strong_transforms),
         )
 
-    def _ordered(self, image: torch.Tensor) -> torch.Tensor:
-        return image if self.image_format == "RGB" else image.flip(0)
+    def _view(self, source: TrainingImage, image: np.ndarray, transforms: T.TransformList) -> View:
+        matrix = matrix_of(source.scaling + transforms, source.shape)
+        return View(channels_first(image, self.image_format), matrix)
 
 
 def _check_format(image_format: str) -> None:
@@ -121,13 +146,27 @@ def _check_format(image_format: str) -> None:
         )
 
 
+def _size_limit(views: Iterable[list[T.Augmentation]]) -> SizeLimit:
+    """How large views can become; they have a limit if each begins with being resized to one."""
+    limit = SizeLimit(0, 0)
+    for view in views:
+        first: Any = view[0] if view else None
+        # By the exact type: a class derived from these may look for details in the pixels.
+        # Detectron2's length 0 stands for no change of size.
+        if (
+            type(first) not in (ResizeShortestEdge, T.ResizeShortestEdge)
+            or 0 in first.short_edge_length
+        ):
+            return SizeLimit()
+        limit = SizeLimit(
+            max(limit.short, *first.short_edge_length), max(limit.long, first.max_size)
+        )
+    return limit
+
+
 def _augment(
-    image: np.ndarray, augmentations: list[T.Augmentation]
+    pixels: np.ndarray, augmentations: list[T.Augmentation], resized: dict | None = None
 ) -> tuple[np.ndarray, T.TransformList]:
-    augmented = T.AugInput(image)
-    transforms = T.AugmentationList(augmentations)(augmented)
-    return augmented.image, transforms
-
-
-def _channels_first(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+    image = FastInput(pixels, resized)
+    transforms = T.AugmentationList(augmentations)(image)
+    return image.image, transforms

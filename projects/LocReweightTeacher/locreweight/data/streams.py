@@ -12,9 +12,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -184,7 +185,12 @@ class BatchSchedule(Sampler[list[Position]]):
 
 
 def build_loader(
-    dataset: StreamDataset, schedule: BatchSchedule, num_workers: int, *, pin_memory: bool = False
+    dataset: StreamDataset,
+    schedule: BatchSchedule,
+    num_workers: int,
+    *,
+    begin_worker: Callable[[int], None] | None = None,
+    pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """A loader of :class:`Batch` for one process; its workers make whole batches ahead.
 
@@ -192,15 +198,32 @@ def build_loader(
         dataset: the samples.
         schedule: which of them make a batch; endless, so that workers start once.
         num_workers: processes; 0 for none.
+        begin_worker: called in each of them, with its number, before anything else.
         pin_memory: put images where a GPU can fetch them while the host goes on.
     """
+    _use_one_thread()
     return DataLoader(
         dataset,
         batch_sampler=schedule,
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
+        worker_init_fn=partial(_begin_worker, begin_worker),
     )
+
+
+def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
+    if begin:
+        begin(worker)
+    _use_one_thread()
+
+
+def _use_one_thread() -> None:
+    # As torch in a worker: there are as many workers as cores, not one with as many threads.
+    # A forked worker must not change the number: OpenCV would wait for the threads that only the
+    # main process has. So that one does it before, and workers that start afresh for themselves.
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
 
 
 def _collate(samples: list[list[dict] | UnlabeledSample]) -> Batch:
@@ -217,7 +240,8 @@ def _seeded(*key: int) -> Iterator[None]:
     state = np.random.SeedSequence(key).generate_state(3)
     np.random.seed(state[0])
     random.seed(int(state[1]))
-    torch.manual_seed(int(state[2]))
+    # torch.manual_seed would seed the GPU as well, which is not put back and takes longer.
+    torch.default_generator.manual_seed(int(state[2]))
     try:
         yield
     finally:

@@ -61,13 +61,15 @@ def matrix_of(transforms: T.TransformList, image_size: tuple[int, int]) -> Tenso
     height, width = image_size
     corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], dtype=np.float64)
     origin, right, down, opposite = np.asarray(transforms.apply_coords(corners.copy()))
-    x_axis, y_axis = (right - origin) / width, (down - origin) / height
     expected = right + down - origin
-    if not np.allclose(opposite, expected, atol=1e-2):
+    # As numpy's allclose, of which each view would pay a tenth of a millisecond.
+    if not (abs(opposite - expected) <= 1e-2 + 1e-5 * abs(expected)).all():
         raise ValueError(
             f"the transforms are not affine: they send the corner {(width, height)} to "
             f"{opposite.tolist()} and not to {expected.tolist()}: {transforms}"
         )
     matrix = np.eye(3)
-    matrix[:2] = np.stack([x_axis, y_axis, origin], axis=1)
+    matrix[:2, 0] = (right - origin) / width
+    matrix[:2, 1] = (down - origin) / height
+    matrix[:2, 2] = origin
     return torch.from_numpy(matrix)

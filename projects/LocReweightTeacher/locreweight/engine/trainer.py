@@ -259,10 +259,13 @@ class SemiSupervisedTrainer(ResumableTrainer):
             rank=comm.get_rank(),
             world_size=comm.get_world_size(),
         )
-        on_gpu = self.device.type == "cuda"
-        loader = build_loader(dataset, schedule, cfg.DATALOADER.NUM_WORKERS, pin_memory=on_gpu)
-        loader.worker_init_fn = leave_signals_to_trainer
-        return loader
+        return build_loader(
+            dataset,
+            schedule,
+            cfg.DATALOADER.NUM_WORKERS,
+            begin_worker=leave_signals_to_trainer,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def _evaluate(self) -> dict:
         burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
