@@ -31,7 +31,7 @@ def main() -> None:
         for name, floor, options in (
             ("floor: bare Detectron2", True, ()),
             ("step", False, tuple(args.opts)),
-            ("step, as Detectron2 computes", False, ("MODEL.FOLD_FROZEN_NORM", "False")),
+            ("step, norms not folded", False, ("MODEL.FOLD_FROZEN_NORM", "False")),
         )
     }
     least = next(iter(costs.values()))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """One training step against bare Detectron2 on the same images, and where its time goes.
 
-    python benchmarks/step.py                          # R50-FPN, short side 640, 2 + 2 images
-    python benchmarks/step.py --short-side 320 --repeats 7
-    python benchmarks/step.py MODEL.CHANNELS_LAST True
+    python -m benchmarks.step                          # R50-FPN, short side 640, 2 + 2 images
+    python -m benchmarks.step --short-side 320 --repeats 7
+    python -m benchmarks.step MODEL.CHANNELS_LAST True
 
 The floor is a student's forward and backward pass and a teacher's forward pass, and no more: no
 optimizer, no moving average, no second look. Beside it stand the passes over the detector that
@@ -34,9 +34,6 @@ def compare(size: Size, repeats: int, options: list[str]) -> None:
         FLOOR: floor,
         "LER + PRC": Step(size, weights, options),
         "neither": Step(size, weights, [*options, *WEIGHTING_OFF]),
-        "LER + PRC, as Detectron2 computes": Step(
-            size, weights, ["MODEL.FOLD_FROZEN_NORM", "False"]
-        ),
         "passes of Unbiased Teacher": UnbiasedTeacherPasses(size, []),
         DRIFT: matrix_product(floor.device),
     }

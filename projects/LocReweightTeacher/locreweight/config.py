@@ -86,9 +86,6 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Frozen batch norm of the backbone becomes part of the convolution before it: the same numbers
     # but for rounding, in less time. False: two operations, as Detectron2.
     cfg.MODEL.FOLD_FROZEN_NORM = True
-    # Lay the backbone's images out with the channels of a pixel beside each other: the same numbers
-    # but for rounding. What it saves depends on the device (docs/benchmarks.md).
-    cfg.MODEL.CHANNELS_LAST = False
     # What the box branch predicts and Eq. 4 models: True: offsets of the two corners over the
     # proposal's width and height; False: Detectron2's (dx, dy, dw, dh). Both are multiplied with
     # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS (corners: with its first two numbers).

@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from .frozen_norm import fold_frozen_norms
+from .parallel_roi_align import parallelize_roi_align
 from .predictor import BoxPredictions
 
 
@@ -42,11 +43,9 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         parts = super().from_config(cfg)
+        parallelize_roi_align(parts["roi_heads"])
         if cfg.MODEL.FOLD_FROZEN_NORM:
             fold_frozen_norms(parts["backbone"])
-        if cfg.MODEL.CHANNELS_LAST:
-            # What convolutions give is laid out as their weights are.
-            parts["backbone"].to(memory_format=torch.channels_last)
         return parts
 
     def forward(
