@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -123,7 +124,7 @@ def compare(files: list[str], short_sides: tuple[int, int], rounds: int) -> tupl
             seed = 1000 * (turn + 1) + number
             for name, make in contestants.items():
                 np.random.seed(seed)
-                spent[name] += seconds(lambda make=make, file=file: make(file))
+                spent[name] += seconds(partial(make, file))
             for name, parts in (("plain", plain), ("ours", staged)):
                 np.random.seed(seed)
                 parts.two_views(file, watches[name])
@@ -161,8 +162,8 @@ def colour_rows(image: np.ndarray, rounds: int) -> list[list]:
         both: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
             given = Image.fromarray(image)
-            both[0].append(1e3 * seconds(lambda given=given, do=pillows: do(given, 1.3)))
-            both[1].append(1e3 * seconds(lambda do=ours: do(image, 1.3)))
+            both[0].append(1e3 * seconds(partial(pillows, given, 1.3)))
+            both[1].append(1e3 * seconds(partial(ours, image, 1.3)))
         rows.append([name, *(statistics.median(times) for times in both)])
     return rows
 
