@@ -32,7 +32,10 @@ class Waiting(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         # Written out, and not the device of some other tensor, which here is the CPU as well.
         to_cpu = name == "to" and any(isinstance(a, str) and a == "cpu" for a in args[1:])
-        if PACKAGE in Path(code.co_filename).parents and (to_cpu or name in READS + SIZES):
+        folders = Path(code.co_filename).parents
+        # What makes images works on the host, here in the trainer's process.
+        is_step = PACKAGE in folders and PACKAGE / "data" not in folders
+        if is_step and (to_cpu or name in READS + SIZES):
             self.calls[f"{code.co_name}: {name}"] += 1
         return func(*args, **(kwargs or {}))
 
