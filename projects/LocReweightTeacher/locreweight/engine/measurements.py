@@ -44,7 +44,12 @@ class Measurements:
             update: further fields of its report.
         """
         fields = {} if result is None else {"losses": result.losses, "metrics": result.metrics}
-        self._steps.append(_Step(iteration, reports, fields | (update or {})))
+        # Detached: a loss would hold on to its graph.
+        kept = {
+            field: {name: tensor.detach() for name, tensor in named.items()}
+            for field, named in (fields | (update or {})).items()
+        }
+        self._steps.append(_Step(iteration, reports, kept))
 
     def fetch(self) -> list[tuple[int, list[StepReport]]]:
         """Iteration and complete reports of all processes, step after step; forgets them.
@@ -74,6 +79,4 @@ def _to_host(scalars: list[Tensor]) -> list[float]:
         return []
     # Counts of pseudo-labels were never on the device; on the way there nobody waits.
     device = next((t.device for t in scalars if t.device.type != "cpu"), scalars[0].device)
-    return torch.stack(
-        [t.detach().to(device, torch.float32, non_blocking=True) for t in scalars]
-    ).tolist()
+    return torch.stack([t.to(device, torch.float32, non_blocking=True) for t in scalars]).tolist()
