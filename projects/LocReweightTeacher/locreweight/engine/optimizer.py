@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer
 from torch import Tensor, nn
 
+_KERNELS = {"foreach": False, "fused": True}
+
 
 class SkippingOptimizer:
     """Detectron2's optimizer, fused, and the scaler that says when it has to stand still.
@@ -67,7 +69,10 @@ class SkippingOptimizer:
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": scaler}
 
     def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        # Groups come with all their settings; those of older checkpoints ask for other kernels.
+        groups = [group | _KERNELS for group in saved["param_groups"]]
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
         if self._scales and state["grad_scaler"]:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
 
@@ -84,7 +89,7 @@ def largest_in_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def _fused(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     """The same optimizer with PyTorch's fused kernels, which update all parameters in one."""
-    groups = [group | {"foreach": False, "fused": True} for group in optimizer.param_groups]
+    groups = [group | _KERNELS for group in optimizer.param_groups]
     fused = type(optimizer)(groups, fused=True)
     for group in fused.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
