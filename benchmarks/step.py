@@ -3,7 +3,7 @@
 
     python -m benchmarks.step                          # R50-FPN, short side 640, 2 + 2 images
     python -m benchmarks.step --short-side 320 --repeats 7
-    python -m benchmarks.step MODEL.CHANNELS_LAST True
+    python -m benchmarks.step MODEL.FOLD_FROZEN_NORM False
 
 The floor is a student's forward and backward pass and a teacher's forward pass, and no more: no
 optimizer, no moving average, no second look. Beside it stand the passes over the detector that

@@ -91,5 +91,6 @@ def test_only_float16_has_a_loss_scale():
     model = a_model()
     amp = {"SOLVER.AMP.ENABLED": True}
     assert skipping(model, amp, torch.bfloat16).loss_scale == {}
-    assert skipping(model, amp, torch.float16).loss_scale["loss_scale"].item() == 2.0**16
+    scale = skipping(model, amp, torch.float16).loss_scale["loss_scale"]
+    assert scale.item() == 2.0**16 and scale.device == next(model.parameters()).device
     assert skipping(model, {}, torch.float16).loss_scale == {}

@@ -20,6 +20,15 @@ READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "
 SIZES = ("nonzero", "masked_select", "unique")  # how many rows there are has to be known
 
 
+def asks_for_a_size(name, args):
+    """Also hidden: by an index that is a mask, or a list, which is copied to the device."""
+    if name != "__getitem__":
+        return name in SIZES
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    masks = (isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index)
+    return any(masks) or any(isinstance(i, list) for i in index)
+
+
 class Waiting(TorchFunctionMode):
     """Counts, by function, what this package's own code asks of tensors that a host waits for."""
 
@@ -35,7 +44,7 @@ class Waiting(TorchFunctionMode):
         folders = Path(code.co_filename).parents
         # What makes images works on the host, here in the trainer's process.
         is_step = PACKAGE in folders and PACKAGE / "data" not in folders
-        if is_step and (to_cpu or name in READS + SIZES):
+        if is_step and (to_cpu or name in READS or asks_for_a_size(name, args)):
             self.calls[f"{code.co_name}: {name}"] += 1
         return func(*args, **(kwargs or {}))
 
@@ -56,6 +65,9 @@ def test_what_was_measured_is_read_once_a_logging_period(
     monkeypatch.setattr(trainer, "run_step", counted)
     trainer.train()
     assert waiting.calls.pop("_to_host: tolist") == iterations / period
+    # Of each unlabeled image, which detections are pseudo-labels, and which of them are in sight.
+    assert waiting.calls.pop("select_pseudo_labels: nonzero") == 2 * iterations
+    assert waiting.calls.pop("to_strong_view: nonzero") == 2 * iterations
     # Rows that are regressed, of labeled and of unlabeled images: as many as are foreground.
     assert waiting.calls.pop("foreground: nonzero") == 2 * iterations
     assert not waiting.calls

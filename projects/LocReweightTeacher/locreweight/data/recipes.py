@@ -4,7 +4,8 @@
     def MyRecipe(cfg) -> Recipe: ...
 
 Sizes and flips follow Detectron2's ``INPUT.MIN_SIZE_TRAIN``, ``INPUT.MAX_SIZE_TRAIN`` and
-``INPUT.RANDOM_FLIP``. Images are RGB while they are augmented.
+``INPUT.RANDOM_FLIP``. Images are RGB while they are augmented. Views share what they begin with: an
+augmentation returns a new image, and does not write into the one that it is given.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class SkippingOptimizer:
             dtype: what the forward pass computes in.
         """
         self.optimizer = _fused(build_optimizer(cfg, model))
-        device = next(model.parameters()).device
+        self._device = device = next(model.parameters()).device
         # bfloat16 has the range of float32; only float16 needs its gradients scaled.
         self._scales = cfg.SOLVER.AMP.ENABLED and dtype is torch.float16
         self.grad_scaler = torch.amp.GradScaler(device.type)
@@ -62,7 +62,7 @@ class SkippingOptimizer:
         """``loss_scale``, to be logged, where losses are scaled; left on the device."""
         if not self._scales:
             return {}
-        return {"loss_scale": self.grad_scaler.scale(torch.ones(()))}
+        return {"loss_scale": self.grad_scaler.scale(torch.ones((), device=self._device))}
 
     def state_dict(self) -> dict:
         scaler = self.grad_scaler.state_dict() if self._scales else {}
@@ -73,6 +73,7 @@ class SkippingOptimizer:
         # Groups come with all their settings; those of older checkpoints ask for other kernels.
         groups = [group | _KERNELS for group in saved["param_groups"]]
         self.optimizer.load_state_dict(saved | {"param_groups": groups})
+        _begin_momentum(self.optimizer)
         if self._scales and state["grad_scaler"]:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
 
@@ -91,9 +92,18 @@ def _fused(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     """The same optimizer with PyTorch's fused kernels, which update all parameters in one."""
     groups = [group | _KERNELS for group in optimizer.param_groups]
     fused = type(optimizer)(groups, fused=True)
-    for group in fused.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            # PyTorch makes them empty and leaves them so if the first step of all is left out;
-            # with what happened to lie in memory the second one would go anywhere.
-            fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    _begin_momentum(fused)
     return fused
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Zeros where there is none yet.
+
+    PyTorch would make empty memory of it in the first step, and leave it so if that is left out;
+    with what happened to lie there the second one would go anywhere.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)

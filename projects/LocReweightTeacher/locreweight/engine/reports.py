@@ -20,7 +20,6 @@ class StepReport:
         failure: why the step broke off before there were losses.
         losses, metrics: as in :class:`.step.StepResult`; none if the step failed.
         gradients: parameter -> the largest absolute number in its gradient.
-        loss_scale: what float16 multiplies losses with, after the step; 0 where nothing does.
     """
 
     images: list[str]
@@ -31,7 +30,6 @@ class StepReport:
     losses: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, float] = field(default_factory=dict)
-    loss_scale: float = 0.0
 
     @property
     def problem(self) -> str:

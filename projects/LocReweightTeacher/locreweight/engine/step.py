@@ -128,7 +128,7 @@ def to_strong_view(labels: Instances, sample: UnlabeledSample) -> Instances:
     boxes = _carry(labels.gt_boxes.tensor, sample.weak, sample.strong)
     carried = Instances(sample.strong.image_size, **labels.get_fields())
     carried.gt_boxes = Boxes(boxes)
-    return carried[carried.gt_boxes.nonempty(threshold=1.0)]
+    return carried[carried.gt_boxes.nonempty(threshold=1.0).nonzero().squeeze(1)]
 
 
 def second_look(

@@ -46,9 +46,11 @@ def warp_boxes(boxes: Tensor, matrix: Tensor, image_size: tuple[int, int]) -> Te
     """
     # Half precision cannot hold pixel coordinates, and whole numbers cannot hold the matrix.
     dtype = torch.promote_types(boxes.dtype, torch.float32)
-    boxes, matrix = boxes.to(dtype), matrix.to(boxes.device, dtype)
-    x = boxes[:, [0, 2, 0, 2]]
-    y = boxes[:, [1, 1, 3, 3]]
+    # The host does not wait for the copy, as it would for an index that is a list.
+    boxes, matrix = boxes.to(dtype), matrix.to(boxes.device, dtype, non_blocking=True)
+    left, top, right, bottom = boxes.unbind(dim=1)
+    x = torch.stack([left, right, left, right], dim=1)
+    y = torch.stack([top, top, bottom, bottom], dim=1)
     # Written out and not as a matrix product, which autocast would do in half precision.
     mapped_x = matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]
     mapped_y = matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]

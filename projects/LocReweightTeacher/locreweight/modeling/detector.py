@@ -68,17 +68,15 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
             return super().forward(batched_inputs)
         count = len(batched_inputs)
         images = self.preprocess_image([*batched_inputs, *unlabeled_inputs])
+        # Before the device is busy: copying them waits for what it was asked for.
+        truth, pseudo_labels = self._targets(batched_inputs), self._targets(unlabeled_inputs)
+        rpn_labels = self._targets(unlabeled_inputs, "rpn_instances")
         labeled, unlabeled = _split(self.backbone(images.tensor), count)
 
-        losses = self._supervised_losses(
-            _part_of(images, slice(None, count)), labeled, self._targets(batched_inputs)
-        )
+        losses = self._supervised_losses(_part_of(images, slice(None, count)), labeled, truth)
         with get_event_storage().name_scope("unlabeled"):
             output = self._unlabeled_output(
-                _part_of(images, slice(count, None)),
-                unlabeled,
-                self._targets(unlabeled_inputs, "rpn_instances"),
-                self._targets(unlabeled_inputs),
+                _part_of(images, slice(count, None)), unlabeled, rpn_labels, pseudo_labels
             )
         return losses, output
 

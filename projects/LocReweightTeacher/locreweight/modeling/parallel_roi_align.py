@@ -72,10 +72,12 @@ def _in_parallel(kernel: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     # What a thread has to keep of gradients and precision is its own affair in each of them.
     @torch.no_grad()
     def run(part: Tensor) -> Tensor:
-        return kernel(part.contiguous())
+        return kernel(part)
 
     threads = torch.get_num_threads()
-    return torch.cat(list(_pool(threads).map(run, tensor.chunk(threads, dim=1))), dim=1)
+    # Made contiguous here, where one team of threads does it.
+    parts = [part.contiguous() for part in tensor.chunk(threads, dim=1)]
+    return torch.cat(list(_pool(threads).map(run, parts)), dim=1)
 
 
 @lru_cache

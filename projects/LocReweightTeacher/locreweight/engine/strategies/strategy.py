@@ -144,7 +144,8 @@ def select_pseudo_labels(detections: Instances, threshold: float) -> Instances:
         ``gt_boxes`` (frame of the detections), ``gt_classes``, ``gt_localization_quality``,
         ``gt_score``.
     """
-    chosen = detections[detections.scores > threshold]
+    # Places, and not a mask, which each field would count for itself.
+    chosen = detections[(detections.scores > threshold).nonzero().squeeze(1)]
     return Instances(
         detections.image_size,
         gt_boxes=chosen.pred_boxes,
