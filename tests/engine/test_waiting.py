@@ -65,7 +65,9 @@ def test_what_was_measured_is_read_once_a_logging_period(
     monkeypatch.setattr(trainer, "run_step", counted)
     trainer.train()
     assert waiting.calls.pop("_to_host: tolist") == iterations / period
-    # Of each unlabeled image, which detections are pseudo-labels, and which of them are in sight.
+    # Of each unlabeled image, which predictions of the teacher are finite,
+    assert waiting.calls.pop("inference: __getitem__") == 2 * iterations
+    # which detections are pseudo-labels, and which of them are in sight.
     assert waiting.calls.pop("select_pseudo_labels: nonzero") == 2 * iterations
     assert waiting.calls.pop("to_strong_view: nonzero") == 2 * iterations
     # Rows that are regressed, of labeled and of unlabeled images: as many as are foreground.
