@@ -20,9 +20,11 @@ from locreweight.engine.strategies import (
     build_strategy,
 )
 from locreweight.engine.strategies.loc_reweight import ler, prc
+from locreweight.engine.strategies.shuffled import shuffled
 from locreweight.engine.strategies.soft_teacher import SoftTeacherParts, refine
 from locreweight.engine.strategies.strategy import classify_alike, regress_alike
 from locreweight.errors import UsageError
+from locreweight.method import reweighting
 from tests.modeling.predictor_cases import (
     LABELS,
     K,
@@ -148,6 +150,55 @@ def test_losses_are_finite_and_pass_gradients_to_all_but_the_variance(regress, c
     assert all(x.grad is None for x in (quality, *teacher))
 
 
+# --- its control ----------------------------------------------------------------------------------
+
+
+def test_the_control_deals_each_kind_its_own_weights_and_each_place_any_of_them():
+    weights = torch.arange(1.0, 8.0)
+    foreground = torch.tensor([0, 1, 1, 0, 1, 0, 0]).bool()
+    torch.manual_seed(0)
+    draws = torch.stack([shuffled(weights, foreground) for _ in range(2000)])
+    for kind in (foreground, ~foreground):
+        own = weights[kind]
+        assert torch.equal(draws[:, kind].sort(dim=1).values, own.expand(2000, -1))
+        share = (draws[:, kind][..., None] == own).float().mean(dim=0)
+        assert_close(share, torch.full_like(share, 1 / len(own)), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("kind", [True, False], ids=["foreground", "background"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_control_works_with_one_kind_and_with_none(kind, dtype):
+    weights = torch.rand(5, dtype=dtype)
+    dealt = shuffled(weights, torch.full((5,), kind))
+    assert dealt.dtype == dtype and torch.equal(dealt.sort().values, weights.sort().values)
+    assert shuffled(weights[:0], torch.zeros(0).bool()).shape == (0,)
+
+
+@each_normalizer
+@each_labels
+def test_the_control_has_the_papers_losses_with_its_own_weights(by_sampled, labels):
+    predictor = make_predictor(normalize_by_sampled=by_sampled)
+    teacher = make_predictions(count(labels))
+    quality = torch.rand(count(labels)) / 2
+    sampled = sample(labels, predictor, teacher=teacher, gt_localization_quality=quality)
+    torch.manual_seed(0)
+    losses = strategy_of("ShuffledLocReweight").losses(sampled)
+
+    torch.manual_seed(0)
+    reliability = predictor.reliability(teacher, sampled.labels)
+    reliability = shuffled(reliability, sampled.is_foreground)
+    dealt = shuffled(
+        sampled.of_pseudo_label("gt_localization_quality"), sampled.is_foreground
+    ).tolist()
+    boxes = [(row, loss * dealt[row]) for row, loss in box_terms(sampled, "corners", False, 1.0)]
+    expected = sum(loss for _, loss in boxes) / max(count(labels) if by_sampled else len(boxes), 1)
+    assert_close(losses["loss_box_reg"], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    weighted = reweighting.reliability_weighted_cross_entropy(
+        sampled.predictions.scores, sampled.labels, reliability, per_sampled_proposal=by_sampled
+    )
+    assert_close(losses["loss_cls"], weighted)
+
+
 # --- Soft Teacher ---------------------------------------------------------------------------------
 
 PARTS = SoftTeacherParts(class_threshold=0.9)
@@ -248,6 +299,8 @@ def test_the_config_names_the_method_and_its_parts():
     assert (both.classify, both.regress_boxes) == (prc, ler)
     neither = strategy_of("LocReweight", **{"SEMI.LER": False, "SEMI.PRC": False})
     assert (neither.classify, neither.regress_boxes) == (classify_alike, regress_alike)
+    without = strategy_of("ShuffledLocReweight", **{"SEMI.LER": False, "SEMI.PRC": False})
+    assert (without.classify, without.regress_boxes) == (classify_alike, regress_alike)
     stac = strategy_of("Stac")
     assert stac.frozen_labeler and stac.regress_boxes is regress_alike
     assert strategy_of("UnbiasedTeacher").regress_boxes is None

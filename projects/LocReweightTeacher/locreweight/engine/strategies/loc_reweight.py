@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from detectron2.config import CfgNode
 from torch import Tensor
 
@@ -26,10 +28,20 @@ def LocReweight(cfg: CfgNode) -> Strategy:
     )
 
 
-def prc(sampled: SampledProposals) -> Tensor:
+# ``(weights, is_foreground) -> weights``, all ``(R,)``: what a variant of the method does to them.
+Rearrange = Callable[[Tensor, Tensor], Tensor]
+
+
+def as_they_are(weights: Tensor, is_foreground: Tensor) -> Tensor:
+    """The paper's method."""
+    return weights
+
+
+def prc(sampled: SampledProposals, rearrange: Rearrange = as_they_are) -> Tensor:
     """Proposals weighted by how reliable the teacher finds them (Eq. 12, 13, 14)."""
     predictor = sampled.predictor
     reliability = predictor.reliability(sampled.teacher_predictions, sampled.labels)
+    reliability = rearrange(reliability, sampled.is_foreground)
     sampled.measure("proposals/reliability_foreground", reliability, sampled.is_foreground)
     sampled.measure("proposals/reliability_background", reliability, ~sampled.is_foreground)
     return reliability_weighted_cross_entropy(
@@ -40,10 +52,11 @@ def prc(sampled: SampledProposals) -> Tensor:
     )
 
 
-def ler(sampled: SampledProposals) -> Tensor:
+def ler(sampled: SampledProposals, rearrange: Rearrange = as_they_are) -> Tensor:
     """Foreground proposals weighted by the localization quality of their pseudo-label (Eq. 11)."""
     predictor = sampled.predictor
     boxes = predictor.foreground(sampled.predictions, sampled.proposals, sampled.labels)
-    quality = sampled.of_pseudo_label("gt_localization_quality")[boxes.rows]
+    quality = sampled.of_pseudo_label("gt_localization_quality")
+    quality = rearrange(quality, sampled.is_foreground)[boxes.rows]
     normalizer = predictor.normalizer(boxes, sampled.labels)
     return quality_weighted_box_loss(predictor.box_losses(boxes), quality, normalizer)
