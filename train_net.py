@@ -37,6 +37,7 @@ from locreweight.engine import (
     launch,
     load_for_evaluation,
 )
+from locreweight.engine.folder_lock import claim
 from locreweight.engine.run_record import write_run_record
 from locreweight.errors import UsageError
 
@@ -52,6 +53,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise UsageError("there is no GPU here: add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False")
     register_datasets(cfg, training=not args.eval_only)
     try:
+        if comm.is_main_process() and not args.eval_only:
+            claim(Path(cfg.OUTPUT_DIR))
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
     except OSError as error:

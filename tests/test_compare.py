@@ -20,6 +20,7 @@ import yaml
 import compare
 import run_queue
 from comparison_report import as_csv, as_markdown, curves
+from locreweight.engine.run_record import RUN_FILE, RunRecord
 from locreweight.errors import UsageError
 from run_queue import Attempt, Run, RunQueue, attempts_of, places
 from run_results import is_finished, other_settings, results_of
@@ -36,8 +37,8 @@ def run_of(output, seed=1, method=None, options=SHORT):
     return Run(QUICKSTART, method and METHODS / f"{method}.yaml", seed, Path(output), options)
 
 
-def write_results(run, aps, precision=None):
-    """As training leaves them; ``aps`` by iterations done."""
+def write_results(run, aps, *labels):
+    """As training leaves them; ``aps`` by iterations done, then what was measured of labels."""
     run.output.mkdir(parents=True)
     (run.output / "config.yaml").write_text(run.cfg.dump())
     # Burn-in, of 20 iterations, is the faster part.
@@ -50,13 +51,20 @@ def write_results(run, aps, precision=None):
             "student/bbox/AP": ap - 1,
         }
         lines.append({"iteration": done - 1, "voc_11_point/AP50": 3 * ap, **scores})
-    if precision is not None:
-        lines.append({"iteration": 39, "pseudo_truth/precision": precision})
+    for i, measured in enumerate(labels, 35):
+        lines.append({"iteration": i} | {f"pseudo_truth/{k}": v for k, v in measured.items()})
     (run.output / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in lines))
     if run.cfg.SOLVER.MAX_ITER in aps:
         (run.output / "model_final.pth").touch()
-    attempt = Attempt("abc", "2 x CPU", 3.0, 0, 1000.0)
+    attempt = Attempt(seconds=3.0, exit_code=0, peak_ram_mib=1000.0)
     (run.output / run_queue.ATTEMPTS).write_text(json.dumps([vars(attempt)]))
+    write_starts(run, "abc")
+
+
+def write_starts(run, *commits):
+    machine = {"CPU": "CPU", "cores": "2", "GPUs": "none"}
+    starts = [RunRecord("python train_net.py", x, "now", 1, machine=machine) for x in commits]
+    (run.output / RUN_FILE).write_text(json.dumps([vars(start) for start in starts]))
 
 
 def arguments(*more):
@@ -104,6 +112,57 @@ def test_options_may_not_make_a_method_another_one(tmp_path, method, key):
         compare.runs_of(arguments(*words, key, 3))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("SEED", 7), "SEED is set by --seeds"),
+        (("OUTPUT_DIR", "x"), "OUTPUT_DIR is set by --output"),
+        (("SEMI.LER", True), "SEMI.LER differs between the config files"),
+        (("SEMI.STRATEGY", "Mine"), "1-neither, seed 1: unknown SEMI.STRATEGY 'Mine'"),
+        (("INPUT.RECIPE", "Mine"), "1-neither, seed 1: unknown INPUT.RECIPE 'Mine'"),
+    ],
+)
+def test_options_may_not_make_rows_or_seeds_alike(tmp_path, option, message):
+    configs = sorted((ROOT / "configs/table3").glob("*.yaml"))
+    words = ["--config-file", *configs, "--seeds", 1, 2, "--output", tmp_path]
+    assert len(compare.runs_of(arguments(*words, "SOLVER.MAX_ITER", 7))) == 8
+    with pytest.raises(UsageError, match=message):
+        compare.runs_of(arguments(*words, *option))
+
+
+def test_a_fold_that_is_missing_is_found_before_anything_runs(tmp_path):
+    split = tmp_path / "splits.json"
+    split.write_text(json.dumps({"sets": [{"labeled": {"100.0": {"1": [], "2": []}}}]}))
+
+    def runs_of(*seeds):
+        words = ["--config-file", QUICKSTART, "--seeds", *seeds, "--output", tmp_path]
+        return compare.runs_of(arguments(*words, "DATASETS.SPLIT_FILE", split))
+
+    assert len(runs_of(1, 2)) == 2
+    with pytest.raises(UsageError, match="quickstart, seed 3: .* no split of seed 3.* 1, 2"):
+        runs_of(2, 3)
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path):
+    words = ["--config-file", QUICKSTART, "--output", tmp_path, "--methods", ROOT / "README.md"]
+    with pytest.raises(UsageError, match=r"cannot read the config file '.*README\.md'"):
+        compare.runs_of(arguments(*words))
+
+
+@pytest.mark.parametrize("words", [["--num-gpus", 0], ["--parallel", -1]])
+def test_there_is_at_least_one_of_each(tmp_path, words, capsys):
+    with pytest.raises(SystemExit):
+        arguments("--config-file", QUICKSTART, "--output", tmp_path, *words)
+    assert f"{words[0]}: {words[1]} is less than 1" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    words = ["--config-file", QUICKSTART, "--output", tmp_path / "file/out", "MODEL.DEVICE", "cpu"]
+    with pytest.raises(UsageError, match=r"cannot make the folder --output: .*file/out"):
+        compare.compare(arguments(*words))
+
+
 def test_files_of_the_same_name_are_an_error(tmp_path):
     other = tmp_path / "quickstart.yaml"
     other.write_text(yaml.dump({"_BASE_": str(QUICKSTART)}))
@@ -141,16 +200,37 @@ def test_the_command_is_one_that_a_user_can_call(tmp_path):
 
 def test_results_are_those_of_the_final_teacher(tmp_path):
     run = run_of(tmp_path / "run", seed=2, method="soft_teacher")
-    write_results(run, {20: 10.0, 40: 30.0}, precision=0.75)
+    write_results(run, {20: 10.0, 40: 30.0}, {"precision": 0.75, "recall": 0.25})
     found = results_of(run)
     assert (found.row, found.seed, found.finished) == ("quickstart + soft_teacher", 2, True)
     assert (found.ap, found.ap50, found.ap75, found.student_ap) == (30.0, 60.0, 15.0, 29.0)
     assert found.voc_ap50 == 90.0
-    assert (found.precision, np.isnan(found.recall)) == (0.75, True)
+    assert (found.precision, found.recall) == (0.75, 0.25)
     assert found.seconds_per_iteration == pytest.approx(0.41)  # of 0.40, 0.41, 0.42
     assert (found.peak_memory_mib, found.memory_of) == (1000.0, "RAM")
     assert (found.threshold, found.unsupervised_weight, found.burn_in) == (0.6, 2.0, 20)
     assert (found.commit, found.machine) == ("abc", "2 x CPU")
+
+
+def test_without_pseudo_labels_at_the_end_there_is_no_precision(tmp_path):
+    run = run_of(tmp_path / "run")
+    write_results(run, {40: 30.0}, {"precision": 0.75, "recall": 0.25}, {"recall": 0.0})
+    found = results_of(run)
+    assert (np.isnan(found.precision), found.recall) == (True, 0.0)
+
+
+def test_a_row_names_every_commit_that_it_was_trained_with(tmp_path):
+    run = run_of(tmp_path / "run")
+    write_results(run, {40: 30.0})
+    write_starts(run, "abc", "abc", "def+changes")
+    assert results_of(run).commit == "abc, def+changes"
+    assert "| abc, def+changes " in as_markdown([results_of(run)])
+
+
+def test_attempts_of_an_earlier_version_can_be_read(tmp_path):
+    old = {"commit": "abc", "machine": "2 x CPU", "seconds": 3.0, "exit_code": 0}
+    (tmp_path / run_queue.ATTEMPTS).write_text(json.dumps([old | {"peak_ram_mib": 1.0}]))
+    assert attempts_of(tmp_path) == [Attempt(3.0, 0, 1.0)]
 
 
 def test_peak_memory_is_that_of_the_gpu_where_there_is_one(tmp_path):
@@ -328,7 +408,7 @@ def test_more_gpus_than_there_are_cannot_be_had(monkeypatch):
 
 
 def test_it_is_stopped_and_goes_on(tmp_path, capsys):
-    """Interrupted after a checkpoint, finished by the second call; the third has nothing to do."""
+    """The terminal closes after a checkpoint; finished by the second call; nothing for a third."""
     changed = {"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 12, "SEMI.BURN_IN_ITERS": 6}
     settings = TINY | TRAINING | make_datasets(tmp_path / "data") | changed
     output = tmp_path / "out"
@@ -343,7 +423,7 @@ def test_it_is_stopped_and_goes_on(tmp_path, capsys):
     while not (run.output / "last_checkpoint").exists():
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.05)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGHUP)
     said = first.communicate()[0]
     assert first.returncode == 1 and "the same command goes on" in said
     assert not is_finished(run)

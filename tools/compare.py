@@ -10,8 +10,9 @@ words it goes on where it was stopped, leaves out what is finished and tries aga
 After each run --output has results.csv (all runs), table.md (means and spreads) and curves.png.
 
 A seed chooses the start weights, the order of images, and which images are labeled: methods with
-the same seed see the same split. KEY VALUE pairs come last and hold for all runs. They may not
-touch what one of the methods decides: it would be another method then.
+the same seed see the same split. KEY VALUE pairs come last and hold for all runs (with
+DATASETS.SPLIT_SEED all seeds see one split). They may not touch what one of the methods decides, or
+what the configs differ in: it would be another method then.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from comparison_report import CURVES, TABLE, write_report
-from locreweight.config import check_supported
+from locreweight.config import check_supported, load_config
+from locreweight.data.recipes import build_recipe
+from locreweight.data.split_files import check_split_is_there
+from locreweight.engine.strategies import build_strategy
 from locreweight.errors import UsageError
 from run_queue import CONSOLE, Attempt, Run, RunQueue, places
 from run_results import is_finished, iterations_of, leaves, other_settings, results_of
@@ -106,27 +110,47 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
     ]
     if len({run.output for run in runs}) < len(runs):
         raise UsageError("two of the files have the same name: their runs would share a folder")
-    for method in args.methods or []:
-        check_method_stays_itself(method, args.opts)
+    check_rows_stay_themselves(args.config_file, args.methods or [], args.opts[::2])
     for run in runs:
-        check_supported(run.cfg)
-        if len(run.cfg.DATASETS.TEST) > 1:
-            raise UsageError(f"{run.config} names several sets in DATASETS.TEST; compare on one")
-        if changes := other_settings(run):
-            raise UsageError(
-                f"{run.output} was begun with other settings: {'; '.join(changes[:3])}. Remove it, "
-                "or give another --output"
-            )
+        check_run(run)
     return runs
 
 
-def check_method_stays_itself(method: Path, options: list[str]) -> None:
-    """Raises UsageError if the options set what the method's file sets."""
-    if not method.is_file():
-        raise UsageError(f"config file {str(method)!r} does not exist")
-    decided = leaves(CfgNode.load_yaml_with_base(str(method)))
-    for key in options[::2]:
-        if key in decided:
+def check_run(run: Run) -> None:
+    """What its training would refuse sooner or later, as far as the config alone tells.
+
+    Raises:
+        UsageError: names it.
+    """
+    try:
+        check_supported(run.cfg)
+        build_strategy(run.cfg)
+        build_recipe(run.cfg)
+        check_split_is_there(run.cfg)
+    except UsageError as error:
+        raise UsageError(f"{run.name}: {error}") from error
+    if len(run.cfg.DATASETS.TEST) > 1:
+        raise UsageError(f"{run.config} names several sets in DATASETS.TEST; compare on one")
+    if changes := other_settings(run):
+        raise UsageError(
+            f"{run.output} was begun with other settings: {'; '.join(changes[:3])}. Remove it, "
+            "or give another --output"
+        )
+
+
+def check_rows_stay_themselves(configs: list[Path], methods: list[Path], keys: list[str]) -> None:
+    """Raises UsageError if options with these keys set what tells rows or seeds apart."""
+    for key, instead in {"SEED": "--seeds", "OUTPUT_DIR": "--output"}.items():
+        if key in keys:
+            raise UsageError(f"{key} is set by {instead}")
+    settings = [leaves(load_config(str(config), [])) for config in configs]
+    for key in keys:
+        if any(each.get(key) != settings[0].get(key) for each in settings):
+            raise UsageError(f"{key} differs between the config files; it is for them to decide")
+    for method in methods:
+        load_config("", [], str(method))  # says what is wrong with the file, if anything is
+        decided = leaves(CfgNode.load_yaml_with_base(str(method)))
+        for key in decided.keys() & set(keys):
             raise UsageError(
                 f"{key} is for {method} to decide. For the other methods, set it in a config file "
                 "of its own, with _BASE_; for all of them, leave that method out"
@@ -157,7 +181,10 @@ def compare(args: argparse.Namespace) -> list[str]:
     except ValueError as error:
         raise UsageError(str(error)) from error
     waiting = [run for run in runs if not is_finished(run)]
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder --output: {error}") from error
     queue = RunQueue(waiting, found)
     progress = Progress(runs, waiting, len(found))
     try:
@@ -183,9 +210,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="laid over each config: configs/methods/*.yaml",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
-    parser.add_argument("--num-gpus", type=int, default=1, help="of each run")
+    parser.add_argument("--num-gpus", type=positive, default=1, help="of each run")
     parser.add_argument(
-        "--parallel", type=int, help="runs at a time; otherwise as many as the GPUs allow, or 1"
+        "--parallel",
+        type=positive,
+        help="runs at a time; otherwise as many as the GPUs allow, or 1",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of runs and results")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all runs")
@@ -194,14 +223,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def positive(text: str) -> int:
+    """A number of things, one at least."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def main() -> None:
     args = parse_arguments()
-    # A scheduler's signal ends a comparison as Ctrl-C does: with its runs, and not without them.
-    signal.signal(signal.SIGTERM, interrupt)
+    # A scheduler's signal, or a terminal that closes, ends a comparison as Ctrl-C does: with its
+    # runs, and not without them. After nohup it goes on.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         failed = compare(args)
     except UsageError as error:

@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from locreweight.engine.checkpoint_files import write_whole_bytes
 from run_queue import Run
 from run_results import RunResults, curve_of, results_of
 
@@ -35,9 +36,14 @@ def write_report(runs: list[Run], output: Path) -> None:
         output: folder.
     """
     results = [found for run in runs if (found := results_of(run)) is not None]
-    _write(output / CSV, as_csv(results).encode())
-    _write(output / TABLE, as_markdown(results).encode())
-    _write(output / CURVES, curves(runs))
+    contents = {
+        CSV: as_csv(results).encode(),
+        TABLE: as_markdown(results).encode(),
+        CURVES: curves(runs),
+    }
+    for name, content in contents.items():
+        # In one go: a table that is being looked at is never half a table.
+        write_whole_bytes(output / name, content)
 
 
 def as_csv(results: list[RunResults]) -> str:
@@ -142,10 +148,3 @@ def _number(value: float, digits: str) -> str:
 
 def _unknown(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _write(file: Path, content: bytes) -> None:
-    # In one go: a table that is being looked at is never half a table.
-    new = file.with_name(f".{file.name}.new")
-    new.write_bytes(content)
-    new.replace(file)

@@ -1,20 +1,20 @@
 """Trainings as processes of their own: several at a time, each on GPUs of its own.
 
-A run that was stopped goes on where it was; what each attempt needed is noted beside its results.
+A run that was stopped goes on where it was; what each attempt needed is noted beside its results,
+in whose ``run.json`` the training itself says of which commit and on which machine it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import queue
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -23,6 +23,7 @@ import torch
 from detectron2.config import CfgNode
 
 from locreweight.config import load_config, scale_to_world_size
+from locreweight.engine.checkpoint_files import write_whole_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTEMPTS = "attempts.json"  # in OUTPUT_DIR
@@ -92,15 +93,11 @@ class Attempt:
     """One start of a run.
 
     Attributes:
-        commit: of the repository, with "-dirty" if files differ from it; empty outside of git.
-        machine: its processor and GPUs.
         seconds: that it took.
         exit_code: of the process, 0 for success.
         peak_ram_mib: the largest resident memory of one of its processes.
     """
 
-    commit: str
-    machine: str
     seconds: float
     exit_code: int
     peak_ram_mib: float
@@ -109,7 +106,9 @@ class Attempt:
 def attempts_of(output: Path) -> list[Attempt]:
     """All attempts at a run, the first one first."""
     file = output / ATTEMPTS
-    return [Attempt(**each) for each in json.loads(file.read_text())] if file.is_file() else []
+    records = json.loads(file.read_text()) if file.is_file() else []
+    known = {field.name for field in fields(Attempt)}  # earlier versions wrote more
+    return [Attempt(**{k: v for k, v in each.items() if k in known}) for each in records]
 
 
 class RunQueue:
@@ -130,7 +129,6 @@ class RunQueue:
         self._running: dict[Run, subprocess.Popen] = {}
         self._lock = Lock()
         self._stopping = False
-        self._commit, self._machine = commit(), machine()
 
     @property
     def running(self) -> list[Run]:
@@ -207,14 +205,13 @@ class RunQueue:
         with self._lock:
             del self._running[run]
         attempt = Attempt(
-            commit=self._commit,
-            machine=self._machine,
             seconds=round(time.monotonic() - start, 1),
             exit_code=process.returncode,
             peak_ram_mib=round(usage.ru_maxrss / 1024, 1),
         )
         records = [asdict(each) for each in [*attempts_of(run.output), attempt]]
-        (run.output / ATTEMPTS).write_text(json.dumps(records, indent=1))
+        text = json.dumps(records, indent=1)
+        write_whole_bytes(run.output / ATTEMPTS, text.encode())
         return attempt
 
     def _stop(self, how: Callable[[subprocess.Popen], None]) -> None:
@@ -248,21 +245,3 @@ def places(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | Non
     if len(groups) < (parallel or 1):
         raise ValueError(f"{parallel or 1} x {num_gpus} GPUs are asked for, there are {len(gpus)}")
     return list(groups[: parallel or len(groups)])
-
-
-def machine() -> str:
-    """Processor and GPUs, without the names of host or user."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    parts = [f"{os.cpu_count()} x {names[0] if names else platform.machine()}"]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    parts += [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
-    return ", ".join(parts)
-
-
-def commit() -> str:
-    """Of this repository, with "-dirty" if files differ from it; empty outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()

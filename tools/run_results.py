@@ -10,6 +10,7 @@ from statistics import median
 
 import yaml
 
+from locreweight.engine.run_record import read_run_records
 from run_queue import Run, attempts_of
 from summarize import config_of, evaluations_of, metrics_of
 
@@ -29,14 +30,14 @@ class RunResults:
         voc_ap50: Pascal VOC's 11-point AP then, where it is measured.
         student_ap: of the student then.
         precision, recall: of the pseudo-labels, last measured, in [0, 1]; known where the truth of
-            unlabeled images is.
+            unlabeled images is. Without pseudo-labels there is no precision.
         seconds_per_iteration: median after burn-in; without evaluation.
         peak_memory_mib: of the GPU, or the resident memory of a process where there is none.
         memory_of: "GPU" or "RAM".
         threshold, unsupervised_weight, ema_keep_rate, burn_in: what was used; NaN for a supervised
             run, which uses none.
         max_iter: iterations of the whole run.
-        commit, machine: of the last attempt.
+        commit, machine: those that it was started on; several if they differ.
         output: the folder.
     """
 
@@ -72,7 +73,8 @@ def results_of(run: Run) -> RunResults | None:
     final = _evaluations(run).get(run.cfg.SOLVER.MAX_ITER, {})
     semi, supervised = run.cfg.SEMI, run.cfg.SEMI.BURN_IN_ITERS >= run.cfg.SOLVER.MAX_ITER
     peak, memory_of = _peak_memory(run)
-    attempts = attempts_of(run.output)
+    starts = read_run_records(run.output)
+    labels = _last_with(metrics, "pseudo_truth/recall")
     return RunResults(
         row=run.row,
         seed=run.seed,
@@ -83,8 +85,8 @@ def results_of(run: Run) -> RunResults | None:
         ap75=final.get("bbox/AP75", NAN),
         voc_ap50=final.get("voc_11_point/AP50", NAN),
         student_ap=final.get("student/bbox/AP", NAN),
-        precision=_last(metrics, "pseudo_truth/precision"),
-        recall=_last(metrics, "pseudo_truth/recall"),
+        precision=labels.get("pseudo_truth/precision", NAN),
+        recall=labels.get("pseudo_truth/recall", NAN),
         seconds_per_iteration=_seconds_per_iteration(metrics, semi.BURN_IN_ITERS),
         peak_memory_mib=peak,
         memory_of=memory_of,
@@ -93,8 +95,8 @@ def results_of(run: Run) -> RunResults | None:
         ema_keep_rate=NAN if supervised else semi.EMA_KEEP_RATE,
         burn_in=NAN if supervised else semi.BURN_IN_ITERS,
         max_iter=run.cfg.SOLVER.MAX_ITER,
-        commit=attempts[-1].commit if attempts else "",
-        machine=attempts[-1].machine if attempts else "",
+        commit=", ".join(dict.fromkeys(start.commit for start in starts)),
+        machine="; ".join(dict.fromkeys(start.processors for start in starts)),
         output=str(run.output),
     )
 
@@ -151,8 +153,8 @@ def leaves(node: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def _last(metrics: list[dict[str, float]], name: str) -> float:
-    return next((record[name] for record in reversed(metrics) if name in record), NAN)
+def _last_with(metrics: list[dict[str, float]], name: str) -> dict[str, float]:
+    return next((record for record in reversed(metrics) if name in record), {})
 
 
 def _seconds_per_iteration(metrics: list[dict[str, float]], burn_in: int) -> float:

@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import subprocess
 
 import pytest
 import torch
 
-from locreweight.engine.run_record import read_run_records, write_run_record
+from locreweight.engine import run_record
+from locreweight.engine.run_record import RunRecord, read_run_records, write_run_record
 
 
 def test_each_start_is_kept(tmp_path):
@@ -27,6 +29,38 @@ def test_outside_of_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     write_run_record(tmp_path, ["train_net.py"], processes=1)
     assert read_run_records(tmp_path)[0].commit == ""
+
+
+def test_code_that_is_not_in_the_commit_shows(tmp_path, monkeypatch):
+    """A repository of its own; the record looks at the one that it lies in."""
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    (engine / "run_record.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(run_record, "__file__", str(engine / "run_record.py"))
+
+    def changed():
+        write_run_record(tmp_path / "out", ["train_net.py"], processes=1)
+        return read_run_records(tmp_path / "out")[-1].commit.endswith("+changes")
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine.yaml").touch()
+    assert not changed()
+    (tmp_path / "mine.py").touch()
+    assert changed()
+    (tmp_path / "mine.py").unlink()
+    (engine / "run_record.py").write_text("pass\n")
+    assert changed()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [("none", "2 x CPU"), ("8 x H100", "2 x CPU, 8 x H100")]
+)
+def test_the_machine_in_a_few_words(gpus, expected):
+    machine = {"CPU": "CPU", "cores": "2", "GPUs": gpus}
+    assert RunRecord("", "", "", 1, machine=machine).processors == expected
 
 
 @pytest.mark.parametrize("private", ["USER", "HOSTNAME"])

@@ -14,10 +14,11 @@ one. The file ``COCO_supervision.txt`` that Unbiased Teacher published can be us
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def split_annotated(cfg: CfgNode, annotated: dict[str, Records]) -> tuple[Record
     records = _joined(annotated)
     labeled, rest = _drawn(len(records), percent, seed)
     return [records[i] for i in labeled], [records[i] for i in rest]
+
+
+def check_split_is_there(cfg: CfgNode) -> None:
+    """Look up the split that a run will use in ``DATASETS.SPLIT_FILE``, if one is named.
+
+    Its ids are compared with the annotations only when these are read.
+
+    Raises:
+        UsageError: for a file that is broken or lacks that split.
+    """
+    if not cfg.DATASETS.SPLIT_FILE:
+        return
+    file = expand(cfg.DATASETS.SPLIT_FILE)
+    content = _read(file)
+    with _broken(file):
+        for splits in [x["labeled"] for x in content["sets"]] if "sets" in content else [content]:
+            _chosen(file, splits, cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED)
 
 
 def write_split_file(
@@ -124,14 +142,25 @@ def _sha256(file: Path) -> str:
 def _split_by_file(
     file: str, annotated: dict[str, Records], percent: float, seed: int
 ) -> tuple[Records, Records]:
-    try:
-        content = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read DATASETS.SPLIT_FILE {file!r}: {error}") from error
-    try:
+    content = _read(file)
+    with _broken(file):
         if "sets" in content:
             return _by_ids(file, content["sets"], annotated, percent, seed)
         return _by_positions(file, content, _joined(annotated), percent, seed)
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read DATASETS.SPLIT_FILE {file!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _broken(file: str) -> Iterator[None]:
+    """Whatever goes wrong with the content of a file has the file named."""
+    try:
+        yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise

@@ -62,6 +62,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     _sync_folder(path.parent)
 
 
+def write_whole_bytes(path: Path, content: bytes) -> None:
+    """The same with content that is there already."""
+    write_whole(path, lambda file: file.write(content))
+
+
 def _sync_folder(folder: Path) -> None:
     """Has the new name survive a loss of power, where the file system knows how to."""
     descriptor = os.open(folder, os.O_RDONLY)

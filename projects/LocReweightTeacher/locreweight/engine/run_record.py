@@ -15,7 +15,10 @@ import detectron2
 import torch
 import torchvision
 
+from .checkpoint_files import write_whole_bytes
+
 RUN_FILE = "run.json"  # in OUTPUT_DIR
+_NO_GPU = "none"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class RunRecord:
 
     Attributes:
         command: for a shell in the repository's root.
-        commit: of the repository, with "+changes" if files differ from it; empty outside of git.
+        commit: of the repository, with "+changes" if files differ from it or Python files came
+            to it; empty outside of git.
         started: local time, ISO 8601.
         processes: how many trained together.
         versions: of what it ran on, by name.
@@ -37,6 +41,14 @@ class RunRecord:
     processes: int
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def processors(self) -> str:
+        """CPU and GPUs in a few words."""
+        known = self.machine
+        gpus = known.get("GPUs", _NO_GPU)
+        cpu = f"{known.get('cores', '?')} x {known.get('CPU', 'unknown')}"
+        return cpu if gpus == _NO_GPU else f"{cpu}, {gpus}"
 
 
 def write_run_record(output: Path, arguments: list[str], processes: int) -> None:
@@ -57,8 +69,8 @@ def write_run_record(output: Path, arguments: list[str], processes: int) -> None
         machine=_machine(),
     )
     starts = [*read_run_records(output), record]
-    file = output / RUN_FILE
-    file.write_text(json.dumps([asdict(start) for start in starts], indent=2) + "\n")
+    text = json.dumps([asdict(start) for start in starts], indent=2) + "\n"
+    write_whole_bytes(output / RUN_FILE, text.encode())
 
 
 def read_run_records(output: Path) -> list[RunRecord]:
@@ -81,11 +93,12 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    kinds = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "CPU": _cpu_name(),
         "cores": str(os.cpu_count()),
-        "GPUs": ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none",
+        "GPUs": ", ".join(kinds) or _NO_GPU,
     }
 
 
@@ -107,6 +120,9 @@ def _commit() -> str:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        # Of new files only code counts: a strategy of one's own, say. Configs are kept anyway.
+        new = git("ls-files", "--others", "--exclude-standard", ":/*.py")
+        return commit + ("+changes" if changed or new else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or an installed copy
         return ""

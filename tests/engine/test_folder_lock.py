@@ -1,0 +1,65 @@
+"""Two trainings never write into one folder."""
+
+import subprocess
+import sys
+
+import pytest
+
+from locreweight.engine.folder_lock import claim
+from locreweight.errors import UsageError
+
+HOLD = """
+import multiprocessing, sys, time
+from pathlib import Path
+from locreweight.engine.folder_lock import claim
+claim(Path(sys.argv[1]))
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+worker.start()
+print(worker.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process, with a worker, that has claimed the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(process.stdout.readline())
+    yield process
+    process.kill()
+    process.wait()
+    subprocess.run(["kill", "-9", str(worker)], stderr=subprocess.DEVNULL)
+
+
+def test_a_folder_that_another_training_writes_into_is_refused(holder, tmp_path):
+    with pytest.raises(UsageError, match=f"another training is writing into .*{tmp_path.name}"):
+        claim(tmp_path)
+    claim(tmp_path / "other")
+
+
+def test_a_process_that_was_killed_holds_nothing_not_even_through_its_workers(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    claim(tmp_path)
+
+
+def test_the_holder_may_claim_again_and_still_holds(tmp_path):
+    for _ in range(2):
+        claim(tmp_path / "new/folder")
+    other = "import sys; from pathlib import Path\n"
+    other += "from locreweight.engine.folder_lock import claim; claim(Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", other, str(tmp_path / "new/folder")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "another training" in done.stderr
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    claim(tmp_path)
+    assert "cannot see whether another training" in caplog.text
