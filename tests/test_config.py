@@ -298,15 +298,23 @@ VALUES = ("PSEUDO_LABEL_THRESHOLD", "UNSUPERVISED_WEIGHT", "EMA_KEEP_RATE", "BUR
 @pytest.mark.parametrize(
     ("method", "kept", "published"),
     [
-        ("stac", (0.6, 2.0, 0.0, 300), (0.9, 2.0, 0.0, 300)),
-        ("unbiased_teacher", (0.6, 2.0, 0.99, 300), (0.7, 4.0, 0.9996, 2000)),
-        ("soft_teacher", (0.6, 2.0, 0.99, 300), (0.9, 4.0, 0.999, 0)),
+        ("stac", (0.6, 2.0, 0.0, 300), {"stac-coco": (0.9, 2.0, 0.0, 90000)}),
+        (
+            "unbiased_teacher",
+            (0.6, 2.0, 0.99, 300),
+            {
+                "unbiased_teacher-coco": (0.7, 4.0, 0.9996, 2000),
+                "unbiased_teacher-voc": (0.7, 2.0, 0.999, 30000),
+            },
+        ),
+        ("soft_teacher", (0.6, 2.0, 0.99, 300), {"soft_teacher-coco": (0.9, 4.0, 0.999, 0)}),
     ],
 )
 def test_a_method_keeps_the_values_of_the_config_or_brings_its_published_ones(
     method, kept, published
 ):
-    for file, expected in ((f"{method}", kept), (f"published/{method}-coco", published)):
+    found = {method: kept} | {f"published/{file}": values for file, values in published.items()}
+    for file, expected in found.items():
         cfg = load_config(QUICKSTART, [], str(ROOT / f"configs/methods/{file}.yaml"))
         assert tuple(cfg.SEMI[key] for key in VALUES) == expected
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
+import locreweight
 from locreweight.engine.strategies import (
     STRATEGY_REGISTRY,
     SampledProposals,
@@ -321,6 +324,26 @@ def test_the_threshold_is_the_configs(name):
     strategy = strategy_of(name, **{"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
     (chosen,) = strategy.choose_pseudo_labels(None, SimpleNamespace(detections=[found]))
     assert chosen.gt_score.tolist() == pytest.approx([0.9, 0.7])
+
+
+def test_the_method_that_the_readme_adds_works_as_it_stands():
+    readme = Path(locreweight.__file__).parents[1] / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "def OnlyConfident" in block]
+    package = "locreweight.engine.strategies"
+    try:
+        exec(code, {"__name__": f"{package}.only_confident", "__package__": package})
+        strategy = strategy_of("OnlyConfident")
+    finally:
+        STRATEGY_REGISTRY._obj_map.pop("OnlyConfident", None)
+    labels = [[0, K, 2, K], [1, 1, K]]
+    score = torch.rand(7)
+    sampled = sample(labels, gt_score=score)
+    terms = list(box_terms(sampled, "corners", False, 1.0))
+    expected = sum(loss * score[row].item() ** 2 for row, loss in terms) / len(terms)
+    losses = strategy.losses(sampled)
+    assert_close(losses["loss_box_reg"], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert_close(losses["loss_cls"], classify_alike(sampled))
 
 
 def test_a_method_can_be_added_from_outside():

@@ -3,8 +3,11 @@
 Xu et al., "End-to-End Semi-Supervised Object Detection with Soft Teacher" (2021). Detections above
 a low score are candidates; those above ``SEMI.PSEUDO_LABEL_THRESHOLD`` are objects for
 classification and the RPN, those whose jittered copies are regressed to the same box are targets of
-box regression. One difference: proposals are sampled once, against all candidates, and not once for
-each of the two losses.
+box regression.
+
+Differences: proposals are sampled once, against all candidates, and not once for each of the two
+losses. In the strong view translation is along both axes and shear along one, in a fixed order of
+operations, where the authors' program translates along one, shears along both and draws the order.
 """
 
 from __future__ import annotations

@@ -6,8 +6,12 @@ which the labeler sees an image in one way only: the labels that it gives at eac
 same, as if they had been made once and stored; and with ``SEMI.EMA_KEEP_RATE 0.0``, which makes the
 student itself the result.
 
-Two differences: the student goes on from the burn-in that made the labeler, where STAC starts it
-from ImageNet weights again; and boxes are not augmented one by one.
+Differences:
+
+- STAC trains its teacher to the end of a schedule of its own; here burn-in is that training, and as
+  long as ``SEMI.BURN_IN_ITERS`` says: a short one makes a poor labeler for good.
+- The student goes on from burn-in, where STAC starts it from ImageNet weights again.
+- Boxes are not augmented one by one; the strong view has Soft Teacher's operations.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Liu et al., "Unbiased Teacher for Semi-Supervised Object Detection" (2021). Ther
 unlabeled images, neither here nor in the RPN (``SEMI.RPN_BOX_LOSS False``). Its focal loss, on
 labeled images too, is ``MODEL.ROI_BOX_HEAD.FOCAL_GAMMA``; its views are those of ``INPUT.RECIPE
 UnbiasedTeacherRecipe``.
+
+Differences: the moving average begins with a ramp, where the authors' has its final rate at once;
+up to a half of the RPN's sampled anchors are positive, as for all methods here, and not a quarter;
+erased patches have the mean colour, and not noise.
 """
 
 from __future__ import annotations
