@@ -7,6 +7,8 @@ import pytest
 
 from locreweight.engine.folder_lock import claim
 from locreweight.errors import UsageError
+from tests.engine.tiny_training import TRAINING, make_datasets
+from tests.modeling.tiny_model import ROOT, TINY, as_options
 
 HOLD = """
 import multiprocessing, sys, time
@@ -37,6 +39,16 @@ def test_a_folder_that_another_training_writes_into_is_refused(holder, tmp_path)
     with pytest.raises(UsageError, match=f"another training is writing into .*{tmp_path.name}"):
         claim(tmp_path)
     claim(tmp_path / "other")
+
+
+def test_a_second_training_ends_before_it_writes(holder, tmp_path):
+    base = str(ROOT / "configs/Base-LocReweight.yaml")
+    settings = TINY | TRAINING | make_datasets(tmp_path / "data") | {"OUTPUT_DIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", base]
+    done = subprocess.run([*command, *as_options(settings)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: another training is writing")
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "data"}
 
 
 def test_a_process_that_was_killed_holds_nothing_not_even_through_its_workers(holder, tmp_path):
