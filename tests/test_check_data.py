@@ -160,6 +160,38 @@ def test_the_very_files_of_another_set_are_mended_by_a_key(project):
     assert project.findings() == []
 
 
+def test_labeled_images_that_are_the_very_files_of_the_test_set_are_an_error(project):
+    project.settings["DATASETS.TEST"] = project.settings["DATASETS.TRAIN"]
+    (error,) = project.findings()
+    assert error.severity is Severity.ERROR
+    assert "5 labeled images are the very files of the test ones" in error.text
+    assert len(error.files) == 5 and error.files[0] == str(project.images / "0000.png")
+
+
+def list_again(content):
+    content["images"].append(content["images"][0] | {"id": 99})
+
+
+def test_a_file_that_is_listed_twice_is_told_of(project):
+    edit_json(project.json, list_again)
+    (warning,) = project.findings()
+    assert warning.severity is Severity.WARNING
+    assert "1 entries of the labeled images name a file that another one names" in warning.text
+    assert warning.files == [str(project.images / "0000.png")]
+
+
+def test_a_file_of_two_data_sets_and_a_link_to_one_are_told_of(project):
+    second = project.json.with_name("second.json")
+    second.write_text(project.json.read_text())
+    project.settings["DATASETS.TRAIN"].append(f"coco:{second}:{project.images}")
+    (project.unlabeled / "link.png").symlink_to(project.unlabeled / "0001.png")
+    texts = project.texts(Severity.WARNING)
+    assert [text.partition(" name a file")[0] for text in texts] == [
+        "5 entries of the labeled images",
+        "1 entries of the unlabeled images",
+    ]
+
+
 def test_boxes_that_cannot_be_used_are_told_of(project):
     def spoil(content):
         content["annotations"][0]["bbox"] = [1, 2, 0, 5]
@@ -262,6 +294,26 @@ def test_each_copy_is_told_once(tmp_path):
     assert [(copy.file[-5:], copy.of[-5:], copy.exact) for copy in found] == [
         ("b.png", "a.png", True),
         ("c.png", "a.png", True),
+    ]
+
+
+def flat(file, value, changed_pixels=0):
+    """A picture without anything to tell it from others by its look."""
+    pixels = np.full((SIDE, SIDE, 3), value, np.uint8)
+    pixels[0, :changed_pixels] += 1
+    Image.fromarray(pixels).save(file)
+    return read_facts(str(file))
+
+
+def test_an_exact_copy_is_found_among_many_that_look_alike(tmp_path):
+    originals = [flat(tmp_path / f"dark{i}.png", 3, changed_pixels=i) for i in range(4)]
+    copy = flat(tmp_path / "copy.png", 3, changed_pixels=2)
+    other = flat(tmp_path / "other.png", 3, changed_pixels=9)
+    exact, alike = copies_between(originals, [other, copy])
+    assert (exact.file, exact.of, exact.exact) == (copy.file, originals[2].file, True)
+    assert (alike.file, alike.of, alike.exact) == (other.file, originals[0].file, False)
+    assert [(c.file, c.of) for c in copies_within([*originals, copy]) if c.exact] == [
+        (copy.file, originals[2].file)
     ]
 
 

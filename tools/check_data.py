@@ -27,12 +27,12 @@ import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from copy_findings import copy_findings, same_file_findings
 from data_findings import (
     box_findings,
     boxes_of_classes,
     boxes_per_image,
     class_findings,
-    copy_findings,
     image_findings,
 )
 from data_sets import DataSets, Finding, Severity, read_data_sets
@@ -63,7 +63,8 @@ def check(args: argparse.Namespace) -> list[Finding]:
     findings += class_findings(cfg, sets)
     findings += box_findings(cfg, sets)
     findings += image_findings(sets, facts)
-    findings += copy_findings(cfg, sets, facts)
+    findings += same_file_findings(cfg, sets)
+    findings += copy_findings(sets, facts)
     findings += device_findings(cfg)
     for finding in sorted(findings, key=lambda each: list(Severity).index(each.severity)):
         print_finding(finding)

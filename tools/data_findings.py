@@ -6,17 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from data_sets import DataSets, Finding, Severity
-from image_survey import Copy, ImageFacts, copies_between, copies_within
-from locreweight.data.checks import check_boxes, check_classes, without_overlap
-from locreweight.data.image_files import ImageFiles
-from locreweight.data.same_files import RealPaths
+from image_survey import ImageFacts
+from locreweight.data.checks import check_boxes, check_classes
 from locreweight.errors import UsageError
 
 
@@ -119,61 +116,6 @@ def image_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding
                 )
                 findings.append(Finding(Severity.ERROR, text, other))
     return findings
-
-
-def copy_findings(cfg: CfgNode, sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding]:
-    """Images that are there more than once, test images among others above all."""
-    images = {
-        purpose: [facts[f] for f in dict.fromkeys(_files(named))]
-        for purpose, named in sets.all.items()
-    }
-    findings = _same_files(cfg, sets)
-    for purpose, of, severity, why in (
-        ("labeled", "test", Severity.ERROR, "the result would mean nothing: take them out"),
-        ("unlabeled", "test", Severity.ERROR, "the result would flatter: take them out"),
-        ("unlabeled", "labeled", Severity.WARNING, "they would be learned twice"),
-    ):
-        copies = copies_between(images[of], images[purpose])
-        findings += _copy_findings(
-            copies, f"{purpose} images are {of} images as well", severity, why
-        )
-    for purpose, group in images.items():
-        why = "each counts as one more image"
-        text = f"{purpose} images are there more than once"
-        findings += _copy_findings(copies_within(group), text, Severity.WARNING, why)
-    return findings
-
-
-def _copy_findings(copies: list[Copy], what: str, severity: Severity, why: str) -> list[Finding]:
-    findings = []
-    for exact, how in ((True, "the same file content"), (False, "they look alike")):
-        found = [copy for copy in copies if copy.exact == exact]
-        # Two images that look alike need not be one: somebody has to look.
-        level = severity if exact else Severity.WARNING
-        if found:
-            text = f"{len(found)} {what} ({how}); {why}"
-            files = [f"{copy.file} = {copy.of}" for copy in found]
-            findings.append(Finding(level, text, files))
-    return findings
-
-
-def _same_files(cfg: CfgNode, sets: DataSets) -> list[Finding]:
-    """Overlaps that training itself finds and leaves out, if it is told to."""
-    findings = []
-    unlabeled = ImageFiles.of_records(chain(*sets.unlabeled.values()))
-    for purpose, named in (("labeled", sets.train), ("test", sets.test)):
-        records = [record for group in named.values() for record in group]
-        kept = without_overlap(records, unlabeled, RealPaths(), exclude=True)
-        common = len(unlabeled) - len(kept)
-        if common and not cfg.DATASETS.EXCLUDE_LABELED:
-            text = f"{common} unlabeled images are the very files of the {purpose} ones"
-            fixes = {"DATASETS.EXCLUDE_LABELED": "True"}
-            findings.append(Finding(Severity.ERROR, text, fixes=fixes))
-    return findings
-
-
-def _files(named: dict[str, list[dict]]) -> list[str]:
-    return [record["file_name"] for records in named.values() for record in records]
 
 
 def _has_other_size(record: dict, facts: ImageFacts) -> bool:

@@ -90,18 +90,44 @@ def read_facts(file: str) -> ImageFacts:
 
 def copies_within(images: list[ImageFacts]) -> list[Copy]:
     """Images that another one before them in the list is a copy of."""
-    return _copies(images, images, only_before=True)
+    first: dict[str, ImageFacts] = {}
+    found, others = [], []
+    for image in _readable(images):
+        original = first.setdefault(image.digest, image)
+        if original is image:
+            others.append(image)
+        else:
+            found.append(Copy(image.file, original.file, exact=True))
+    return found + _alike(others, others, only_before=True)
 
 
 def copies_between(originals: list[ImageFacts], images: list[ImageFacts]) -> list[Copy]:
     """Images that are among the originals, but for those that are the very same file."""
     known = {os.path.realpath(original.file) for original in originals}
-    images = [image for image in images if os.path.realpath(image.file) not in known]
-    return _copies(originals, images, only_before=False)
+    by_digest = {original.digest: original for original in reversed(_readable(originals))}
+    found, others = [], []
+    for image in _readable(images):
+        if os.path.realpath(image.file) in known:
+            continue
+        # Many images may look alike, as dark ones do: which one has the same content is looked up.
+        if image.digest in by_digest:
+            found.append(Copy(image.file, by_digest[image.digest].file, exact=True))
+        else:
+            others.append(image)
+    return found + _alike(_readable(originals), others, only_before=False)
 
 
-def _copies(originals: list[ImageFacts], images: list[ImageFacts], only_before: bool) -> list[Copy]:
-    originals, images = ([x for x in group if not x.fault] for group in (originals, images))
+def _readable(images: list[ImageFacts]) -> list[ImageFacts]:
+    return [image for image in images if not image.fault]
+
+
+def _alike(originals: list[ImageFacts], images: list[ImageFacts], only_before: bool) -> list[Copy]:
+    """Images of other content that look like an original: each with the one that it is closest to.
+
+    Args:
+        originals, images: that can be read.
+        only_before: both are the same list, and only originals before an image count.
+    """
     if not originals or not images:
         return []
     known, looks = (np.stack([x.look for x in group]) for group in (originals, images))
@@ -112,7 +138,6 @@ def _copies(originals: list[ImageFacts], images: list[ImageFacts], only_before: 
         for i, distances in enumerate(differ, start):
             candidates = distances[:i] if only_before else distances
             if len(candidates) and candidates.min() <= _ALIKE_BITS:
-                original, image = originals[int(candidates.argmin())], images[i]
-                exact = original.digest == image.digest
-                found.append(Copy(image.file, original.file, exact))
+                original = originals[int(candidates.argmin())]
+                found.append(Copy(images[i].file, original.file, exact=False))
     return found

@@ -194,6 +194,17 @@ def test_common_images_are_left_out_where_the_config_says_so(tmp_path, coco, fol
     assert str(linked / "same.png") not in files(sets.unlabeled)
 
 
+@pytest.mark.parametrize("exclude", ["False", "True"])
+def test_labeled_images_that_are_test_images_are_trained_on_with_a_warning(
+    coco, folder, caplog, exclude
+):
+    options = ("DATASETS.TEST", str((coco[1],)), "DATASETS.EXCLUDE_LABELED", exclude)
+    sets = load(*options, train=[coco[1]], unlabeled=[folder])
+    assert len(sets.labeled) == 10
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"10 of 10 labeled images are in the test sets {coco[1]} as well" in warning
+
+
 def test_supervised_training_needs_no_unlabeled_images(coco):
     options = ("SEMI.BURN_IN_ITERS", "100", "SOLVER.MAX_ITER", "100")
     assert len(load(*options, train=[coco[1]]).unlabeled) == 0

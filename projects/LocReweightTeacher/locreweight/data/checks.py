@@ -113,22 +113,31 @@ def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
             )
 
 
+def common_images(records: Iterable[dict], images: ImageFiles, real_paths: RealPaths) -> list[int]:
+    """Which of the images are among the records.
+
+    Args:
+        records: images are the same if their files are, whatever links lead to them.
+        images: what is looked through.
+        real_paths: remembers the folders; the same one for several calls.
+    """
+    known = {real_paths(record["file_name"]) for record in records}
+    return real_paths.among(known, images)
+
+
 def without_overlap(
     labeled: Iterable[dict], unlabeled: ImageFiles, real_paths: RealPaths, *, exclude: bool
 ) -> ImageFiles:
     """The unlabeled images, none of which is one of the labeled ones.
 
     Args:
-        labeled: records; images are the same if their files are, whatever links lead to them.
-        unlabeled: what is looked through.
-        real_paths: remembers the folders; the same one for several calls.
+        labeled, unlabeled, real_paths: as of :func:`common_images`.
         exclude: leave common images out, and do not raise.
 
     Raises:
         UsageError: names some of the common images.
     """
-    known = {real_paths(record["file_name"]) for record in labeled}
-    common = real_paths.among(known, unlabeled)
+    common = common_images(labeled, unlabeled, real_paths)
     if not common:
         return unlabeled
     if not exclude:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -17,7 +18,13 @@ from detectron2.data.build import (
 from detectron2.utils import comm
 
 from ..errors import UsageError
-from .checks import check_boxes, check_classes, check_test_set, without_overlap
+from .checks import (
+    check_boxes,
+    check_classes,
+    check_test_set,
+    common_images,
+    without_overlap,
+)
 from .datasets import register
 from .image_checks import check_images_decode, check_images_exist
 from .image_files import ImageFiles
@@ -124,6 +131,7 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     exclude = cfg.DATASETS.EXCLUDE_LABELED
     unlabeled = without_overlap(labeled, found, real_paths, exclude=exclude)
     unlabeled = _without_test_images(cfg, unlabeled, tested, real_paths)
+    _warn_of_labeled_test_images(labeled, tested, real_paths)
     _check_enough_unlabeled(cfg, unlabeled)
     watched = choose_watched(cfg, unlabeled, rest, others, class_names)
     if cfg.DATASETS.CHECK_IMAGES:
@@ -163,18 +171,36 @@ def _checked_class_names(cfg: CfgNode) -> list[str]:
 def _without_test_images(
     cfg: CfgNode, unlabeled: ImageFiles, tested: dict[str, list[dict]], real_paths: RealPaths
 ) -> ImageFiles:
-    records = [record for records in tested.values() for record in records]
-    others = without_overlap(records, unlabeled, real_paths, exclude=True)
-    common = len(unlabeled) - len(others)
-    if not common or cfg.DATASETS.EXCLUDE_LABELED:
-        return others
+    common = common_images(chain(*tested.values()), unlabeled, real_paths)
+    if not common:
+        return unlabeled
+    if cfg.DATASETS.EXCLUDE_LABELED:
+        logger.info("left out %d unlabeled images that are test images", len(common))
+        return unlabeled.without(common)
     logger.warning(
         "%d unlabeled images are in the test sets %s as well: the result will flatter. Leave them "
         "out with DATASETS.EXCLUDE_LABELED True",
-        common,
+        len(common),
         ", ".join(tested),
     )
     return unlabeled
+
+
+def _warn_of_labeled_test_images(
+    labeled: list[dict], tested: dict[str, list[dict]], real_paths: RealPaths
+) -> None:
+    """No error: to train and test on the same few images is how one sees that training works."""
+    images = ImageFiles.of_records(labeled)
+    common = common_images(chain(*tested.values()), images, real_paths)
+    if common:
+        logger.warning(
+            "%d of %d labeled images are in the test sets %s as well: how good the detector is on "
+            "images that it has not learned will not be known. Take them out of DATASETS.TRAIN or "
+            "DATASETS.TEST",
+            len(common),
+            len(labeled),
+            ", ".join(tested),
+        )
 
 
 def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
