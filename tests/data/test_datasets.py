@@ -13,6 +13,7 @@ from locreweight.config import load_config
 from locreweight.data.checks import check_boxes
 from locreweight.data.datasets import register
 from locreweight.data.mapper import ViewMapper
+from locreweight.errors import UsageError
 
 
 def read(name, class_names=()):
@@ -203,6 +204,23 @@ def test_what_detectron2_has_registered_keeps_its_name(tmp_path):
     name = f"registered in {tmp_path.name}: by a plugin"
     DatasetCatalog.register(name, lambda: [{"file_name": "here.png"}])
     assert read(name) == [{"file_name": "here.png"}]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "file"),
+    [
+        ({"json_file": "coco/instances.json"}, "coco/instances.json"),
+        ({"dirname": "VOC2007", "split": "test"}, "VOC2007/ImageSets/Main/test.txt"),
+    ],
+)
+def test_what_detectron2_has_registered_without_its_data_is_an_error(tmp_path, metadata, file):
+    name = f"registered in {tmp_path.name}"
+    DatasetCatalog.register(name, lambda: [])
+    MetadataCatalog.get(name).set(**metadata)
+    with pytest.raises(UsageError) as error:
+        register([name])
+    assert f"the file '{file}' of the data set '{name}' does not exist" in str(error.value)
+    assert "DETECTRON2_DATASETS" in str(error.value)
 
 
 def test_naming_a_data_set_twice_is_naming_it_once(tmp_path):

@@ -29,7 +29,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from ..errors import UsageError
 from .coco_json import load_coco
 from .image_folders import load_folder, load_list
-from .places import expand
+from .places import DETECTRON2_DATASETS, expand
 from .voc import load_voc
 
 
@@ -44,11 +44,13 @@ def register(
         allow_outside: annotation files may name images outside of their image folder.
 
     Raises:
-        UsageError: for an unknown name, a missing file or folder, a class name that is a path.
+        UsageError: for an unknown name, a missing file or folder, also of what Detectron2 has
+            registered, a class name that is a path.
     """
     for name in names:
         kind, _, rest = str(name).partition(":")
         if name in DatasetCatalog.list():
+            _need_registered(name)
             continue
         rest = expand(rest)
         if kind == "coco":
@@ -73,6 +75,28 @@ def register(
                 "it lies: coco:<annotations.json>:<image folder>, voc:<folder>:<split>, "
                 "folder:<image folder>, list:<index.txt>:<image folder>"
             )
+
+
+def registered_file(name: str) -> str:
+    """The file that says which images a registered data set has; empty where there is none."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("dirname") and metadata.get("split"):
+        return os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
+    return metadata.get("json_file", "")
+
+
+def _need_registered(name: str) -> None:
+    """Detectron2 registers its data sets whether they are there or not."""
+    file = registered_file(name)
+    # Names of ours have a colon, and were looked for when they were registered.
+    if not file or ":" in name or "://" in file or os.path.isfile(file):
+        return
+    raise UsageError(
+        f"the file {file!r} of the data set {name!r} does not exist. Detectron2's own data sets "
+        f"are looked for below the folder that the environment variable {DETECTRON2_DATASETS} "
+        f"names, here {expand('$' + DETECTRON2_DATASETS)!r}: set it, put the data there, or name "
+        "others in DATASETS.TRAIN, UNLABELED and TEST"
+    )
 
 
 def _two_parts(name: str, rest: str, form: str) -> tuple[str, str]:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from ..errors import UsageError
+from .datasets import registered_file
 from .places import expand
 from .splits import split_indices
 
@@ -104,11 +104,8 @@ def annotation_file(name: str) -> Path:
     kind, _, rest = name.partition(":")
     if kind == "coco":
         return Path(expand(rest).rpartition(":")[0])
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("json_file"):
-        return Path(metadata.json_file)
-    if metadata.get("dirname") and metadata.get("split"):
-        return Path(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
+    if file := registered_file(name):
+        return Path(file)
     raise UsageError(
         f"{name} has no annotation file to tie a split to: DATASETS.SPLIT_FILE needs COCO json or "
         "Pascal VOC"
