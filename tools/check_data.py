@@ -19,7 +19,7 @@ import logging
 import shlex
 import sys
 from collections import Counter
-from itertools import chain
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,10 @@ from data_findings import (
 from data_sets import DataSets, Finding, Severity, read_data_sets
 from image_survey import ImageFacts, survey
 from locreweight.config import check_supported, load_config, scale_to_world_size
-from locreweight.data.checks import without_overlap
-from locreweight.data.image_files import ImageFiles
-from locreweight.data.same_files import RealPaths
-from locreweight.data.split_files import split_annotated
+from locreweight.data.training_sets import TrainingSets
 from locreweight.errors import UsageError
 from memory_estimate import GIB, estimate_memory
+from training_refusals import config_findings, read_for_training, unreadable_findings
 
 _SHOWN = 3  # of many files, how many are printed
 
@@ -52,7 +50,7 @@ def check(args: argparse.Namespace) -> list[Finding]:
     """Print the report; returns the findings.
 
     Raises:
-        UsageError: if the config itself cannot be read.
+        UsageError: if the config itself cannot be read, or has keys that nothing here reads.
     """
     cfg = load_config(args.config_file, args.opts, args.method)
     check_supported(cfg)
@@ -60,18 +58,24 @@ def check(args: argparse.Namespace) -> list[Finding]:
     files = [r["file_name"] for n in sets.all.values() for group in n.values() for r in group]
     facts = survey(files)
     print(overview(sets, facts))
-    findings += class_findings(cfg, sets)
-    findings += box_findings(cfg, sets)
-    findings += image_findings(sets, facts)
-    findings += same_file_findings(cfg, sets)
-    findings += copy_findings(sets, facts)
-    findings += device_findings(cfg)
+    findings += class_findings(cfg, sets) + box_findings(cfg, sets) + image_findings(sets, facts)
+    can_be_mended = all(f.fixes for f in findings if f.severity is Severity.ERROR)
+    findings += same_file_findings(cfg, sets) + copy_findings(sets, facts) + device_findings(cfg)
+    words = with_fixes(args.opts, findings)
+    mended = load_config(args.config_file, words, args.method)
+    findings += config_findings(mended, args.num_gpus)
+    training = None
+    # Else training would stop at what is told already; and class names are registered only once.
+    if can_be_mended and mended.DATASETS.CLASS_NAMES == cfg.DATASETS.CLASS_NAMES:
+        training, refusals = read_for_training(mended)
+        findings += refusals
+    if training:
+        findings += unreadable_findings(mended, training, facts)
     for finding in sorted(findings, key=lambda each: list(Severity).index(each.severity)):
         print_finding(finding)
-    mended = with_fixes(args.opts, findings)
-    cfg = load_config(args.config_file, mended, args.method)
-    print(f"\n{effective_values(cfg, sets, facts, args.num_gpus)}")
-    print(f"\nto train:\n  {training_command(args, mended)}")
+    with suppress(UsageError):  # which is one of the findings
+        print(f"\n{effective_values(mended, training, facts, args.num_gpus)}")
+    print(f"\nto train:\n  {training_command(args, words)}")
     return findings
 
 
@@ -121,12 +125,16 @@ def device_findings(cfg: CfgNode) -> list[Finding]:
 
 
 def effective_values(
-    cfg: CfgNode, sets: DataSets, facts: dict[str, ImageFacts], num_gpus: int
+    cfg: CfgNode, sets: TrainingSets | None, facts: dict[str, ImageFacts], num_gpus: int
 ) -> str:
-    """Batch, learning rate, iterations, epochs and memory on this number of GPUs."""
+    """Batch, learning rate, iterations, epochs and memory on this number of GPUs.
+
+    Raises:
+        UsageError: for settings that training would stop at as well.
+    """
     cfg = scale_to_world_size(cfg, num_gpus)
     solver, burn_in = cfg.SOLVER, min(cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER)
-    labeled, unlabeled = numbers_of_images(cfg, sets)
+    labeled, unlabeled = (len(sets.labeled), len(sets.unlabeled)) if sets else (0, 0)
     lines = [
         f"on {num_gpus} process(es): {solver.IMS_PER_BATCH} labeled + "
         f"{solver.IMS_PER_BATCH_UNLABELED} unlabeled images an iteration, learning rate "
@@ -150,16 +158,6 @@ def effective_values(
     return "\n".join(lines)
 
 
-def numbers_of_images(cfg: CfgNode, sets: DataSets) -> tuple[int, int]:
-    """Of labeled and of unlabeled images, as training will split and exclude them."""
-    labeled, rest = split_annotated(cfg, sets.train) if sets.train else ([], [])
-    unlabeled = ImageFiles.of_records(chain(rest, *sets.unlabeled.values()))
-    if cfg.DATASETS.EXCLUDE_LABELED:
-        tested = [record for records in sets.test.values() for record in records]
-        unlabeled = without_overlap([*labeled, *tested], unlabeled, RealPaths(), exclude=True)
-    return len(labeled), len(unlabeled)
-
-
 def training_command(args: argparse.Namespace, options: list[str]) -> str:
     """For a shell."""
     files = ["--config-file", args.config_file] if args.config_file else []
@@ -178,6 +176,31 @@ def print_finding(finding: Finding) -> None:
     if finding.fixes:
         mends = " ".join(shlex.join(pair) for pair in finding.fixes.items())
         print(f"    mended by {mends}, which is in the command below")
+
+
+def summary(findings: list[Finding]) -> str:
+    """How many there are."""
+    counts = Counter(finding.severity for finding in findings)
+    lines = f"\n{counts[Severity.ERROR]} errors, {counts[Severity.WARNING]} warnings"
+    if any(finding.fixes for finding in findings):
+        lines += "\nrun this again with the words of the command above to see it mended"
+    return lines
+
+
+def write_list(file: Path, findings: list[Finding]) -> None:
+    """All findings with all their files.
+
+    Raises:
+        UsageError: if that cannot be written.
+    """
+    lines = [
+        f"{f.severity.value}: {f.text}\n" + "".join(f"\t{x}\n" for x in f.files) for f in findings
+    ]
+    try:
+        # Names of files are whatever the disk has.
+        file.write_text("".join(lines), errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}") from error
 
 
 def _range(values: list[int]) -> str:
@@ -201,19 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("detectron2").setLevel(logging.ERROR)
     try:
         findings = check(args)
+        print(summary(findings))
+        if args.list:
+            write_list(args.list, findings)
     except UsageError as error:
         sys.exit(f"error: {error}")
-    if args.list:
-        lines = [
-            f"{f.severity.value}: {f.text}\n" + "".join(f"\t{x}\n" for x in f.files)
-            for f in findings
-        ]
-        args.list.write_text("".join(lines))
-    counts = {s: sum(f.severity is s for f in findings) for s in Severity}
-    print(f"\n{counts[Severity.ERROR]} errors, {counts[Severity.WARNING]} warnings")
-    if any(finding.fixes for finding in findings):
-        print("run this again with the words of the command above to see it mended")
-    sys.exit(1 if counts[Severity.ERROR] else 0)
+    sys.exit(1 if any(finding.severity is Severity.ERROR for finding in findings) else 0)
 
 
 if __name__ == "__main__":

@@ -72,12 +72,13 @@ def box_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
             continue
         fixes = {"DATASETS.DROP_BAD_BOXES": "True"} if name in sets.train else {}
         told = ""  # what the error says need not be a warning as well
-        try:
-            check_boxes(records, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
-        except UsageError as error:
-            told = "malformed"
-            findings.append(Finding(Severity.ERROR, f"{name}: {error}", fixes=fixes))
-        with _warnings() as messages:
+        with kept_warnings():
+            try:
+                check_boxes(records, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
+            except UsageError as error:
+                told = "malformed"
+                findings.append(Finding(Severity.ERROR, f"{name}: {error}", fixes=fixes))
+        with kept_warnings() as messages:
             usable = check_boxes(records, drop_bad=True)
         findings += [
             Finding(Severity.WARNING, f"{name}: training would have {message}")
@@ -124,9 +125,9 @@ def _has_other_size(record: dict, facts: ImageFacts) -> bool:
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What the package's checks warn of, kept out of the log."""
-    logger = logging.getLogger("locreweight.data.checks")
+def kept_warnings() -> Iterator[list[str]]:
+    """What reading and checking data warns of, kept out of the log."""
+    logger = logging.getLogger("locreweight.data")
     messages: list[str] = []
 
     class Keeper(logging.Handler):

@@ -59,7 +59,7 @@ class UnreadableImages:
                 logger.warning("further unreadable images are counted, but not named")
         self._unread += len(messages)
         self._drawn += len(messages) + read * len(unread)
-        if self._tolerated():
+        if tolerated(self.files, self._unread, self._drawn, self._max_share):
             return
         raise UsageError(
             f"{self._unread} of {self._drawn} unlabeled images drawn could not be read, which is "
@@ -68,6 +68,15 @@ class UnreadableImages:
             "DATASETS.ALLOW_CHANGED True if files were removed"
         )
 
-    def _tolerated(self) -> bool:
-        too_few = self._drawn < MIN_DRAWN or self.files < 2
-        return self._unread <= self._max_share * self._drawn or (self._max_share > 0 and too_few)
+
+def tolerated(files: int, unread: float, drawn: float, max_share: float) -> bool:
+    """Whether training goes on although unlabeled images could not be read.
+
+    Args:
+        files: how many different ones.
+        unread: how often one of them was drawn.
+        drawn: how many images were drawn.
+        max_share: ``DATASETS.MAX_UNREADABLE_SHARE``.
+    """
+    too_few = drawn < MIN_DRAWN or files < 2
+    return unread <= max_share * drawn or (max_share > 0 and too_few)
