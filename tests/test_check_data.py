@@ -138,6 +138,53 @@ def test_class_names_that_no_annotation_uses_are_an_error_that_a_key_mends(proje
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
 
 
+def voc_set(project, name, classes):
+    return f"voc:{make_voc(project.folder / name, images=3, classes=classes)}:trainval"
+
+
+def test_annotations_of_unlabeled_images_suggest_no_classes(project):
+    project.settings["DATASETS.UNLABELED"] = [voc_set(project, "voc", ("bird",))]
+    assert not any(finding.fixes for finding in project.findings())
+
+
+def class_errors(project, train, test):
+    """Errors of data sets that the class names of the config do not fit."""
+    project.settings |= {
+        "DATASETS.TRAIN": [voc_set(project, "train", train)],
+        "DATASETS.TEST": [voc_set(project, "val", test)],
+    }
+    return [f for f in project.findings() if "its annotations name the classes" in f.text]
+
+
+def test_class_names_that_mend_are_those_of_labeled_and_test_images_together(project):
+    errors = class_errors(project, ("ant", "bee"), ("bee", "cow"))
+    assert len(errors) == 2
+    for error in errors:
+        assert error.fixes == {
+            "DATASETS.CLASS_NAMES": '("ant","bee","cow",)',
+            "MODEL.ROI_HEADS.NUM_CLASSES": "3",
+        }
+
+
+def test_class_names_that_differ_only_in_case_are_not_mended(project):
+    errors = class_errors(project, ("Ant", "bee"), ("ant", "bee"))
+    assert len(errors) == 2
+    for error in errors:
+        assert not error.fixes
+        assert "Ant, ant differ only in case" in error.text
+
+
+@pytest.mark.parametrize(("classes", "mended"), [(("dog", "owl"), True), (("cat", "ox"), False)])
+def test_class_names_that_mend_are_those_of_a_coco_set_beside_them(project, classes, mended):
+    """Its classes are in its json: the other sets are asked for the same ones, in that order."""
+    project.settings["DATASETS.TEST"] = [voc_set(project, "val", classes)]
+    (error,) = (f for f in project.findings() if "its annotations name" in f.text)
+    if mended:
+        assert error.fixes["DATASETS.CLASS_NAMES"] == '("cat","dog","owl",)'
+    else:
+        assert not error.fixes and "has the classes cat, dog, owl" in error.text
+
+
 def test_what_cannot_be_read_at_all_does_not_hide_the_rest(project):
     project.json.write_text("{")
     rotate(project.unlabeled / "0002.png")

@@ -57,6 +57,7 @@ class DataSets:
 def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
     """Read all data sets of a config, each on its own."""
     sets, findings = DataSets(), []
+    problems: dict[str, str] = {}  # name -> why it cannot be read
     for key, target in (
         ("TRAIN", sets.train),
         ("TEST", sets.test),
@@ -64,18 +65,14 @@ def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
     ):
         for name in cfg.DATASETS[key]:
             try:
-                register_datasets(_with_one(cfg, name))
+                register_datasets(_with_one(cfg, key, name))
                 target[name] = DatasetCatalog.get(name)
             except UsageError as error:
-                names = _class_names_in(name)
-                findings.append(
-                    _unknown_classes(cfg, name, names)
-                    if names and set(names) - set(_expected_names(cfg, name))
-                    else Finding(Severity.ERROR, str(error))
-                )
+                problems[name] = str(error)
             else:
                 if not target[name]:
                     findings.append(Finding(Severity.ERROR, f"{name} has no images"))
+    findings += [_unread(cfg, sets, name, problem) for name, problem in problems.items()]
     if not cfg.DATASETS.TRAIN:
         findings.append(
             Finding(Severity.ERROR, "DATASETS.TRAIN is empty: name your labeled images")
@@ -86,11 +83,53 @@ def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
     return sets, findings
 
 
-def _with_one(cfg: CfgNode, name: str) -> CfgNode:
+def _with_one(cfg: CfgNode, key: str, name: str) -> CfgNode:
     cfg = cfg.clone()
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), ()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
     cfg.DATASETS.UNLABELED, cfg.DATASETS.UNLABELED_TRUTH = (), ()
+    cfg.DATASETS[key] = (name,)
     return cfg
+
+
+def _unread(cfg: CfgNode, sets: DataSets, name: str, problem: str) -> Finding:
+    """Why a data set could not be read: by its class names, or as its reader says it."""
+    found = _class_names_in(name)
+    expected = list(cfg.DATASETS.CLASS_NAMES) or MetadataCatalog.get(name).get("thing_classes", [])
+    if set(found) <= set(expected):
+        return Finding(Severity.ERROR, problem)
+    used = [c for c in found if c in expected]
+    consequence = "training would stop at the others" if used else "no box would be used"
+    fitting, doubt = _fitting_names(cfg, sets)
+    # Double quotes inside: a shell's go around them.
+    names = "(" + "".join(f'"{c}",' for c in fitting) + ")"
+    fixes = {
+        "DATASETS.CLASS_NAMES": names,
+        "MODEL.ROI_HEADS.NUM_CLASSES": str(len(fitting)),
+    }
+    return Finding(
+        Severity.ERROR,
+        f"{name}: its annotations name the classes {', '.join(found)}; DATASETS.CLASS_NAMES are "
+        f"{', '.join(expected)}: {consequence}{doubt}",
+        fixes=fixes if fitting else {},
+    )
+
+
+def _fitting_names(cfg: CfgNode, sets: DataSets) -> tuple[list[str], str]:
+    """Class names under which all labeled and test sets could be read, or why there are none."""
+    used = {c for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) for c in _class_names_in(name)}
+    names = sorted(used)
+    alike = [c for c in names if sum(c.casefold() == other.casefold() for other in names) > 1]
+    if alike:
+        return [], f". {', '.join(alike)} differ only in case: write them alike in the annotations"
+    for name in (*sets.train, *sets.test):
+        given = list(MetadataCatalog.get(name).get("thing_classes", []))
+        if name.startswith("voc:") or not given:
+            continue
+        # These say their classes themselves, in their order, and the model has but one list.
+        if used <= set(given):
+            return given, ""
+        return [], f". {name} has the classes {', '.join(given)}: make them the same"
+    return names, ""
 
 
 def _class_names_in(name: str) -> list[str]:
@@ -101,31 +140,10 @@ def _class_names_in(name: str) -> list[str]:
     if kind != "voc" or not listed.is_file():
         return []
     names: set[str] = set()
-    for line in filter(str.strip, listed.read_text().splitlines()):
+    for line in filter(str.strip, listed.read_text(errors="replace").splitlines()):
         try:
             root = ElementTree.parse(Path(folder, "Annotations", f"{line.split()[0]}.xml"))
-        except (OSError, ElementTree.ParseError):
+        except (OSError, ValueError, LookupError, ElementTree.ParseError):
             continue  # another finding tells of it
         names.update((node.text or "").strip() for node in root.findall("object/name"))
     return sorted(names)
-
-
-def _expected_names(cfg: CfgNode, name: str) -> list[str]:
-    return list(cfg.DATASETS.CLASS_NAMES) or MetadataCatalog.get(name).get("thing_classes", [])
-
-
-def _unknown_classes(cfg: CfgNode, name: str, found: list[str]) -> Finding:
-    expected = _expected_names(cfg, name)
-    used = [c for c in found if c in expected]
-    consequence = "no box would be used" if not used else "training would stop at the others"
-    # Double quotes inside: a shell's go around them.
-    names = "(" + "".join(f'"{c}",' for c in found) + ")"
-    return Finding(
-        Severity.ERROR,
-        f"{name}: its annotations name the classes {', '.join(found)}; DATASETS.CLASS_NAMES are "
-        f"{', '.join(expected) or 'those of Pascal VOC'}: {consequence}",
-        fixes={
-            "DATASETS.CLASS_NAMES": names,
-            "MODEL.ROI_HEADS.NUM_CLASSES": str(len(found)),
-        },
-    )
