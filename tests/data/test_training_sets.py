@@ -1,11 +1,12 @@
 """From the config to the images of a run."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
 from detectron2.data import DatasetMapper
-from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc
+from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc, write_voc_xml
 
 from locreweight.config import load_config
 from locreweight.data.splits import split_indices
@@ -14,6 +15,7 @@ from locreweight.data.training_sets import (
     load_training_sets,
     register_datasets,
 )
+from locreweight.data.watched import known
 from locreweight.errors import UsageError
 
 
@@ -91,6 +93,35 @@ def test_an_unlabeled_coco_file_needs_no_annotations(tmp_path, coco):
     json_file, images = make_coco(tmp_path / "other", images=4)
     edit_json(json_file, lambda content: content.pop("annotations") and None)
     assert len(load(train=[coco[1]], unlabeled=[f"coco:{json_file}:{images}"]).unlabeled) == 4
+
+
+def of_another_class(folder):
+    write_voc_xml(folder / "Annotations/0001.xml", [("bird", 1, 1, 9, 9)])
+
+
+def without_an_annotation(folder):
+    (folder / "Annotations/0001.xml").unlink()
+
+
+def without_any_annotation(folder):
+    shutil.rmtree(folder / "Annotations")
+
+
+@pytest.mark.parametrize("spoil", [of_another_class, without_an_annotation, without_any_annotation])
+def test_unlabeled_voc_images_need_no_annotations(tmp_path, coco, spoil):
+    voc = make_voc(tmp_path / "voc", images=3)
+    spoil(voc)
+    names = ("DATASETS.CLASS_NAMES", str(CLASSES))
+    sets = load(*names, "VIS_PERIOD", "1", train=[coco[1]], unlabeled=[f"voc:{voc}:trainval"])
+    assert files(sets.unlabeled) == [str(voc / f"JPEGImages/000{i}.jpg") for i in range(3)]
+    assert files(sets.watched) != [] and not any(known(record) for record in sets.watched)
+
+
+def test_a_list_of_unlabeled_voc_images_that_is_broken_is_an_error(tmp_path, coco):
+    voc = make_voc(tmp_path / "voc", images=3)
+    (voc / "ImageSets/Main/trainval.txt").write_text("0001\n0001\n")
+    with pytest.raises(UsageError, match="lists .*0001.* more than once"):
+        load(train=[coco[1]], unlabeled=[f"voc:{voc}:trainval"])
 
 
 def test_seeds_of_the_split_differ_and_that_of_the_run_does_not_matter(coco, folder):

@@ -105,7 +105,7 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Data sets are named by what Detectron2 has registered, or by where they lie:
     #   "coco:<annotations.json>:<image folder>"   "voc:<folder>:<split>"   "folder:<image folder>"
     #   "list:<index.txt>:<image folder>"
-    # DATASETS.TRAIN is labeled, DATASETS.UNLABELED needs no annotations (those there are ignored).
+    # DATASETS.TRAIN is labeled, DATASETS.UNLABELED needs no annotations (never learned from).
     cfg.DATASETS.UNLABELED = ()
     # Share of DATASETS.TRAIN, in percent, that is used with its labels; the rest joins the
     # unlabeled images. Drawn by DATASETS.SPLIT_SEED alone: the same in every process and run.

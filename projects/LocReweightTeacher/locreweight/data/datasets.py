@@ -20,7 +20,7 @@ as each record says, in absolute pixels of the original image.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -30,11 +30,15 @@ from ..errors import UsageError
 from .coco_json import load_coco
 from .image_folders import load_folder, load_list
 from .places import DETECTRON2_DATASETS, expand
-from .voc import load_voc
+from .voc import load_unlabeled_voc, load_voc
 
 
 def register(
-    names: Iterable[str], class_names: Iterable[str] = (), *, allow_outside: bool = False
+    names: Iterable[str],
+    class_names: Iterable[str] = (),
+    *,
+    allow_outside: bool = False,
+    labeled: bool = True,
 ) -> None:
     """Make every name known to Detectron2's catalogs; nothing is read but what a check needs.
 
@@ -42,6 +46,7 @@ def register(
         names: as in the table above.
         class_names: of ``voc:`` data sets; VOC's twenty if empty.
         allow_outside: annotation files may name images outside of their image folder.
+        labeled: annotations are needed; otherwise those of ``voc:`` may be missing or of any class.
 
     Raises:
         UsageError: for an unknown name, a missing file or folder, also of what Detectron2 has
@@ -59,7 +64,9 @@ def register(
         elif kind == "voc":
             folder, split = _two_parts(name, rest, "voc:<folder>:<split>")
             classes = list(class_names) or list(VOC_CLASSES)
-            _register_voc(name, folder, split, classes, allow_outside)
+            read = load_voc if labeled else load_unlabeled_voc
+            load_split = partial(read, folder, split, classes, allow_outside=allow_outside)
+            _register_voc(name, folder, split, classes, load_split)
         elif kind == "folder":
             _need_folder(rest, name)
             DatasetCatalog.register(name, partial(load_folder, rest))
@@ -125,7 +132,7 @@ def _register_coco(name: str, json_file: str, image_folder: str, allow_outside: 
 
 
 def _register_voc(
-    name: str, folder: str, split: str, class_names: list[str], allow_outside: bool
+    name: str, folder: str, split: str, class_names: list[str], load: Callable[[], list[dict]]
 ) -> None:
     for class_name in class_names:
         if not isinstance(class_name, str) or os.sep in class_name:
@@ -133,7 +140,6 @@ def _register_voc(
             raise UsageError(f"DATASETS.CLASS_NAMES holds {class_name!r}, no text without '/'")
     _need_folder(folder, name)
     _need_file(os.path.join(folder, "ImageSets", "Main", f"{split}.txt"), name)
-    load = partial(load_voc, folder, split, class_names, allow_outside=allow_outside)
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
         thing_classes=class_names,

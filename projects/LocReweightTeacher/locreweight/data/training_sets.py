@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 from detectron2.config import CfgNode
@@ -94,10 +94,12 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     Raises:
         UsageError: for an unknown name, a missing file or folder.
     """
-    names = [*cfg.DATASETS.TEST]
+    data = cfg.DATASETS
+    register_named = partial(register, allow_outside=data.ALLOW_OUTSIDE_PATHS)
+    labeled = [*data.TEST, *data.TRAIN, *data.UNLABELED_TRUTH] if training else data.TEST
+    register_named(labeled, data.CLASS_NAMES)
     if training:
-        names += [*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED, *cfg.DATASETS.UNLABELED_TRUTH]
-    register(names, cfg.DATASETS.CLASS_NAMES, allow_outside=cfg.DATASETS.ALLOW_OUTSIDE_PATHS)
+        register_named(data.UNLABELED, data.CLASS_NAMES, labeled=False)
 
 
 def load_training_sets(cfg: CfgNode) -> TrainingSets:

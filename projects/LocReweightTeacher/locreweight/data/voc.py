@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +11,8 @@ from detectron2.structures import BoxMode
 
 from ..errors import UsageError
 from .file_names import check_inside, shown
+
+logger = logging.getLogger(__name__)
 
 
 def load_voc(
@@ -30,6 +33,32 @@ def load_voc(
         UsageError: for a missing or broken annotation, a class that is not in ``class_names``, or
             an image that is listed twice.
     """
+    ids = _listed(folder, split, allow_outside)
+    index = {name: i for i, name in enumerate(class_names)}
+    return [_record(Path(folder), image_id, index) for image_id in ids]
+
+
+def load_unlabeled_voc(
+    folder: str, split: str, class_names: list[str], *, allow_outside: bool = False
+) -> list[dict]:
+    """The same of images to learn from without labels, which need no annotations.
+
+    Those that are there can only say how good pseudo-labels are. Unless all of them can be read,
+    and their classes are known, records have nothing but ``file_name`` and ``image_id``.
+
+    Raises:
+        UsageError: for a list that cannot be used.
+    """
+    ids = _listed(folder, split, allow_outside)
+    try:
+        return load_voc(folder, split, class_names, allow_outside=allow_outside)
+    except UsageError as error:
+        logger.info("the annotations of unlabeled images are not used: %s", error)
+        return [{"file_name": _image(Path(folder), i), "image_id": i} for i in ids]
+
+
+def _listed(folder: str, split: str, allow_outside: bool) -> list[str]:
+    """The names of a split's images."""
     listed = Path(folder) / "ImageSets" / "Main" / f"{split}.txt"
     try:
         lines = listed.read_text(encoding="utf-8").splitlines()
@@ -42,8 +71,11 @@ def load_voc(
     if len(set(ids)) < len(ids):
         repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
         raise UsageError(f"{listed} lists {shown(repeated)} more than once")
-    index = {name: i for i, name in enumerate(class_names)}
-    return [_record(Path(folder), image_id, index) for image_id in ids]
+    return ids
+
+
+def _image(folder: Path, image_id: str) -> str:
+    return str(folder / "JPEGImages" / f"{image_id}.jpg")
 
 
 def _record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
@@ -54,7 +86,7 @@ def _record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
         if min(width, height) < 1:
             raise ValueError(f"it says that its image has {width} x {height} pixels")
         return {
-            "file_name": str(folder / "JPEGImages" / f"{image_id}.jpg"),
+            "file_name": _image(folder, image_id),
             "image_id": image_id,
             "height": height,
             "width": width,
