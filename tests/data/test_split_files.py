@@ -128,6 +128,10 @@ def unknown_image(content):
     content["sets"][0]["labeled"]["10.0"]["1"] = [1, 999]
 
 
+def repeated_image(content):
+    content["sets"][0]["labeled"]["10.0"]["1"] = [1, 2, 1]
+
+
 def two_sets(content):
     content["sets"] *= 2
 
@@ -137,6 +141,7 @@ def two_sets(content):
     [
         (fewer_images, f"of 7 images, coco:.* has {IMAGES}"),
         (unknown_image, "names 1 images that coco:.* lacks, such as 999"),
+        (repeated_image, "names 1 images of coco:.* more than once"),
         (two_sets, r"of 2 data sets, DATASETS\.TRAIN names 1"),
         (lambda content: content["sets"][0].pop("sha256"), "is no file of splits"),
         (lambda content: content.update(sets=3), "is no file of splits"),
@@ -183,6 +188,28 @@ def test_a_broken_file_is_an_error(case, content):
 def test_a_missing_file_is_an_error(case):
     with pytest.raises(UsageError, match=r"none\.json"):
         case.split([case.coco], 10.0, 1, case.folder / "none.json")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_cannot_be_is_an_error_that_names_it(case, seed):
+    with pytest.raises(UsageError, match=rf"^DATASETS\.SPLIT_SEED must .* got {seed}$"):
+        case.split([case.coco], 10.0, seed)
+    with pytest.raises(UsageError, match=rf"^DATASETS\.SPLIT_SEED must .* got {seed}$"):
+        write_split_file(case.file, case.records(case.coco), [10.0], [1, seed])
+    assert not case.file.exists()
+
+
+def test_no_images_are_not_split(case):
+    with pytest.raises(UsageError, match=r"no images to draw from: .* DATASETS\.TRAIN"):
+        write_split_file(case.file, {}, [10.0], [1])
+    assert not case.file.exists()
+
+
+@pytest.mark.parametrize("place", ["", "coco/annotations.json/split.json"])
+def test_a_file_that_cannot_be_written_is_an_error(case, place):
+    file = case.folder / place  # a folder, and a file in a file
+    with pytest.raises(UsageError, match=f"^cannot write {file}: "):
+        write_split_file(file, case.records(case.coco), [10.0], [1])
 
 
 def test_images_without_an_annotation_file_cannot_be_written_down(case):

@@ -43,8 +43,8 @@ def split_annotated(cfg: CfgNode, annotated: dict[str, Records]) -> tuple[Record
         annotated: name of a data set -> all its records.
 
     Raises:
-        UsageError: for a percentage that cannot be, a file that is broken, lacks that split, or was
-            made for other annotations.
+        UsageError: for a percentage or seed that cannot be, a file that is broken, lacks that
+            split, or was made for other annotations.
     """
     percent, seed = cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED
     if cfg.DATASETS.SPLIT_FILE:
@@ -82,17 +82,23 @@ def write_split_file(
         percents, seeds: each percentage is drawn with each seed.
 
     Raises:
-        UsageError: for a percentage that cannot be, or a data set without an annotation file.
+        UsageError: for a percentage or seed that cannot be, no images, a data set without an
+            annotation file, or a file that cannot be written.
     """
     ids = [(name, record["image_id"]) for name, records in annotated.items() for record in records]
+    if not ids:
+        raise UsageError("there are no images to draw from: name data sets in DATASETS.TRAIN")
     sets = {name: _description(name, len(records)) for name, records in annotated.items()}
     for percent, seed in ((float(p), s) for p in percents for s in seeds):
         for entry in sets.values():
             entry["labeled"].setdefault(str(percent), {})[str(seed)] = []
         for name, image_id in (ids[i] for i in _drawn(len(ids), percent, seed)[0]):
             sets[name]["labeled"][str(percent)][str(seed)].append(image_id)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"nested": True, "sets": list(sets.values())}) + "\n")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"nested": True, "sets": list(sets.values())}) + "\n")
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}") from error
 
 
 def annotation_file(name: str) -> Path:
@@ -117,6 +123,8 @@ def _joined(annotated: dict[str, Records]) -> Records:
 
 
 def _drawn(size: int, percent: float, seed: int) -> tuple[list[int], list[int]]:
+    if not 0 <= seed < 2**32:  # what numpy takes
+        raise UsageError(f"DATASETS.SPLIT_SEED must lie in [0, 2**32), got {seed}")
     try:
         return split_indices(size, percent, seed)
     except ValueError as error:
@@ -179,7 +187,13 @@ def _by_ids(
     rest: Records = []
     for entry, (name, records) in zip(sets, annotated.items(), strict=True):
         _check_same_annotations(file, entry, name, len(records))
-        wanted = set(_chosen(file, entry["labeled"], percent, seed))
+        chosen = _chosen(file, entry["labeled"], percent, seed)
+        wanted = set(chosen)
+        if len(wanted) < len(chosen):
+            raise UsageError(
+                f"DATASETS.SPLIT_FILE {file!r} names {len(chosen) - len(wanted)} images of {name} "
+                "more than once; write it anew with datasets/make_split.py"
+            )
         missing = wanted - {record["image_id"] for record in records}
         if missing:
             raise UsageError(
