@@ -8,8 +8,10 @@
         DATASETS.TEST "('coco:data/val.json:data/val',)"
 
 Takes the words of train_net.py. Every image is read once; what is wrong is told with its way out,
-and at the end stands the command to train with, mended where a config key mends it. The exit code
-is 1 if there is an error. --list writes all findings with all their files.
+what training itself would refuse included (weights of a zoo are fetched for that), and at the end
+stands the command to train with, mended where a config key mends it. The exit code is 1 if there is
+an error. --list writes all findings with all their files. Copies that were mirrored or cropped are
+not found.
 """
 
 from __future__ import annotations
