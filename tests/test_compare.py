@@ -418,7 +418,10 @@ def test_it_is_stopped_and_goes_on(tmp_path, capsys):
         *("--output", str(output), *as_options(settings)),
     ]
     command = [sys.executable, str(ROOT / "tools/compare.py"), *words]
+    # As in a terminal, also where these tests are run by nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    signal.signal(signal.SIGHUP, before)
     (run,) = compare.runs_of(compare.parse_arguments(words))
     while not (run.output / "last_checkpoint").exists():
         assert first.poll() is None, first.stdout.read()
