@@ -186,6 +186,13 @@ def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
         compare.runs_of(arguments(*words, "SOLVER.MAX_ITER", 41, "SEMI.BURN_IN_ITERS", 20))
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_config_can_be_gone_on_with(tmp_path):
+    run = run_of(tmp_path / "run")
+    run.output.mkdir()
+    (run.output / "config.yaml").touch()
+    assert other_settings(run) == [] and results_of(run) is None and not is_finished(run)
+
+
 def test_the_command_is_one_that_a_user_can_call(tmp_path):
     command = run_of(tmp_path, seed=3, method="stac").command
     assert command[1:] == [

@@ -134,7 +134,7 @@ def other_settings(run: Run) -> list[str]:
     """Keys whose values are not those that the run in this folder was begun with."""
     if not (run.output / "config.yaml").is_file():
         return []
-    before = leaves(config_of(run.output))
+    before = leaves(config_of(run.output) or {})  # empty where a start was killed that early
     now = leaves(yaml.safe_load(run.cfg.dump()))
     # A key that one of the two does not know came or went with a version of the project.
     return [

@@ -49,12 +49,21 @@ class Waiting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("iterations", "period"), [(3, 3), (6, 3), (6, 2)])
+@pytest.mark.parametrize(
+    ("strategy", "iterations", "period"),
+    [
+        ("LocReweight", 3, 3),
+        ("LocReweight", 6, 3),
+        ("LocReweight", 6, 2),
+        ("ShuffledLocReweight", 3, 3),
+    ],
+)
 def test_what_was_measured_is_read_once_a_logging_period(
-    make_trainer, monkeypatch, iterations, period
+    make_trainer, monkeypatch, strategy, iterations, period
 ):
     monkeypatch.setattr(metrics, "PERIOD", period)
-    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": iterations})
+    settings = {"SEMI.STRATEGY": strategy, "SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": iterations}
+    trainer = make_trainer(settings)
     run_step = trainer.run_step
     waiting = Waiting()
 

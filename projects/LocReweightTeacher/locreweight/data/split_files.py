@@ -67,7 +67,8 @@ def check_split_is_there(cfg: CfgNode) -> None:
     file = expand(cfg.DATASETS.SPLIT_FILE)
     content = _read(file)
     with _broken(file):
-        for splits in [x["labeled"] for x in content["sets"]] if "sets" in content else [content]:
+        by_ids = "sets" in content
+        for splits in [entry["labeled"] for entry in content["sets"]] if by_ids else [content]:
             _chosen(file, splits, cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED)
 
 

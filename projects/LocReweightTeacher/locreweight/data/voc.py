@@ -33,9 +33,7 @@ def load_voc(
         UsageError: for a missing or broken annotation, a class that is not in ``class_names``, or
             an image that is listed twice.
     """
-    ids = _listed(folder, split, allow_outside)
-    index = {name: i for i, name in enumerate(class_names)}
-    return [_record(Path(folder), image_id, index) for image_id in ids]
+    return _records(folder, _listed(folder, split, allow_outside), class_names)
 
 
 def load_unlabeled_voc(
@@ -51,7 +49,7 @@ def load_unlabeled_voc(
     """
     ids = _listed(folder, split, allow_outside)
     try:
-        return load_voc(folder, split, class_names, allow_outside=allow_outside)
+        return _records(folder, ids, class_names)
     except UsageError as error:
         logger.info("the annotations of unlabeled images are not used: %s", error)
         return [{"file_name": _image(Path(folder), i), "image_id": i} for i in ids]
@@ -72,6 +70,11 @@ def _listed(folder: str, split: str, allow_outside: bool) -> list[str]:
         repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
         raise UsageError(f"{listed} lists {shown(repeated)} more than once")
     return ids
+
+
+def _records(folder: str, ids: list[str], class_names: list[str]) -> list[dict]:
+    index = {name: i for i, name in enumerate(class_names)}
+    return [_record(Path(folder), image_id, index) for image_id in ids]
 
 
 def _image(folder: Path, image_id: str) -> str:
