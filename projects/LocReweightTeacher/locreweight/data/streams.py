@@ -58,7 +58,10 @@ class Batch:
         return [x["file_name"] for x in self.labeled] + [x.file_name for x in self.unlabeled]
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; the host does not wait for what is pinned."""
+        """Images on a device; the host does not wait for what is pinned.
+
+        Labels stay: Detectron2 copies them itself, and draws them where they are.
+        """
         return self._with_images(lambda image: image.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:

@@ -52,5 +52,7 @@ class CornerBoxTransform:
 
     def _unit(self, boxes: Tensor) -> Tensor:
         """``(N, 4)`` pixels that make one unit of offset."""
-        width_height = (boxes[:, 2:] - boxes[:, :2]).float()
-        return width_height.repeat(1, 2) / width_height.new_tensor(self.weights)
+        width, height = (boxes[:, 2:] - boxes[:, :2]).float().unbind(dim=1)
+        # Number by number: the host would wait for a copy of the weights to the device.
+        unit_x, unit_y = width / self.weights[0], height / self.weights[1]
+        return torch.stack([unit_x, unit_y, unit_x, unit_y], dim=1)

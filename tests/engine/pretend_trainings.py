@@ -1,0 +1,169 @@
+"""Trainings on a device that is none, and the same ones on the CPU; a program of its own.
+
+    python -m tests.engine.pretend_trainings FOLDER
+
+Writes into the folder
+
+- results.json: name -> fields of :class:`Found`;
+- answers.json: name in ASKED -> what the device had to say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locreweight.engine import SemiSupervisedTrainer
+from locreweight.engine import metrics as metrics_module
+from tests.engine.pretend_device import DEVICE, NAME, PretendDevice
+from tests.engine.tiny_training import build_trainer, copy_of, make_datasets, training_config
+
+BURN_IN, ITERATIONS, PERIOD = 1, 2, 2  # a step of each phase; the log follows both
+ON_THE_DEVICE = {"MODEL.DEVICE": NAME}
+SCHEDULE = {"SEMI.BURN_IN_ITERS": BURN_IN, "SOLVER.MAX_ITER": ITERATIONS}
+METHODS = ("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "Stac")
+
+ASKED: dict[str, Callable[[Tensor], Any]] = {
+    "with the host's": lambda far: far + torch.ones(2),
+    "stacked with the host's": lambda far: torch.stack([far.sum(), torch.ones(())]),
+    "index into the host's": lambda far: torch.ones(2)[far.long()],
+    "numpy": lambda far: far.numpy(),
+    "sum": lambda far: far.sum(),
+    "with a number of the host's": lambda far: far + torch.ones(()),
+    "index": lambda far: far[far.long() - 1],
+    "copied in passing": lambda far: torch.ones(2).to(far.device, non_blocking=True),
+    "item": lambda far: far.sum().item(),
+    "tolist": lambda far: far.tolist(),
+    "nonzero": lambda far: far.nonzero(),
+    "mask": lambda far: far[far > 0],
+    "index of the host's": lambda far: far[[0, 1]],
+    "new tensor": lambda far: far.new_tensor([1.0]),
+    "to the device": lambda far: torch.ones(2).to(far.device),
+    "to the host": lambda far: far.cpu(),
+    "copied into the host's": lambda far: torch.ones(2).copy_(far),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a training.
+
+    Attributes:
+        moved: how far the student's weights went in it, the largest absolute difference.
+        difference: the largest between its weights in the end and those of the CPU's student.
+        burn_in, mutual: waits in the steps of each phase, by place.
+        last_metrics: the log's last line.
+    """
+
+    moved: float
+    difference: float
+    burn_in: dict[str, int]
+    mutual: dict[str, int]
+    last_metrics: dict[str, float]
+
+
+def compare(datasets: dict, folder: Path, settings: dict) -> Found:
+    """Train on the device and on the CPU."""
+    waits: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    with PretendDevice() as device:
+        trainer = trainer_for(datasets, folder / "device", settings | ON_THE_DEVICE)
+        before = weights_of(trainer)
+        with waits_counted(trainer, device, waits):
+            trainer.train()
+        after = weights_of(trainer)
+    # Half precision is not compared: its numbers are what the CPU's tests are for.
+    exact = settings | {"SOLVER.AMP.ENABLED": False}
+    reference = trainer_for(datasets, folder / "cpu", exact)
+    reference.train()
+    return Found(
+        moved=largest_difference(before, after),
+        difference=largest_difference(after, weights_of(reference)),
+        burn_in=dict(waits[True]),
+        mutual=dict(waits[False]),
+        last_metrics=last_line(folder / "device"),
+    )
+
+
+def everything(datasets: dict, folder: Path) -> Found:
+    """Also what training does beside its steps, and resuming."""
+    settings = {
+        "DATASETS.TEST": datasets["DATASETS.TEST"],
+        "TEST.EVAL_PERIOD": BURN_IN,
+        "SOLVER.CHECKPOINT_PERIOD": BURN_IN,
+        "VIS_PERIOD": BURN_IN,
+    }
+    with PretendDevice():
+        first = settings | ON_THE_DEVICE | {"SOLVER.MAX_ITER": BURN_IN}
+        trainer = trainer_for(datasets, folder / "device", first)
+        trainer.train()
+    return compare(datasets, folder, settings)
+
+
+def trainer_for(datasets: dict, folder: Path, settings: dict) -> SemiSupervisedTrainer:
+    """One that goes on from what is in the folder, if there is anything."""
+    return build_trainer(training_config(datasets, folder, SCHEDULE | settings), resume=True)
+
+
+@contextmanager
+def waits_counted(
+    trainer: SemiSupervisedTrainer, device: PretendDevice, waits: dict[bool, Counter[str]]
+) -> Iterator[None]:
+    """Adds the waits of each step to those of its phase."""
+    run_step = trainer.run_step
+
+    def counted() -> None:
+        device.waits.clear()
+        run_step()
+        waits[trainer.iter < BURN_IN].update(device.waits)
+
+    trainer.run_step = counted  # type: ignore[method-assign]
+    yield
+
+
+def weights_of(trainer: SemiSupervisedTrainer) -> dict[str, Tensor]:
+    return {name: weight.to("cpu") for name, weight in copy_of(trainer.student).items()}
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def last_line(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+
+
+def answer(ask: Callable[[Tensor], Any]) -> str:
+    """The error, or where the host waits, or nothing."""
+    with PretendDevice() as device:
+        far = torch.ones(2, device=DEVICE)
+        try:
+            ask(far)
+        except (RuntimeError, TypeError) as error:
+            return str(error)
+        return ", ".join(device.waits) or "nothing"
+
+
+def main(folder: Path) -> None:
+    metrics_module.PERIOD = PERIOD
+    datasets = make_datasets(folder / "datasets")
+    found = {name: compare(datasets, folder / name, {"SEMI.STRATEGY": name}) for name in METHODS}
+    half = {"SOLVER.AMP.ENABLED": True}
+    found["float16"] = compare(datasets, folder / "float16", half)
+    found["everything"] = everything(datasets, folder / "everything")
+    results = {name: asdict(each) for name, each in found.items()}
+    answers = {name: answer(ask) for name, ask in ASKED.items()}
+    (folder / "answers.json").write_text(json.dumps(answers))
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
