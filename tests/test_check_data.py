@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
+import torch
 from PIL import Image
 
 import check_data
@@ -47,6 +48,27 @@ def test_unreadable_images_are_found(project):
     assert "1 images cannot be read" in error.text
     assert error.files == [str(project.images / "0001.png")]
     assert warning.files == [str(project.unlabeled / "0001.png")]  # training skips these
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "expected", "fixed"),
+    [
+        (0, 1, "no GPU", {"MODEL.DEVICE", "SOLVER.AMP.ENABLED"}),
+        (1, 2, "2 GPUs are asked for and 1 are here", set()),
+    ],
+)
+def test_gpus_that_are_not_there_are_missed(monkeypatch, there, asked, expected, fixed):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    cfg = load_config(BASE, ["MODEL.DEVICE", "cuda"])
+    (finding,) = check_data.device_findings(cfg, asked)
+    assert finding.severity is Severity.WARNING
+    assert expected in finding.text and set(finding.fixes) == fixed
+
+
+@pytest.mark.parametrize(("device", "there"), [("cuda", 2), ("cuda", 3), ("cpu", 0)])
+def test_devices_that_are_there_are_no_finding(monkeypatch, device, there):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert check_data.device_findings(load_config(BASE, ["MODEL.DEVICE", device]), 2) == []
 
 
 def rotate(file):

@@ -62,7 +62,8 @@ def check(args: argparse.Namespace) -> list[Finding]:
     print(overview(sets, facts))
     findings += class_findings(cfg, sets) + box_findings(cfg, sets) + image_findings(sets, facts)
     can_be_mended = all(f.fixes for f in findings if f.severity is Severity.ERROR)
-    findings += same_file_findings(cfg, sets) + copy_findings(sets, facts) + device_findings(cfg)
+    findings += same_file_findings(cfg, sets) + copy_findings(sets, facts)
+    findings += device_findings(cfg, args.num_gpus)
     words = with_fixes(args.opts, findings)
     mended = load_config(args.config_file, words, args.method)
     findings += config_findings(mended, args.num_gpus)
@@ -117,13 +118,22 @@ def overview(sets: DataSets, facts: dict[str, ImageFacts]) -> str:
     return "\n".join([table, note, *lines, ""])
 
 
-def device_findings(cfg: CfgNode) -> list[Finding]:
-    """Whether the device is there."""
-    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+def device_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
+    """Whether as many devices are there as training is to use."""
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
         return []
-    fixes = {"MODEL.DEVICE": "cpu", "SOLVER.AMP.ENABLED": "False"}
-    text = "there is no GPU here; without one only small detectors can be trained in good time"
-    return [Finding(Severity.WARNING, text, fixes=fixes)]
+    there = torch.cuda.device_count()
+    if not there:
+        fixes = {"MODEL.DEVICE": "cpu", "SOLVER.AMP.ENABLED": "False"}
+        text = "there is no GPU here; without one only small detectors can be trained in good time"
+        return [Finding(Severity.WARNING, text, fixes=fixes)]
+    if there < num_gpus:
+        text = (
+            f"{num_gpus} GPUs are asked for and {there} are here; with --num-gpus {there} batch, "
+            "learning rate and iterations follow"
+        )
+        return [Finding(Severity.WARNING, text)]
+    return []
 
 
 def effective_values(

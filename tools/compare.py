@@ -10,9 +10,9 @@ words it goes on where it was stopped, leaves out what is finished and tries aga
 After each run --output has results.csv (all runs), table.md (means and spreads) and curves.png.
 
 A seed chooses the start weights, the order of images, and which images are labeled: methods with
-the same seed see the same split. KEY VALUE pairs come last and hold for all runs (with
-DATASETS.SPLIT_SEED all seeds see one split). They may not touch what one of the methods decides, or
-what the configs differ in: it would be another method then.
+the same seed see the same split. KEY VALUE pairs come last, not right behind --seeds, and hold for
+all runs (with DATASETS.SPLIT_SEED all seeds see one split). They may not touch what one of the
+methods decides, or what the configs differ in: it would be another method then.
 """
 
 from __future__ import annotations

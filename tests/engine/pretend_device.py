@@ -177,6 +177,9 @@ def reads_numbers(func: Any, args: tuple) -> bool:
     """Whether the host has to know numbers before it can go on, such as the size of the result."""
     if func.overloadpacket.__name__ in INDEXING:
         indices = [i for i in args[1] if i is not None]
-        # Masks, whose ones are counted, and what is copied to the device.
-        return any(i.dtype in (torch.bool, torch.uint8) or not is_far(i) for i in indices)
+        if not all(is_far(i) for i in indices):
+            return True  # they are copied to the device
+        # The ones of a mask have to be counted, unless all get the same number.
+        is_fill = len(args) > 2 and args[2].numel() == 1
+        return not is_fill and any(i.dtype in (torch.bool, torch.uint8) for i in indices)
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})
