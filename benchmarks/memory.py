@@ -22,7 +22,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short-side", type=int, default=Size().short_side)
-    parser.add_argument("--paper", action="store_true")
+    parser.add_argument(
+        "--paper", action="store_true", help="2 + 8 images of 800 x 1333 pixels' area; for a GPU"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args()
     size = Size(894, labeled=2, unlabeled=8) if args.paper else Size(args.short_side)

@@ -71,6 +71,14 @@ def test_devices_that_are_there_are_no_finding(monkeypatch, device, there):
     assert check_data.device_findings(load_config(BASE, ["MODEL.DEVICE", device]), 2) == []
 
 
+def test_a_backbone_that_stays_at_random_is_found():
+    cfg = load_config(BASE, ["MODEL.WEIGHTS", ""])
+    (finding,) = check_data.random_findings(cfg)
+    assert finding.severity is Severity.WARNING
+    cfg.merge_from_list([word for pair in finding.fixes.items() for word in pair])
+    assert check_data.random_findings(cfg) == []
+
+
 def rotate(file):
     """The picture lies on its side in the file, and EXIF says so."""
     with Image.open(file) as image:

@@ -140,12 +140,14 @@ WRITTEN = {
     "SOLVER.CHECKPOINT_PERIOD": 200,
     "SEMI.BURN_IN_ITERS": 80,
     "TEST.EVAL_PERIOD": 120,
+    "VIS_PERIOD": 40,
+    "SEMI.EMA_KEEP_RATE": 0.25,  # two updates of half the batch keep as much as one: 0.5 * 0.5
 }
 SCALED = {
-    1: (2, 8, 0.0025, 3600, (2400, 3200), 800, 400, 160, 240),
+    1: (2, 8, 0.0025, 3600, (2400, 3200), 800, 400, 160, 240, 80, 0.5),
     2: tuple(WRITTEN.values()),
-    4: (8, 32, 0.01, 900, (600, 800), 200, 100, 40, 60),
-    8: (16, 64, 0.02, 450, (300, 400), 100, 50, 20, 30),
+    4: (8, 32, 0.01, 900, (600, 800), 200, 100, 40, 60, 20, 0.0625),
+    8: (16, 64, 0.02, 450, (300, 400), 100, 50, 20, 30, 10, 0.25**4),
 }
 
 
@@ -173,6 +175,12 @@ def test_without_a_reference_the_config_holds_as_written(world_size):
 def test_scaling_twice_is_scaling_once(world_size):
     once = scale_to_world_size(written(reference=2), world_size)
     assert scale_to_world_size(once, world_size) == once
+
+
+@pytest.mark.parametrize(("period", "scaled"), [(0, 0), (1, 1), (9, 3)])
+def test_pictures_are_never_switched_off_or_on_by_scaling(period, scaled):
+    cfg = load_config(BASE, ["VIS_PERIOD", str(period)])
+    assert scale_to_world_size(cfg, 8).VIS_PERIOD == scaled
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -41,6 +41,7 @@ from data_sets import DataSets, Finding, Severity, read_data_sets
 from image_survey import ImageFacts, survey
 from locreweight.config import check_supported, load_config, scale_to_world_size
 from locreweight.data.training_sets import TrainingSets
+from locreweight.engine.effective_values import kept_at_random
 from locreweight.errors import UsageError
 from memory_estimate import GIB, estimate_memory
 from training_refusals import config_findings, read_for_training, unreadable_findings
@@ -63,7 +64,7 @@ def check(args: argparse.Namespace) -> list[Finding]:
     findings += class_findings(cfg, sets) + box_findings(cfg, sets) + image_findings(sets, facts)
     can_be_mended = all(f.fixes for f in findings if f.severity is Severity.ERROR)
     findings += same_file_findings(cfg, sets) + copy_findings(sets, facts)
-    findings += device_findings(cfg, args.num_gpus)
+    findings += device_findings(cfg, args.num_gpus) + random_findings(cfg)
     words = with_fixes(args.opts, findings)
     mended = load_config(args.config_file, words, args.method)
     findings += config_findings(mended, args.num_gpus)
@@ -134,6 +135,13 @@ def device_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
         )
         return [Finding(Severity.WARNING, text)]
     return []
+
+
+def random_findings(cfg: CfgNode) -> list[Finding]:
+    """Whether a backbone that starts at random would in part stay so."""
+    fixes = kept_at_random(cfg)
+    text = "MODEL.WEIGHTS is empty, and part of the backbone stays at random for good"
+    return [Finding(Severity.WARNING, text, fixes=fixes)] if fixes else []
 
 
 def effective_values(

@@ -10,6 +10,7 @@ import torch
 from locreweight.engine import effective_values
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.step import training_step
+from locreweight.errors import UsageError
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
@@ -225,6 +226,37 @@ def test_effective_values_are_logged(make_trainer, caplog):
         "6.0 epochs of 5 unlabeled",  # 10 * 3 / 5
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("burn_in", [3, 4])
+def test_burn_in_without_end_is_warned_of(make_trainer, caplog, burn_in):
+    with caplog.at_level(logging.WARNING, logger=effective_values.__name__):
+        make_trainer({"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 4})
+    assert ("unlabeled images are not used" in caplog.text) == (burn_in == 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, ""),
+        ({"MODEL.BACKBONE.FREEZE_AT": 2}, "set MODEL.BACKBONE.FREEZE_AT 0, and"),
+        ({"MODEL.RESNETS.NORM": "FrozenBN"}, "set MODEL.RESNETS.NORM BN, and"),
+    ],
+)
+def test_a_backbone_that_stays_at_random_is_warned_of(make_trainer, caplog, settings, named):
+    with caplog.at_level(logging.WARNING, logger=effective_values.__name__):
+        make_trainer(settings)
+    assert ("stays at random" in caplog.text) == bool(named)
+    assert named in caplog.text
+
+
+def test_processes_that_could_not_exchange_gradients_are_told_so(make_trainer, monkeypatch):
+    """NCCL, which is what Detectron2 takes where there are GPUs, knows no CPU."""
+    student = make_trainer().student
+    monkeypatch.setattr(trainer_module.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(trainer_module.distributed, "get_backend", lambda: "nccl")
+    with pytest.raises(UsageError, match="MODEL.DEVICE is cpu.*CUDA_VISIBLE_DEVICES"):
+        trainer_module._distributed(student)
 
 
 # --- mixed precision ------------------------------------------------------------------------------

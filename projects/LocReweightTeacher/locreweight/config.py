@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,12 +41,14 @@ def add_locreweight_config(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
     # The method: which pseudo-labels, and how they are learned from (engine/strategies/):
-    # "LocReweight", or one to compare it with: "Stac", "UnbiasedTeacher", "SoftTeacher".
+    # "LocReweight", its control "ShuffledLocReweight", or one to compare it with: "Stac",
+    # "UnbiasedTeacher", "SoftTeacher".
     cfg.SEMI.STRATEGY = "LocReweight"
     # Iterations on labeled images only, before the teacher starts to label. With at least
     # SOLVER.MAX_ITER of them training is supervised from end to end.
     cfg.SEMI.BURN_IN_ITERS = 2000
     # Share of itself that the teacher keeps in each update; reached by a ramp (method/teacher.py).
+    # It follows the batch when that is scaled with the number of GPUs.
     cfg.SEMI.EMA_KEEP_RATE = 0.9996
     # A detection of the teacher is a pseudo-label if its class probability exceeds this.
     cfg.SEMI.PSEUDO_LABEL_THRESHOLD = 0.8
@@ -241,13 +244,18 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
 
 
 def check_supported(cfg: CfgNode) -> None:
-    """Keys of Detectron2 that training here would silently ignore, and a run without a folder.
+    """Keys that training here would silently ignore, or would stop at only after burn-in.
 
     Raises:
         UsageError: names the first one that is set.
     """
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty: a run needs a folder for its checkpoints")
+    if not 0.0 <= cfg.SEMI.EMA_KEEP_RATE <= 1.0:
+        raise UsageError(
+            f"SEMI.EMA_KEEP_RATE is {cfg.SEMI.EMA_KEEP_RATE:g}; it is the share of itself that the "
+            "teacher keeps in an update, from 0 to 1"
+        )
     box_head = cfg.MODEL.ROI_BOX_HEAD
     for key, is_set in {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
@@ -263,11 +271,13 @@ def check_supported(cfg: CfgNode) -> None:
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The config for this number of GPUs, by Detectron2's own rule, burn-in included.
+    """The config for this number of GPUs, by Detectron2's own rule and two that go with it.
 
     With ``SOLVER.REFERENCE_WORLD_SIZE`` set, images per GPU stay the same: batch and learning rate
-    grow with the number of GPUs, everything counted in iterations shrinks by it. With 0 the config
-    holds as written, whatever the number of GPUs.
+    grow with the number of GPUs, everything counted in iterations shrinks by it, and the teacher
+    forgets as much after the same number of images: the keep rate is raised to the power of the
+    scale (Busbridge et al., How to Scale Your EMA, 2023). With 0 the config holds as written,
+    whatever the number of GPUs.
 
     Raises:
         UsageError: if a batch cannot be shared equally among the GPUs.
@@ -289,6 +299,8 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
         scaled.defrost()
         scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * scale)
         scaled.SEMI.BURN_IN_ITERS = round(cfg.SEMI.BURN_IN_ITERS / scale)
+        scaled.SEMI.EMA_KEEP_RATE = cfg.SEMI.EMA_KEEP_RATE**scale
+        scaled.VIS_PERIOD = math.ceil(cfg.VIS_PERIOD / scale)  # 0 is never, and only 0
         if frozen:
             scaled.freeze()
     if scaled.SOLVER.IMS_PER_BATCH < 1:

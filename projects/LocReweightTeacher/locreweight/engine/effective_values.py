@@ -37,6 +37,31 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
         epochs,
         len(sets.unlabeled),
     )
+    if sets.unlabeled and not mutual:
+        logger.warning(
+            "unlabeled images are not used: SEMI.BURN_IN_ITERS reaches SOLVER.MAX_ITER"
+        )
+    if keys := kept_at_random(cfg):
+        logger.warning(
+            "MODEL.WEIGHTS is empty, and part of the backbone stays at random for good; set %s, "
+            "and see configs/bccd-small.yaml for what else helps",
+            " ".join(word for pair in keys.items() for word in pair),
+        )
+
+
+def kept_at_random(cfg: CfgNode) -> dict[str, str]:
+    """Keys to set, with their values, where a backbone that starts at random would not be trained.
+
+    Detectron2 freezes its first stages and its norms, which is meant for pretrained weights.
+    """
+    if cfg.MODEL.WEIGHTS:
+        return {}
+    keys = {}
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        keys["MODEL.BACKBONE.FREEZE_AT"] = "0"
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        keys["MODEL.RESNETS.NORM"] = "BN"
+    return keys
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype:

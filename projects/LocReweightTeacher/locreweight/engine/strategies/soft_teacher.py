@@ -6,8 +6,9 @@ classification and the RPN, those whose jittered copies are regressed to the sam
 box regression.
 
 Differences: proposals are sampled once, against all candidates, and not once for each of the two
-losses. In the strong view translation is along both axes and shear along one, in a fixed order of
-operations, where the authors' program translates along one, shears along both and draws the order.
+losses. In the strong view one of translation, rotation and shear is drawn, each alike often, where
+the authors' program draws one of translation along x, along y, rotation and shear; translation is
+along both axes and shear along one, not the other way round; and operations have a fixed order.
 """
 
 from __future__ import annotations

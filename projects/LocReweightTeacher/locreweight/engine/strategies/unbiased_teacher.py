@@ -5,9 +5,11 @@ unlabeled images, neither here nor in the RPN (``SEMI.RPN_BOX_LOSS False``). Its
 labeled images too, is ``MODEL.ROI_BOX_HEAD.FOCAL_GAMMA``; its views are those of ``INPUT.RECIPE
 UnbiasedTeacherRecipe``.
 
-Differences: the moving average begins with a ramp, where the authors' has its final rate at once;
-up to a half of the RPN's sampled anchors are positive, as for all methods here, and not a quarter;
-erased patches have the mean colour, and not noise.
+Differences, all but the last for the sake of a comparison in which methods alone differ: the moving
+average begins with a ramp, where the authors' has its final rate at once; up to a half of the RPN's
+sampled anchors are positive, and not a quarter; boxes of labeled images have smooth L1, and not L1
+(``MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA 0.0``); sizes of images are the config's, and not 640 to 800
+pixels in training, 600 in testing on VOC. Erased patches have the mean colour, and not noise.
 """
 
 from __future__ import annotations
