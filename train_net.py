@@ -20,7 +20,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import build_model
@@ -33,6 +32,7 @@ from locreweight.data.training_sets import register_datasets
 from locreweight.engine import (
     SemiSupervisedTrainer,
     argument_parser,
+    check_device,
     evaluate,
     launch,
     load_for_evaluation,
@@ -49,8 +49,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         cfg = scale_to_world_size(cfg, comm.get_world_size())
     cfg.freeze()
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("there is no GPU here: add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False")
+    check_device(cfg.MODEL.DEVICE)
     register_datasets(cfg, training=not args.eval_only)
     try:
         if comm.is_main_process() and not args.eval_only:

@@ -44,13 +44,15 @@ def measure(size: Size, floor: bool, repeats: int, options: list[str]) -> Cost:
     work = bare if floor else Step(size, bare.student.state_dict(), options)
     device = bare.device
     del bare
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     before = peak_mib(device)
     seconds = [seconds_of(work, device) for _ in range(repeats + 1)][1:]
     return Cost(statistics.median(seconds), before, peak_mib(device))
 
 
 def peak_mib(device: torch.device) -> float:
-    """Until now."""
+    """Until now; of a GPU since it was last reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     # Not getrusage, whose peak a process inherits from the one that started it.

@@ -409,6 +409,9 @@ def test_more_gpus_than_there_are_cannot_be_had(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(ValueError, match="2 x 2 GPUs are asked for, there are 2"):
         places(2, 2, on_gpus=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="1 x 1 GPUs are asked for, there are 0"):
+        places(1, None, on_gpus=True)
 
 
 # --- as a user runs it ----------------------------------------------------------------------------

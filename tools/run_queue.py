@@ -238,7 +238,9 @@ def places(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | Non
     if not on_gpus:
         return [None] * (parallel or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [*map(str, range(torch.cuda.device_count()))] if visible is None else visible.split(",")
+    gpus = [*map(str, range(torch.cuda.device_count()))]
+    if visible is not None:
+        gpus = [gpu for gpu in visible.split(",") if gpu]
     groups = [
         ",".join(gpus[i : i + num_gpus]) for i in range(0, len(gpus) - num_gpus + 1, num_gpus)
     ]

@@ -10,7 +10,6 @@ import torch
 from locreweight.engine import effective_values
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.step import training_step
-from locreweight.errors import UsageError
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
@@ -248,15 +247,6 @@ def test_a_backbone_that_stays_at_random_is_warned_of(make_trainer, caplog, sett
         make_trainer(settings)
     assert ("stays at random" in caplog.text) == bool(named)
     assert named in caplog.text
-
-
-def test_processes_that_could_not_exchange_gradients_are_told_so(make_trainer, monkeypatch):
-    """NCCL, which is what Detectron2 takes where there are GPUs, knows no CPU."""
-    student = make_trainer().student
-    monkeypatch.setattr(trainer_module.comm, "get_world_size", lambda: 2)
-    monkeypatch.setattr(trainer_module.distributed, "get_backend", lambda: "nccl")
-    with pytest.raises(UsageError, match="MODEL.DEVICE is cpu.*CUDA_VISIBLE_DEVICES"):
-        trainer_module._distributed(student)
 
 
 # --- mixed precision ------------------------------------------------------------------------------

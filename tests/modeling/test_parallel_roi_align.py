@@ -79,6 +79,23 @@ def test_otherwise_it_is_the_plain_operation(threads, monkeypatch, kind):
         assert align(features.to(dtype), rois).shape == (3, 4, 2, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_does_not_move_boxes(dtype):
+    """Beyond 1024 pixels float16 knows whole ones, and bfloat16 every eighth."""
+    torch.manual_seed(0)
+    features = torch.randn(1, 4, 8, 330).to(dtype).requires_grad_()
+    rois = torch.tensor([[0.0, 1217.7, 5.3, 1229.4, 17.9]])
+    plain, parallel = ROIAlign((7, 7), 0.25, 0), ROIAlign((7, 7), 0.25, 0)
+    parallelize_roi_align(parallel)
+    with torch.autocast("cpu", dtype=dtype):
+        found, rounded = parallel(features, rois), plain(features, rois)
+    expected = plain(features.float(), rois)
+    torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=0.01)
+    assert (rounded.float() - expected).abs().max() > 0.1  # why it is not left to Detectron2
+    found.float().sum().backward()
+    assert features.grad.isfinite().all() and features.grad.abs().sum() > 0
+
+
 def test_nothing_is_recorded_where_no_gradient_is_asked_for(threads):
     threads(2)
     features = torch.randn(2, 4, 8, 8, requires_grad=True)

@@ -43,6 +43,7 @@ def check_images_decode(records: list[dict]) -> None:
         UsageError: names some that do not.
     """
     faults = _faults(records) if comm.get_local_rank() == 0 else []
+    comm.synchronize()  # with the run's --timeout, which what is gathered over on GPUs has not
     # Machines may not share a disk; the first with a fault speaks.
     faults = next((found for found in comm.all_gather(faults) if found), [])
     if faults:

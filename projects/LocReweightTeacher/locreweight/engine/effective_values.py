@@ -38,9 +38,7 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
         len(sets.unlabeled),
     )
     if sets.unlabeled and not mutual:
-        logger.warning(
-            "unlabeled images are not used: SEMI.BURN_IN_ITERS reaches SOLVER.MAX_ITER"
-        )
+        logger.warning("unlabeled images are not used: SEMI.BURN_IN_ITERS reaches SOLVER.MAX_ITER")
     if keys := kept_at_random(cfg):
         logger.warning(
             "MODEL.WEIGHTS is empty, and part of the backbone stays at random for good; set %s, "

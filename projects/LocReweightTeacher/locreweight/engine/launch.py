@@ -64,6 +64,10 @@ def launch(main: Main, args: argparse.Namespace) -> None:
     if distributed.is_torchelastic_launched():
         _run(_as_one_of_torchruns, (main, args, timeout))
         return
+    try:
+        _check_gpus(args.num_gpus)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
     if args.num_gpus * args.num_machines > 1:
         handle_signals(_pass_on)
     try:
@@ -83,6 +87,42 @@ def launch(main: Main, args: argparse.Namespace) -> None:
         if error.signal_name:
             raise
         sys.exit(error.exit_code)
+
+
+def check_device(device: str) -> None:
+    """Whether the processes of this run can work on it.
+
+    Args:
+        device: ``MODEL.DEVICE``.
+
+    Raises:
+        UsageError: says what to set instead.
+    """
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        raise UsageError("there is no GPU here: add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False")
+    if comm.get_world_size() == 1:
+        return
+    if on_gpu and device != "cuda":
+        raise UsageError(
+            f"MODEL.DEVICE {device} would put all processes on one GPU; with MODEL.DEVICE cuda "
+            "each has its own"
+        )
+    if not on_gpu and distributed.get_backend() == "nccl":
+        raise UsageError(
+            f"MODEL.DEVICE is {device}, but several processes on a machine with GPUs exchange "
+            "gradients over these: set MODEL.DEVICE cuda, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
+
+
+def _check_gpus(processes: int) -> None:
+    there = torch.cuda.device_count()
+    if 0 < there < processes:
+        raise UsageError(
+            f"{processes} processes need as many GPUs on a machine, and there are {there}: "
+            f"--num-gpus {there}, or CUDA_VISIBLE_DEVICES='' for none"
+        )
 
 
 def _run(main: Callable[..., object], arguments: tuple) -> None:
@@ -110,6 +150,7 @@ def _as_one_of_torchruns(main: Main, args: argparse.Namespace, timeout: timedelt
         raise UsageError("torchrun decides on the number of processes: leave out --num-gpus")
     # Should torchrun be killed its processes would train on, beside those that it starts anew.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    _check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -15,7 +15,7 @@ from detectron2.engine.hooks import HookBase
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from torch import distributed, nn
+from torch import nn
 
 from ..config import check_supported, scale_to_world_size
 from ..data.mapper import ViewMapper
@@ -291,12 +291,6 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
 def _distributed(student: SemiSupervisedRCNN) -> nn.Module:
     on_gpu = student.device.type == "cuda"
-    if not on_gpu and comm.get_world_size() > 1 and distributed.get_backend() == "nccl":
-        raise UsageError(
-            f"MODEL.DEVICE is {student.device}, but several processes on a machine with GPUs "
-            "exchange gradients over these: set MODEL.DEVICE cuda, or hide the GPUs with "
-            "CUDA_VISIBLE_DEVICES=''"
-        )
     return create_ddp_model(
         student, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None
     )

@@ -1,7 +1,8 @@
-"""ROIAlign on all cores of a CPU. Torchvision's kernels use one, whatever the number of threads.
+"""ROIAlign where it was asked to look, and on all cores of a CPU.
 
-Channels do not know of each other, so each thread runs torchvision's kernel on some of them,
-forward and backward, and the results are the same to the bit.
+Torchvision's kernels use one core, whatever the number of threads. Channels do not know of each
+other, so each thread runs torchvision's kernel on some of them, forward and backward, and the
+results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401  (registers the kernels)
 from detectron2.layers import ROIAlign
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 
 class ParallelROIAlign(ROIAlign):
-    """Detectron2's, but on a CPU with several threads all of them work."""
+    """Detectron2's, but boxes keep their precision, and all threads of a CPU work."""
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """
@@ -29,6 +30,11 @@ class ParallelROIAlign(ROIAlign):
         Returns:
             ``(R, C, h, w)``
         """
+        if torch.is_autocast_enabled(input.device.type):
+            # Detectron2 rounds coordinates to what feature maps come in: in half precision to a
+            # pixel or, with bfloat16, to eight. Autocast raises both to float32 in any case.
+            sampling = self.spatial_scale, self.sampling_ratio, self.aligned
+            return roi_align(input, rois, self.output_size, *sampling)
         on_cpu = input.device.type == "cpu" and input.dtype is torch.float32
         # A graph that is exported is to hold one operation, and no threads.
         if not on_cpu or torch.get_num_threads() == 1 or torch.jit.is_tracing():

@@ -12,8 +12,8 @@ Differences:
   long as ``SEMI.BURN_IN_ITERS`` says: a short one makes a poor labeler for good.
 - The student goes on from burn-in, where STAC starts it from ImageNet weights again.
 - Boxes are not augmented one by one; the strong view has Soft Teacher's operations.
-- Labeled images have one colour operation, as for all methods here, where STAC's are only resized and
-  flipped; sizes of images are the config's, and not 500 to 800 pixels.
+- Labeled images have one colour operation, as for all methods here, where STAC's are only resized
+  and flipped; sizes of images are the config's, and not 500 to 800 pixels.
 - The threshold is the same for all images; the authors' program lowers it for an image whose best
   score is below it.
 """
