@@ -26,6 +26,7 @@ class Project:
         for i, image in enumerate(sorted(folder.rglob("*.png"))):
             paint(image, seed=i)
         self.settings = TINY | {
+            "MODEL.RESNETS.NORM": "BN",  # as random weights need it
             "DATASETS.TRAIN": [f"coco:{self.json}:{self.images}"],
             "DATASETS.TEST": [f"coco:{self.test_json}:{self.test_images}"],
             "DATASETS.UNLABELED": [f"folder:{self.unlabeled}"],
