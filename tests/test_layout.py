@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": {"method", "errors"},
     "analysis": {"errors"},
     "zoo": {"errors"},
-    "engine": {"method", "modeling", "data", "analysis", "zoo", "errors", "config"},
+    "engine": {"method", "modeling", "data", "analysis", "zoo", "errors", "config", "world_size"},
     "export": {"modeling", "errors"},
 }
 METHOD_NEEDS = {"torch", "math", "__future__"}

@@ -39,10 +39,11 @@ from data_findings import (
 )
 from data_sets import DataSets, Finding, Severity, read_data_sets
 from image_survey import ImageFacts, survey
-from locreweight.config import check_supported, load_config, scale_to_world_size
+from locreweight.config import check_supported, load_config
 from locreweight.data.training_sets import TrainingSets
 from locreweight.engine.effective_values import kept_at_random
 from locreweight.errors import UsageError
+from locreweight.world_size import scale_to_world_size
 from memory_estimate import GIB, estimate_memory
 from training_refusals import config_findings, read_for_training, unreadable_findings
 

@@ -22,8 +22,9 @@ from threading import Lock
 import torch
 from detectron2.config import CfgNode
 
-from locreweight.config import load_config, scale_to_world_size
+from locreweight.config import load_config
 from locreweight.engine.checkpoint_files import write_whole_bytes
+from locreweight.world_size import scale_to_world_size
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTEMPTS = "attempts.json"  # in OUTPUT_DIR

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from data_findings import kept_warnings
 from data_sets import Finding, Severity
 from image_survey import ImageFacts
-from locreweight.config import scale_to_world_size
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.training_sets import TrainingSets, load_training_sets, register_datasets
 from locreweight.data.unreadable import UnreadableImages, tolerated
@@ -18,6 +17,7 @@ from locreweight.engine.checkpoint import need_weights
 from locreweight.engine.effective_values import amp_dtype
 from locreweight.engine.step import StepSettings
 from locreweight.errors import UsageError
+from locreweight.world_size import scale_to_world_size
 
 
 def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:

@@ -17,7 +17,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from torch import nn
 
-from ..config import check_supported, scale_to_world_size
+from ..config import check_supported
 from ..data.mapper import ViewMapper
 from ..data.streams import Batch, BatchSchedule, StreamDataset, build_loader
 from ..data.training_sets import load_training_sets
@@ -25,6 +25,7 @@ from ..data.unreadable import UnreadableImages
 from ..errors import UsageError
 from ..method.teacher import MovingAverage, keep_rate, update_teacher
 from ..modeling.detector import SemiSupervisedRCNN
+from ..world_size import scale_to_world_size
 from .batch_norm import RunningStatistics
 from .checkpoint import TeacherCheckpointer, need_weights
 from .checkpoint_description import CheckpointDescription
