@@ -358,6 +358,14 @@ def test_a_batch_that_cannot_be_shared_is_named(key, images, reference, world_si
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
 
 
+@pytest.mark.parametrize("rate", ["-0.1", "1.1"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_keep_rate_that_is_no_share_is_named_before_training(rate, world_size):
+    cfg = load_config(str(ROOT / "configs/Base-LocReweight.yaml"), ["SEMI.EMA_KEEP_RATE", rate])
+    with pytest.raises(UsageError, match=f"SEMI.EMA_KEEP_RATE is {rate}"):
+        scale_to_world_size(cfg, world_size)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

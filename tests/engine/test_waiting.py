@@ -7,6 +7,8 @@ and two images in each of the streams.
 
 import pytest
 
+from locreweight.engine import measurements, metrics
+
 LOG = {"_to_host: tolist": 1}  # all that was measured in both steps
 FOREGROUND = "foreground: nonzero"  # rows that are regressed: as many as are foreground
 PSEUDO_LABELS = {
@@ -35,3 +37,15 @@ def test_a_step_waits_for_what_it_has_to_know(on_a_device, name):
 def test_nobody_waits_for_boxes_that_are_not_regressed(on_a_device):
     mutual = of_this_package(on_a_device["UnbiasedTeacher"]["mutual"])
     assert mutual == LOG | PSEUDO_LABELS | {FOREGROUND: 1}
+
+
+@pytest.mark.parametrize(("iterations", "period"), [(3, 3), (6, 3), (6, 2)])
+def test_what_was_measured_is_read_once_a_logging_period(
+    make_trainer, monkeypatch, iterations, period
+):
+    read = []
+    to_host = measurements._to_host
+    monkeypatch.setattr(measurements, "_to_host", lambda x: read.append(len(x)) or to_host(x))
+    monkeypatch.setattr(metrics, "PERIOD", period)
+    make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": iterations}).train()
+    assert len(read) == iterations / period and all(read)

@@ -242,18 +242,13 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
 
 
 def check_supported(cfg: CfgNode) -> None:
-    """Keys that training here would silently ignore, or would stop at only after burn-in.
+    """Keys of Detectron2 that training here would silently ignore, and a run without a folder.
 
     Raises:
         UsageError: names the first one that is set.
     """
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty: a run needs a folder for its checkpoints")
-    if not 0.0 <= cfg.SEMI.EMA_KEEP_RATE <= 1.0:
-        raise UsageError(
-            f"SEMI.EMA_KEEP_RATE is {cfg.SEMI.EMA_KEEP_RATE:g}; it is the share of itself that the "
-            "teacher keeps in an update, from 0 to 1"
-        )
     box_head = cfg.MODEL.ROI_BOX_HEAD
     for key, is_set in {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,

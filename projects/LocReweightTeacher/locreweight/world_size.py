@@ -20,8 +20,14 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     whatever the number of GPUs.
 
     Raises:
-        UsageError: if a batch cannot be shared equally among the GPUs.
+        UsageError: if a batch cannot be shared equally among the GPUs, or the keep rate, of which
+            no power could be taken, is no share.
     """
+    if not 0.0 <= cfg.SEMI.EMA_KEEP_RATE <= 1.0:
+        raise UsageError(
+            f"SEMI.EMA_KEEP_RATE is {cfg.SEMI.EMA_KEEP_RATE:g}; it is the share of itself that the "
+            "teacher keeps in an update, from 0 to 1"
+        )
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     for size in (reference, world_size) if reference else (world_size,):
         for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED"):
