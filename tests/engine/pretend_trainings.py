@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,8 @@ def compare(datasets: dict, folder: Path, settings: dict) -> Found:
     with PretendDevice() as device:
         trainer = trainer_for(datasets, folder / "device", settings | ON_THE_DEVICE)
         before = weights_of(trainer)
-        with waits_counted(trainer, device, waits):
-            trainer.train()
+        count_waits(trainer, device, waits)
+        trainer.train()
         after = weights_of(trainer)
     # Half precision is not compared: its numbers are what the CPU's tests are for.
     exact = settings | {"SOLVER.AMP.ENABLED": False}
@@ -113,11 +112,10 @@ def trainer_for(datasets: dict, folder: Path, settings: dict) -> SemiSupervisedT
     return build_trainer(training_config(datasets, folder, SCHEDULE | settings), resume=True)
 
 
-@contextmanager
-def waits_counted(
+def count_waits(
     trainer: SemiSupervisedTrainer, device: PretendDevice, waits: dict[bool, Counter[str]]
-) -> Iterator[None]:
-    """Adds the waits of each step to those of its phase."""
+) -> None:
+    """Add the waits of each step that the trainer will do to those of its phase."""
     run_step = trainer.run_step
 
     def counted() -> None:
@@ -126,7 +124,6 @@ def waits_counted(
         waits[trainer.iter < BURN_IN].update(device.waits)
 
     trainer.run_step = counted  # type: ignore[method-assign]
-    yield
 
 
 def weights_of(trainer: SemiSupervisedTrainer) -> dict[str, Tensor]:
