@@ -27,7 +27,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.config import load_config
+from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import (
     SemiSupervisedTrainer,
@@ -37,10 +37,9 @@ from locreweight.engine import (
     launch,
     load_for_evaluation,
 )
-from locreweight.engine.folder_lock import claim
+from locreweight.engine.output_lock import claim
 from locreweight.engine.run_record import write_run_record
 from locreweight.errors import UsageError
-from locreweight.world_size import scale_to_world_size
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import alternate, median_ratio, show, spread
 from benchmarks.workload import Size, average_by_state_dict, make_config
-from locreweight.method.teacher import MovingAverage, update_teacher
+from locreweight.ema import MovingAverage, update_teacher
 
 KEEP_RATE = 0.9996
 LOOP, BOUND = "loop over state_dict", "bound: read two, write one"

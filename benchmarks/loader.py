@@ -30,11 +30,11 @@ from tabulate import tabulate
 from benchmarks.plain_pillow import MAX_SIZE, PILLOW_COLOURS, PlainPillow, Stopwatch
 from benchmarks.timing import environment
 from locreweight.config import load_config
-from locreweight.data import colours
+from locreweight.data.image_io import SPARE, SizeLimit, read_for_training
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.pixels import FastInput, channels_first, resized
-from locreweight.data.training_images import SPARE, SizeLimit, read_for_training
-from locreweight.data.views import matrix_of
+from locreweight.data.transforms import color_ops as colours
+from locreweight.data.transforms.fast_transforms import FastInput, channels_first, resized
+from locreweight.data.transforms.views import matrix_of
 
 # (name, height and width of the files, range of the short side of a view)
 SETTINGS = [

@@ -12,7 +12,7 @@ import torch
 from detectron2.data import transforms as T
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from locreweight.data.augmentations import RandomErasing, RandomGeometry
+from locreweight.data.transforms.augmentations import RandomErasing, RandomGeometry
 
 MAX_SIZE = 1333  # of a view's long side
 PILLOW_COLOURS: list[Callable[[Image.Image, float], Image.Image]] = [

@@ -16,8 +16,8 @@ from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 from locreweight.config import load_config
+from locreweight.data.loader import Position, Stream, StreamDataset
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.streams import Position, Stream, StreamDataset
 from locreweight.data.training_sets import load_training_sets, register_datasets
 
 PER_FOLDER = 10_000

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from locreweight.config import load_config
-from locreweight.data.streams import Batch
+from locreweight.data.loader import Batch
 from locreweight.data.training_sets import register_datasets
-from locreweight.data.views import UnlabeledSample, View
+from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine import SemiSupervisedTrainer
 from locreweight.modeling import SemiSupervisedRCNN, TeacherView
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from locreweight.config import load_config
-from locreweight.data.split_files import write_split_file
+from locreweight.data.datasets.splits import write_split_file
 from locreweight.data.training_sets import register_datasets
 from locreweight.errors import UsageError
 

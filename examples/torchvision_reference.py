@@ -30,11 +30,11 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from locreweight.ema import keep_rate, update_teacher
 from locreweight.errors import UsageError
-from locreweight.method import reweighting
-from locreweight.method.geometry import between_views, warp_boxes
-from locreweight.method.localization import kl_regression_loss, localization_quality
-from locreweight.method.teacher import keep_rate, update_teacher
+from locreweight.geometry import between_views, warp_boxes
+from locreweight.losses import reweighting
+from locreweight.losses.localization import kl_regression_loss, localization_quality
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

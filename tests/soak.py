@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from locreweight.engine.metrics import TIMES
+from locreweight.engine.writers import TIMES
 from tests.engine.tiny_training import TRAINING, make_datasets, same
 from tests.modeling.tiny_model import TINY, as_options
 

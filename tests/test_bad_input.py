@@ -12,12 +12,11 @@ from tiny_data import edit_json, make_coco, write_voc_xml
 pytest.importorskip("detectron2")
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.config import load_config
+from locreweight.checkpoint.checkpointer import need_weights
+from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.mapper import ViewMapper
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
-from locreweight.engine.checkpoint import need_weights
 from locreweight.errors import UsageError
-from locreweight.world_size import scale_to_world_size
 from tests.tiny_project import Project
 
 ROOT = Path(__file__).parents[1]

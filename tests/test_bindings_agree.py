@@ -15,9 +15,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from examples import torchvision_reference as reference
-from locreweight.data.streams import Batch
-from locreweight.data.views import UnlabeledSample, View
-from locreweight.engine.step import StepSettings, training_step
+from locreweight.data.loader import Batch
+from locreweight.data.transforms.views import UnlabeledSample, View
+from locreweight.engine.training_step import StepSettings, training_step
 from tests.modeling.tiny_model import NUM_CLASSES, SIZE, ground_truth, tiny_config, tiny_model
 
 WIDTH = 64  # of a proposal's features

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import check_data
-from data_sets import Severity
-from image_survey import read_facts
 from locreweight.config import load_config
+from locreweight.data.inspection.findings import Severity
+from locreweight.data.inspection.images import read_facts
 from tests.checked_data import BASE, Project
 from tests.tiny_data import edit_json, make_voc
 

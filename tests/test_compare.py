@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 import compare
-import run_queue
-from comparison_report import as_csv, as_markdown, curves
+from locreweight.engine import run_queue as run_queue
+from locreweight.engine.run_queue import Attempt, Run, RunQueue, attempts_of, places
 from locreweight.engine.run_record import RUN_FILE, RunRecord
+from locreweight.engine.run_results import is_finished, other_settings, results_of
 from locreweight.errors import UsageError
-from run_queue import Attempt, Run, RunQueue, attempts_of, places
-from run_results import is_finished, other_settings, results_of
+from locreweight.visualization.comparison_report import as_csv, as_markdown, curves
 from tests.engine.tiny_training import TRAINING, make_datasets
 from tests.modeling.tiny_model import TINY, as_options
 

@@ -14,11 +14,11 @@ from locreweight.config import (
     add_locreweight_config,
     check_supported,
     load_config,
+    scale_to_world_size,
 )
-from locreweight.data.recipes import build_recipe
-from locreweight.engine.strategies import build_strategy
+from locreweight.data.transforms.policies import build_recipe
 from locreweight.errors import UsageError
-from locreweight.world_size import scale_to_world_size
+from locreweight.methods import build_strategy
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "projects/LocReweightTeacher/locreweight"

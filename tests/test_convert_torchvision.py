@@ -12,7 +12,7 @@ from detectron2.modeling import ShapeSpec, build_resnet_backbone
 
 import convert_torchvision
 from convert_torchvision import settings_for, to_detectron2
-from locreweight.engine.checkpoint import TeacherCheckpointer
+from locreweight.checkpoint.checkpointer import TeacherCheckpointer
 from locreweight.errors import UsageError
 from tests.modeling.tiny_model import tiny_model
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_sets import Severity
-from image_survey import copies_between, copies_within, read_facts, survey
+from locreweight.data.inspection.findings import Severity
+from locreweight.data.inspection.images import copies_between, copies_within, read_facts, survey
 from tests.checked_data import SIDE, Project, paint
 from tests.tiny_data import edit_json
 

@@ -12,11 +12,10 @@ import torch
 from detectron2.config import get_cfg
 
 import export
-from locreweight.engine.checkpoint import TeacherCheckpointer
+from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.safe_loading import write_safetensors
+from locreweight.checkpoint.zoo import CONFIG, ENTRY, VARIABLE, ZooEntry, sha256_of, write_index
 from locreweight.export.graph import OUTPUTS
-from locreweight.zoo.address import VARIABLE
-from locreweight.zoo.entry import CONFIG, ENTRY, ZooEntry, sha256_of, write_index
-from locreweight.zoo.weights import write_safetensors
 from tests.export.decisive_model import SETTINGS, decisive_model
 from tests.modeling.tiny_model import plain_config, random_image, tiny_config
 

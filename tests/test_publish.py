@@ -19,15 +19,14 @@ from detectron2.engine import default_argument_parser
 
 import publish
 import train_net
-from finished_run import read_run
 from locreweight import model_zoo
+from locreweight.checkpoint.safe_loading import read_safetensors
+from locreweight.checkpoint.zoo import VARIABLE, sha256_of
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.engine.detector import open_checkpoint
+from locreweight.engine.finished_run import read_run
+from locreweight.engine.predictor import open_checkpoint
 from locreweight.errors import UsageError
-from locreweight.zoo.address import VARIABLE
-from locreweight.zoo.entry import sha256_of
-from locreweight.zoo.weights import read_safetensors
 from publish import Wishes
 from tests.engine.tiny_training import (
     build_trainer,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from data_sets import Severity
-from locreweight.data.splits import split_indices
+from locreweight.data.datasets.splits import split_indices
+from locreweight.data.inspection.findings import Severity
 from tests.checked_data import Project
 from tests.tiny_data import edit_json
 

@@ -1,8 +1,8 @@
 """A project that is in order: its data, and the config that trains on them."""
 
 from locreweight.config import load_config
+from locreweight.data.loader import StreamDataset
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.streams import StreamDataset
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from tests.tiny_data import CLASSES, make_coco, make_folder, make_voc
 

@@ -29,23 +29,26 @@ import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from copy_findings import copy_findings, same_file_findings
-from data_findings import (
+from locreweight.config import check_supported, load_config, scale_to_world_size
+from locreweight.data.inspection.annotations import (
     box_findings,
     boxes_of_classes,
     boxes_per_image,
     class_findings,
     image_findings,
 )
-from data_sets import DataSets, Finding, Severity, read_data_sets
-from image_survey import ImageFacts, survey
-from locreweight.config import check_supported, load_config
+from locreweight.data.inspection.duplicates import copy_findings, same_file_findings
+from locreweight.data.inspection.findings import DataSets, Finding, Severity, read_data_sets
+from locreweight.data.inspection.images import ImageFacts, survey
 from locreweight.data.training_sets import TrainingSets
 from locreweight.engine.effective_values import kept_at_random
+from locreweight.engine.memory_estimate import GIB, estimate_memory
+from locreweight.engine.startup_checks import (
+    config_findings,
+    read_for_training,
+    unreadable_findings,
+)
 from locreweight.errors import UsageError
-from locreweight.world_size import scale_to_world_size
-from memory_estimate import GIB, estimate_memory
-from training_refusals import config_findings, read_for_training, unreadable_findings
 
 _SHOWN = 3  # of many files, how many are printed
 

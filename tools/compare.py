@@ -27,14 +27,20 @@ from types import FrameType
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from comparison_report import CURVES, TABLE, write_report
 from locreweight.config import check_supported, load_config
-from locreweight.data.recipes import build_recipe
-from locreweight.data.split_files import check_split_is_there
-from locreweight.engine.strategies import build_strategy
+from locreweight.data.datasets.splits import check_split_is_there
+from locreweight.data.transforms.policies import build_recipe
+from locreweight.engine.run_queue import CONSOLE, Attempt, Run, RunQueue, places
+from locreweight.engine.run_results import (
+    is_finished,
+    iterations_of,
+    leaves,
+    other_settings,
+    results_of,
+)
 from locreweight.errors import UsageError
-from run_queue import CONSOLE, Attempt, Run, RunQueue, places
-from run_results import is_finished, iterations_of, leaves, other_settings, results_of
+from locreweight.methods import build_strategy
+from locreweight.visualization.comparison_report import CURVES, TABLE, write_report
 
 
 class Progress:

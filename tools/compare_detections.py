@@ -20,15 +20,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from images import INPUT_HELP, find_inputs, picture_file
-from localization import annotated_records
-from locreweight.analysis.drawing import Layer, captioned, class_colors, draw, grid, save_picture
-from locreweight.data.images import read_rgb
-from locreweight.data.watched import truth_of
-from locreweight.engine.detector import Detector, open_checkpoint
+from locreweight.data.image_io import read_rgb
+from locreweight.data.monitored import truth_of
+from locreweight.engine.inference import INPUT_HELP, find_inputs, picture_file
+from locreweight.engine.localization_analysis import annotated_records
+from locreweight.engine.predictor import Detector, open_checkpoint
+from locreweight.engine.run_folder import unique_names
 from locreweight.errors import UsageError
+from locreweight.visualization.drawing import (
+    Layer,
+    captioned,
+    class_colors,
+    draw,
+    grid,
+    save_picture,
+)
 from predict import draw_detections
-from run_folder import unique_names
 
 SIDE = 360  # pixels of a picture's longer side
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from locreweight.engine.safe_reading import read_weights
+from locreweight.checkpoint.safe_loading import read_weights
 from locreweight.errors import UsageError
 
 # Number of blocks in the four stages, and whether they are bottlenecks -> depth.

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from locreweight.data.image_folders import load_folder
-from locreweight.data.images import read_rgb
-from locreweight.engine.detector import Detector, open_checkpoint
+from locreweight.data.datasets.image_folders import load_folder
+from locreweight.data.image_io import read_rgb
+from locreweight.engine.predictor import Detector, open_checkpoint
 from locreweight.errors import UsageError
 from locreweight.export.graph import (
     INPUT,
@@ -35,7 +35,7 @@ from locreweight.export.graph import (
     write_torchscript,
 )
 from locreweight.export.stock import write_stock_detector
-from locreweight.modeling.detector import SemiSupervisedRCNN
+from locreweight.modeling.meta_arch import SemiSupervisedRCNN
 
 Graph = Callable[[Tensor], Sequence[Tensor]]
 

@@ -18,9 +18,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from images import INPUT_HELP, InputFile, Seen, exit_if_unreadable, find_inputs, look_at
 from locreweight.data.training_sets import load_training_sets, register_datasets
-from locreweight.engine.detector import Detector, open_checkpoint
+from locreweight.engine.inference import (
+    INPUT_HELP,
+    InputFile,
+    Seen,
+    exit_if_unreadable,
+    find_inputs,
+    look_at,
+)
+from locreweight.engine.predictor import Detector, open_checkpoint
 from locreweight.errors import UsageError
 from predict import add_checkpoint_arguments
 

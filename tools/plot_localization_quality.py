@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from localization import (
+from locreweight.engine.localization_analysis import (
     Correlation,
     Localization,
     annotated_records,
@@ -31,8 +31,8 @@ from localization import (
     correlation,
     localize,
 )
-from locreweight.analysis.matching import IOU_THRESHOLD
-from locreweight.engine.detector import open_checkpoint
+from locreweight.engine.matching import IOU_THRESHOLD
+from locreweight.engine.predictor import open_checkpoint
 from locreweight.errors import UsageError
 from predict import add_checkpoint_arguments
 

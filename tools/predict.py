@@ -26,10 +26,22 @@ import numpy as np
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from images import INPUT_HELP, InputFile, exit_if_unreadable, find_inputs, look_at
-from locreweight.analysis.drawing import Layer, class_colors, detection_labels, draw, save_picture
-from locreweight.engine.detector import Detector, open_checkpoint
+from locreweight.engine.inference import (
+    INPUT_HELP,
+    InputFile,
+    exit_if_unreadable,
+    find_inputs,
+    look_at,
+)
+from locreweight.engine.predictor import Detector, open_checkpoint
 from locreweight.errors import UsageError
+from locreweight.visualization.drawing import (
+    Layer,
+    class_colors,
+    detection_labels,
+    draw,
+    save_picture,
+)
 
 SHORTEST_SIDE = 480  # of the longer sides: smaller images are enlarged, for labels to be read
 

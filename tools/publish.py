@@ -25,13 +25,9 @@ from detectron2.data import DatasetCatalog
 from torch import Tensor
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from finished_run import TrainedModel, read_run
-from locreweight.data.image_folders import load_folder
-from locreweight.data.training_sets import register_datasets
-from locreweight.engine.detector import open_checkpoint
-from locreweight.errors import UsageError
-from locreweight.export.stock import write_stock_detector
-from locreweight.zoo.entry import (
+from locreweight.checkpoint.safe_loading import SUFFIX, write_safetensors
+from locreweight.checkpoint.sharing import shareable, shareable_command, shareable_config
+from locreweight.checkpoint.zoo import (
     CONFIG,
     ENTRY,
     INDEX,
@@ -41,9 +37,13 @@ from locreweight.zoo.entry import (
     sha256_of,
     write_index,
 )
-from locreweight.zoo.shareable import shareable, shareable_command, shareable_config
-from locreweight.zoo.weights import SUFFIX, write_safetensors
-from model_card import PICTURE, card, draw_examples, zoo_page
+from locreweight.data.datasets.image_folders import load_folder
+from locreweight.data.training_sets import register_datasets
+from locreweight.engine.finished_run import TrainedModel, read_run
+from locreweight.engine.predictor import open_checkpoint
+from locreweight.errors import UsageError
+from locreweight.export.stock import write_stock_detector
+from locreweight.visualization.model_card import PICTURE, card, draw_examples, zoo_page
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT / "datasets"))
 
 from make_synthetic import make_dataset  # noqa: E402
 
-from images import find_inputs  # noqa: E402  (beside this file)
-from locreweight.config import load_config  # noqa: E402
-from locreweight.engine.detector import open_checkpoint  # noqa: E402
-from locreweight.errors import UsageError  # noqa: E402
+from locreweight.config import load_config
+from locreweight.engine.inference import find_inputs
+from locreweight.engine.predictor import open_checkpoint
+from locreweight.errors import UsageError
 from predict import predict  # noqa: E402
 from report import write_report  # noqa: E402
 from summarize import results_of, table  # noqa: E402

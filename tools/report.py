@@ -21,13 +21,18 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from localization import annotated_records, localize
-from locreweight.engine.detector import open_checkpoint
+from locreweight.engine.localization_analysis import annotated_records, localize
+from locreweight.engine.predictor import open_checkpoint
+from locreweight.engine.run_folder import RunFolder, differing_keys, read_runs
 from locreweight.errors import UsageError
+from locreweight.visualization.figures import (
+    WebFigure,
+    compared_figures,
+    localization_figures,
+    run_figures,
+)
+from locreweight.visualization.ranking import draw_ranked, rank
 from plot_localization_quality import measure
-from ranking import draw_ranked, rank
-from report_figures import WebFigure, compared_figures, localization_figures, run_figures
-from run_folder import RunFolder, differing_keys, read_runs
 from summarize import METRICS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -25,19 +25,27 @@ from detectron2.structures import Boxes
 from matplotlib import colormaps
 from tqdm import tqdm
 
-from images import INPUT_HELP, find_inputs, picture_file
-from locreweight.analysis.drawing import TRUTH, Color, Layer, captioned, draw, grid, save_picture
 from locreweight.config import load_config
-from locreweight.data.datasets import register
-from locreweight.data.images import UnreadableImage
+from locreweight.data.datasets.catalog import register
+from locreweight.data.image_io import UnreadableImage
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.views import UnlabeledSample
-from locreweight.data.watched import WatchedImages, known, truth_of
-from locreweight.engine.detector import open_student
+from locreweight.data.monitored import WatchedImages, known, truth_of
+from locreweight.data.transforms.views import UnlabeledSample
+from locreweight.engine.inference import INPUT_HELP, find_inputs, picture_file
 from locreweight.engine.panels import view_pixels
+from locreweight.engine.predictor import open_student
 from locreweight.errors import UsageError
-from locreweight.method.geometry import between_views, warp_boxes
-from locreweight.modeling.detector import SemiSupervisedRCNN
+from locreweight.geometry import between_views, warp_boxes
+from locreweight.modeling.meta_arch import SemiSupervisedRCNN
+from locreweight.visualization.drawing import (
+    TRUTH,
+    Color,
+    Layer,
+    captioned,
+    draw,
+    grid,
+    save_picture,
+)
 
 _PALETTE = [colormaps["tab10"](i) for i in range(10) if i != 2]  # green is the truth's
 SIDE = 400  # pixels of a view's longer side

@@ -6,7 +6,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from locreweight.analysis.drawing import (
+from locreweight.visualization.drawing import (
     Layer,
     captioned,
     detection_labels,

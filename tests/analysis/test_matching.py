@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from locreweight.analysis.matching import Match, agreement, agreement_by_quality, join, match
+from locreweight.engine.matching import Match, agreement, agreement_by_quality, join, match
 
 SIZE = (100, 100)
 

@@ -8,7 +8,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from locreweight.config import load_config
-from locreweight.data.augmentations import (
+from locreweight.data.mapper import ViewMapper
+from locreweight.data.transforms.augmentations import (
     AffineTransform,
     ColorJitter,
     EraseTransform,
@@ -17,8 +18,7 @@ from locreweight.data.augmentations import (
     OneColorOperation,
     RandomErasing,
 )
-from locreweight.data.mapper import ViewMapper
-from locreweight.data.recipes import Recipe, build_recipe
+from locreweight.data.transforms.policies import Recipe, build_recipe
 
 SIDE = 24
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -11,7 +11,7 @@ from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc, writ
 
 from locreweight.config import load_config
 from locreweight.data.checks import check_boxes
-from locreweight.data.datasets import register
+from locreweight.data.datasets.catalog import register
 from locreweight.data.mapper import ViewMapper
 from locreweight.errors import UsageError
 

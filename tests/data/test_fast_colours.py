@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from locreweight.data import colours
+from locreweight.data.transforms import color_ops as colours
 
 FACTORS = np.linspace(0, 2, 81)
 

@@ -5,9 +5,9 @@ import os
 import pytest
 from detectron2.data import DatasetCatalog
 
-from locreweight.data import image_folders
-from locreweight.data.datasets import register
-from locreweight.data.image_folders import IMAGE_SUFFIXES, load_folder, load_list
+from locreweight.data.datasets import image_folders
+from locreweight.data.datasets.catalog import register
+from locreweight.data.datasets.image_folders import IMAGE_SUFFIXES, load_folder, load_list
 from locreweight.errors import UsageError
 from tests.tiny_data import make_folder
 from tests.tiny_project import Project
@@ -106,7 +106,7 @@ class TestList:
         assert len(listed(b"0002.png\n0000.png\n")) == 2
 
     def test_a_missing_image_is_skipped_in_training(self, tmp_path):
-        from locreweight.data.streams import Position, Stream
+        from locreweight.data.loader import Position, Stream
 
         project = Project(tmp_path)
         index = tmp_path / "index.txt"

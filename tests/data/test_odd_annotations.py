@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from locreweight.data.streams import Position, Stream
+from locreweight.data.loader import Position, Stream
 from locreweight.errors import UsageError
 from tests.tiny_data import edit_json, write_voc_xml
 from tests.tiny_project import Project

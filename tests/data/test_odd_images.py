@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from locreweight.data import image_checks
-from locreweight.data.images import UnreadableImage, read_rgb
-from locreweight.data.streams import Position, Stream
+from locreweight.data import checks as image_checks
+from locreweight.data.image_io import UnreadableImage, read_rgb
+from locreweight.data.loader import Position, Stream
 from locreweight.errors import UsageError
 from tests.odd_images import BROKEN, SOUND
 from tests.tiny_data import edit_json

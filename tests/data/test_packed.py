@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from locreweight.data.image_files import ImageFiles
-from locreweight.data.packed import PackedBytes, PackedRecords
+from locreweight.data.datasets.image_folders import ImageFiles
+from locreweight.data.datasets.packed_records import PackedBytes, PackedRecords
 from locreweight.data.training_sets import TrainingSets
 
 PATHS = [

@@ -7,8 +7,8 @@ from detectron2.data import transforms as T
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from locreweight.data.augmentations import AffineTransform, ColorJitter, RandomGeometry
-from locreweight.data.pixels import FastInput, channels_first, resized
+from locreweight.data.transforms.augmentations import AffineTransform, ColorJitter, RandomGeometry
+from locreweight.data.transforms.fast_transforms import FastInput, channels_first, resized
 from tests.data.test_fast_colours import smooth
 
 SIZES = [(90, 120), (45, 60), (44, 61), (200, 267), (91, 119), (30, 300), (300, 30), (1, 1), (7, 5)]

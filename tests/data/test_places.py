@@ -3,8 +3,7 @@
 import pytest
 from tiny_data import make_folder, make_voc
 
-from locreweight.data.datasets import register
-from locreweight.data.places import expand
+from locreweight.data.datasets.catalog import expand, register
 from locreweight.errors import UsageError
 
 

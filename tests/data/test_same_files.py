@@ -4,9 +4,8 @@ import os
 
 import pytest
 
-from locreweight.data.checks import without_overlap
-from locreweight.data.image_files import ImageFiles
-from locreweight.data.same_files import RealPaths
+from locreweight.data.checks import RealPaths, without_overlap
+from locreweight.data.datasets.image_folders import ImageFiles
 from locreweight.errors import UsageError
 
 

@@ -12,8 +12,7 @@ from detectron2.data import DatasetCatalog
 from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc
 
 from locreweight.config import load_config
-from locreweight.data.split_files import split_annotated, write_split_file
-from locreweight.data.splits import split_indices
+from locreweight.data.datasets.splits import split_annotated, split_indices, write_split_file
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.errors import UsageError
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from locreweight.data.splits import split_indices
+from locreweight.data.datasets.splits import split_indices
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])

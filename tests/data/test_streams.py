@@ -17,12 +17,12 @@ from detectron2.structures import BoxMode
 from tiny_data import make_folder
 
 from locreweight.config import load_config
-from locreweight.data import streams
-from locreweight.data.image_folders import load_folder
-from locreweight.data.images import UnreadableImage
+from locreweight.data import loader as streams
+from locreweight.data.datasets.image_folders import load_folder
+from locreweight.data.image_io import UnreadableImage
+from locreweight.data.loader import BatchSchedule, Position, Stream, StreamDataset, build_loader
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.recipes import Recipe, build_recipe
-from locreweight.data.streams import BatchSchedule, Position, Stream, StreamDataset, build_loader
+from locreweight.data.transforms.policies import Recipe, build_recipe
 
 LABELED, UNLABELED = Stream.LABELED, Stream.UNLABELED
 BURN_IN = 2

@@ -12,11 +12,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from locreweight.config import load_config
-from locreweight.data import training_images
-from locreweight.data.images import UnreadableImage, read_rgb
+from locreweight.data import image_io as training_images
+from locreweight.data.image_io import SizeLimit, UnreadableImage, read_for_training, read_rgb
 from locreweight.data.mapper import RecordMapper, ViewMapper
-from locreweight.data.recipes import Recipe
-from locreweight.data.training_images import SizeLimit, read_for_training
+from locreweight.data.transforms.policies import Recipe
 from tests.data.test_fast_colours import smooth
 from tests.odd_images import BROKEN, SOUND
 

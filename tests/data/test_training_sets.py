@@ -9,13 +9,9 @@ from detectron2.data import DatasetMapper
 from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc, write_voc_xml
 
 from locreweight.config import load_config
-from locreweight.data.splits import split_indices
-from locreweight.data.training_sets import (
-    TrainingSets,
-    load_training_sets,
-    register_datasets,
-)
-from locreweight.data.watched import known
+from locreweight.data.datasets.splits import split_indices
+from locreweight.data.monitored import known
+from locreweight.data.training_sets import TrainingSets, load_training_sets, register_datasets
 from locreweight.errors import UsageError
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from locreweight.data.unreadable import MIN_DRAWN, UnreadableImages
+from locreweight.data.loader import MIN_DRAWN, UnreadableImages
 from locreweight.errors import UsageError
 
 ONE, TWO = "cannot read a.png: it is empty", "cannot read b.png: it is empty"

@@ -11,7 +11,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from locreweight.config import load_config
-from locreweight.data.augmentations import (
+from locreweight.data.image_io import UnreadableImage
+from locreweight.data.mapper import ViewMapper
+from locreweight.data.transforms.augmentations import (
     AffineTransform,
     ColorJitter,
     GaussianBlur,
@@ -20,10 +22,8 @@ from locreweight.data.augmentations import (
     RandomErasing,
     RandomGeometry,
 )
-from locreweight.data.images import UnreadableImage
-from locreweight.data.mapper import ViewMapper
-from locreweight.data.recipes import Recipe, build_recipe
-from locreweight.data.views import View, matrix_of
+from locreweight.data.transforms.policies import Recipe, build_recipe
+from locreweight.data.transforms.views import View, matrix_of
 
 HEIGHT, WIDTH = SIZE = (90, 120)
 BLACK = (0, 0, 0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from locreweight.data.mapper import ViewMapper
+from locreweight.data.monitored import WatchedImages, known, truth_of
 from locreweight.data.training_sets import load_training_sets, register_datasets
-from locreweight.data.watched import WatchedImages, known, truth_of
 from locreweight.errors import UsageError
 from tests.modeling.tiny_model import tiny_config
 from tests.tiny_data import edit_json, make_coco, make_folder

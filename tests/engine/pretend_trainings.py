@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.engine import metrics as metrics_module
+from locreweight.engine import writers as metrics_module
 from tests.engine.pretend_device import DEVICE, NAME, PretendDevice
 from tests.engine.tiny_training import build_trainer, copy_of, make_datasets, training_config
 

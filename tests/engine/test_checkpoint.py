@@ -14,8 +14,12 @@ from detectron2.structures import Boxes, Instances
 from torch.testing import assert_close
 
 import train_net
+from locreweight.checkpoint.checkpointer import (
+    TeacherCheckpointer,
+    corners_from_centers,
+    need_weights,
+)
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.checkpoint import TeacherCheckpointer, corners_from_centers, need_weights
 from locreweight.errors import UsageError
 from locreweight.modeling import CornerBoxTransform
 from tests.engine.tiny_training import (

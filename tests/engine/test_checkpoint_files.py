@@ -18,8 +18,8 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 
-from locreweight.engine import checkpoint_files as files
-from locreweight.engine.safe_checkpointer import SafeCheckpointer
+from locreweight.checkpoint import files as files
+from locreweight.checkpoint.checkpointer import SafeCheckpointer
 from locreweight.errors import UsageError
 
 

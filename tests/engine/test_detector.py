@@ -8,10 +8,10 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from locreweight.checkpoint.checkpointer import TeacherCheckpointer
 from locreweight.config import load_config
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.checkpoint import TeacherCheckpointer
-from locreweight.engine.detector import open_checkpoint, open_student, read_description
+from locreweight.engine.predictor import open_checkpoint, open_student, read_description
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import plain_config, tiny_config

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from locreweight.engine.folder_lock import claim
+from locreweight.engine.output_lock import claim
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import TRAINING, make_datasets
 from tests.modeling.tiny_model import ROOT, TINY, as_options

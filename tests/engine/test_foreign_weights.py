@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
+from locreweight.checkpoint.checkpointer import TeacherCheckpointer, corners_from_centers
+from locreweight.checkpoint.conversion import not_loaded, teacher_of
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.checkpoint import TeacherCheckpointer, corners_from_centers
-from locreweight.engine.foreign_weights import not_loaded, teacher_of
 from tests.engine.tiny_training import same
 from tests.modeling.tiny_model import plain_config, tiny_config, tiny_model
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from detectron2.utils.events import EventStorage
 
-from locreweight.engine.metrics import WINDOW, cut_after, recent
+from locreweight.engine.writers import WINDOW, cut_after, recent
 
 
 def lines(*iterations):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from locreweight.checkpoint.checkpointer import TeacherCheckpointer
 from locreweight.config import check_supported
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.checkpoint import TeacherCheckpointer
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, training_config
 from tests.modeling.tiny_model import tiny_config

@@ -10,11 +10,11 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from locreweight.analysis.drawing import quality_colors
-from locreweight.data.views import UnlabeledSample, View
-from locreweight.data.watched import WatchedSample
+from locreweight.data.monitored import WatchedSample
+from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine.panels import PanelStyle, PseudoLabelPanels, draw_pseudo_labels
-from locreweight.modeling.detector import TeacherView
+from locreweight.modeling.meta_arch import TeacherView
+from locreweight.visualization.drawing import quality_colors
 from tests.engine.tiny_training import copy_of, found_as_truth, same, training_config
 from tests.tiny_data import make_coco
 

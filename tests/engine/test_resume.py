@@ -9,8 +9,10 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
-from locreweight.engine import metrics, preemption, resumable
+from locreweight.engine import preemption
+from locreweight.engine import resumable_trainer as resumable
 from locreweight.engine import trainer as trainer_module
+from locreweight.engine import writers as metrics
 from locreweight.engine.evaluation import evaluate_both
 from tests.engine.tiny_training import (
     build_trainer,

@@ -13,9 +13,9 @@ from detectron2.modeling import build_model
 
 import predict
 import train_net
+from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.safe_loading import read_weights
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.checkpoint import TeacherCheckpointer
-from locreweight.engine.safe_reading import read_weights
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, logging_of_its_own, training_config
 from tests.modeling.tiny_model import as_options, plain_config, tiny_config, tiny_model

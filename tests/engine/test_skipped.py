@@ -7,11 +7,11 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
-from locreweight.engine import metrics
 from locreweight.engine import trainer as trainer_module
+from locreweight.engine import writers as metrics
 from locreweight.engine.optimizer import largest_in_gradients
-from locreweight.engine.reports import StepReport, problem_of
-from locreweight.engine.step import training_step
+from locreweight.engine.step_metrics import StepReport, problem_of
+from locreweight.engine.training_step import training_step
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import copy_of, same
 

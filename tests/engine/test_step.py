@@ -11,12 +11,17 @@ from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from locreweight.data.streams import Batch
-from locreweight.data.views import UnlabeledSample, View
-from locreweight.engine.step import StepSettings, second_look, to_strong_view, training_step
-from locreweight.engine.strategies import SampledProposals, build_strategy
-from locreweight.engine.strategies.strategy import AboveThreshold, select_pseudo_labels
-from locreweight.method.teacher import update_teacher
+from locreweight.data.loader import Batch
+from locreweight.data.transforms.views import UnlabeledSample, View
+from locreweight.ema import update_teacher
+from locreweight.engine.training_step import (
+    StepSettings,
+    second_look,
+    to_strong_view,
+    training_step,
+)
+from locreweight.methods import SampledProposals, build_strategy
+from locreweight.methods.base import AboveThreshold, select_pseudo_labels
 from tests.modeling.tiny_model import (
     NUM_CLASSES,
     SIZE,

@@ -16,18 +16,13 @@ from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 import locreweight
-from locreweight.engine.strategies import (
-    STRATEGY_REGISTRY,
-    SampledProposals,
-    Strategy,
-    build_strategy,
-)
-from locreweight.engine.strategies.loc_reweight import ler, prc
-from locreweight.engine.strategies.shuffled import shuffled
-from locreweight.engine.strategies.soft_teacher import SoftTeacherParts, refine
-from locreweight.engine.strategies.strategy import classify_alike, regress_alike
 from locreweight.errors import UsageError
-from locreweight.method import reweighting
+from locreweight.losses import reweighting
+from locreweight.methods import STRATEGY_REGISTRY, SampledProposals, Strategy, build_strategy
+from locreweight.methods.base import classify_alike, regress_alike
+from locreweight.methods.loc_reweight import ler, prc
+from locreweight.methods.shuffled_loc_reweight import shuffled
+from locreweight.methods.soft_teacher import SoftTeacherParts, refine
 from tests.modeling.predictor_cases import (
     LABELS,
     K,

@@ -9,7 +9,7 @@ import torch
 
 from locreweight.engine import effective_values
 from locreweight.engine import trainer as trainer_module
-from locreweight.engine.step import training_step
+from locreweight.engine.training_step import training_step
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,

@@ -7,7 +7,8 @@ and two images in each of the streams.
 
 import pytest
 
-from locreweight.engine import measurements, metrics
+from locreweight.engine import step_metrics as measurements
+from locreweight.engine import writers as metrics
 
 LOG = {"_to_host: tolist": 1}  # all that was measured in both steps
 FOREGROUND = "foreground: nonzero"  # rows that are regressed: as many as are foreground

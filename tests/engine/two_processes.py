@@ -12,8 +12,8 @@ from detectron2.utils import comm
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, evaluate
 from locreweight.engine import trainer as trainer_module
-from locreweight.engine.step import training_step
-from locreweight.engine.strategies.strategy import AboveThreshold
+from locreweight.engine.training_step import training_step
+from locreweight.methods.base import AboveThreshold
 from tests.engine.tiny_training import (
     Recorder,
     copy_of,

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from examples import torchvision_reference as reference
 from examples.torchvision_reference import Detector, Rois, Settings, UnlabeledImages, View
 from locreweight.errors import UsageError
-from locreweight.method.localization import localization_quality
+from locreweight.losses.localization import localization_quality
 from tests.tiny_data import edit_json, make_coco, make_folder
 
 ROOT = Path(__file__).parents[2]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from export import check, differences, model_inputs, open_onnx, open_torchscript
-from locreweight.engine.detector import Detector
+from locreweight.engine.predictor import Detector
 from locreweight.errors import UsageError
 from locreweight.export.graph import OUTPUTS, description, detections, write_onnx, write_torchscript
-from locreweight.method.localization import localization_quality
+from locreweight.losses.localization import localization_quality
 from tests.export.decisive_model import SETTINGS, decisive_model
 from tests.modeling.tiny_model import random_image, tiny_config
 

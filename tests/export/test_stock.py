@@ -11,7 +11,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
-from locreweight.engine.checkpoint import corners_from_centers
+from locreweight.checkpoint.checkpointer import corners_from_centers
 from locreweight.export.stock import (
     folded_to_first_order,
     stock_config,

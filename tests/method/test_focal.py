@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from locreweight.method.focal import focal_cross_entropy
+from locreweight.losses.focal import focal_cross_entropy
 
 
 def test_without_focus_it_is_the_mean_cross_entropy():

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from locreweight.method.geometry import between_views, warp_boxes
+from locreweight.geometry import between_views, warp_boxes
 
 HALVES = [torch.float16, torch.bfloat16]
 HEIGHT, WIDTH = SIZE = (40, 60)

@@ -9,7 +9,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from locreweight.method.localization import (
+from locreweight.losses.localization import (
     LOG_VARIANCE_LIMIT,
     at_least_float32,
     kl_regression_loss,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from locreweight.method.reweighting import (
+from locreweight.losses.reweighting import (
     proposal_reliability,
     quality_weighted_box_loss,
     reliability_weighted_cross_entropy,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from locreweight.method.soft_teacher import (
+from locreweight.methods.soft_teacher import (
     background_weighted_cross_entropy,
     box_regression_variance,
     jittered,

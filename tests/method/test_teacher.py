@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from locreweight.method.teacher import keep_rate, update_teacher
+from locreweight.ema import keep_rate, update_teacher
 
 RATES = [0.0, 0.25, 0.9, 0.9996, 1.0]
 

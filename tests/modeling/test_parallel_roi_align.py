@@ -5,7 +5,7 @@ import torch
 from detectron2.layers import ROIAlign
 from detectron2.utils.events import EventStorage
 
-from locreweight.modeling.parallel_roi_align import ParallelROIAlign, parallelize_roi_align
+from locreweight.modeling.roi_align import ParallelROIAlign, parallelize_roi_align
 from tests.modeling.tiny_model import labeled_inputs, tiny_model
 
 

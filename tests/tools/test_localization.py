@@ -11,8 +11,13 @@ import torch
 from PIL import Image
 
 import plot_localization_quality
-from localization import annotated_records, calibration, correlation, localize
-from locreweight.engine.detector import open_checkpoint
+from locreweight.engine.localization_analysis import (
+    annotated_records,
+    calibration,
+    correlation,
+    localize,
+)
+from locreweight.engine.predictor import open_checkpoint
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import found_as_truth
 

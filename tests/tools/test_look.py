@@ -17,9 +17,9 @@ import export_pseudo_labels
 import plot_localization_quality
 import show_views
 from locreweight.config import load_config
-from locreweight.data.datasets import load_coco
-from locreweight.data.views import UnlabeledSample, View
-from locreweight.engine.detector import open_checkpoint
+from locreweight.data.datasets.catalog import load_coco
+from locreweight.data.transforms.views import UnlabeledSample, View
+from locreweight.engine.predictor import open_checkpoint
 from tests.modeling.tiny_model import TINY, as_options
 
 BASE = Path(__file__).parents[2] / "configs/Base-LocReweight.yaml"

@@ -3,7 +3,7 @@
 import torch
 from detectron2.modeling import build_model
 
-from memory_estimate import estimate_memory
+from locreweight.engine.memory_estimate import estimate_memory
 from tests.modeling.tiny_model import tiny_config
 
 

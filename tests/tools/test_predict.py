@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import predict
-from images import find_inputs
+from locreweight.engine.inference import find_inputs
 from locreweight.errors import UsageError
 
 

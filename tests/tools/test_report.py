@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import report
+from locreweight.engine.run_folder import Curve, read_run, unique_names
 from locreweight.errors import UsageError
-from report_figures import Line, line_figure
-from run_folder import Curve, read_run, unique_names
+from locreweight.visualization.figures import Line, line_figure
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),

@@ -1,6 +1,6 @@
 import pytest
 
-from locreweight.zoo.address import VARIABLE
+from locreweight.checkpoint.zoo import VARIABLE
 
 
 @pytest.fixture(autouse=True)

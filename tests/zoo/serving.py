@@ -9,7 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from locreweight.zoo.entry import CONFIG, ENTRY, ZooEntry, sha256_of, write_index
+from locreweight.checkpoint.zoo import CONFIG, ENTRY, ZooEntry, sha256_of, write_index
 
 
 class _Handler(SimpleHTTPRequestHandler):

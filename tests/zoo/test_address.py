@@ -9,11 +9,10 @@ from detectron2.utils.file_io import PathManager
 
 import locreweight.modeling  # noqa: F401
 from locreweight import model_zoo
+from locreweight.checkpoint.checkpointer import need_weights
+from locreweight.checkpoint.zoo import CONFIG, INDEX, VARIABLE, fetch, find_entry
 from locreweight.config import load_config
-from locreweight.engine.checkpoint import need_weights
 from locreweight.errors import UsageError
-from locreweight.zoo.address import VARIABLE, fetch, find_entry
-from locreweight.zoo.entry import CONFIG, INDEX
 from tests.zoo.serving import serving, write_entry
 
 

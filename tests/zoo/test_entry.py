@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from locreweight.errors import UsageError
-from locreweight.zoo.entry import (
+from locreweight.checkpoint.zoo import (
     CONFIG,
     ENTRY,
     INDEX,
@@ -16,6 +15,7 @@ from locreweight.zoo.entry import (
     sha256_of,
     write_index,
 )
+from locreweight.errors import UsageError
 from tests.zoo.serving import write_entry
 
 

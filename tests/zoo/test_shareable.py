@@ -2,7 +2,7 @@
 
 import pytest
 
-from locreweight.zoo.shareable import shareable, shareable_command, shareable_config
+from locreweight.checkpoint.sharing import shareable, shareable_command, shareable_config
 from tests.modeling.tiny_model import tiny_config
 
 

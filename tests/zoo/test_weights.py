@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.safe_loading import read_safetensors, write_safetensors
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.checkpoint import TeacherCheckpointer
 from locreweight.errors import UsageError
-from locreweight.zoo.weights import read_safetensors, write_safetensors
 from tests.engine.tiny_training import same
 from tests.modeling.tiny_model import tiny_config, tiny_model
 

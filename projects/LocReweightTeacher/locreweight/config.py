@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
-from .bounded_config import BoundedConfig
+from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
-from .zoo.address import PREFIX as ZOO
 
 # Not text, not YAML, YAML that would run Python, not a mapping, made for another version, its
 # _BASE_ is not there or is the file itself.
@@ -261,3 +263,78 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} has no effect here; leave it at Detectron2's default")
+
+
+# --------------------------------------------------------------------------------------------------
+# Config files whose content could be too much for the memory, or for ever.
+
+
+# Of a config file, each alias counted as what it stands for; Detectron2 has about 300 keys.
+_MOST_VALUES = 10_000
+
+
+class BoundedConfig(CfgNode):
+    """Reads config files, bases included, as long as aliases do not let their content explode."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        pending, count = [yaml.safe_load(text)], 0
+        while pending:
+            node = pending.pop()
+            pending += node.values() if isinstance(node, dict) else []
+            pending += node if isinstance(node, list) else []
+            count += 1
+            if count > _MOST_VALUES:
+                raise yaml.YAMLError(f"{filename} has more than {_MOST_VALUES} values")
+        return io.StringIO(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# One config for any number of GPUs.
+
+
+
+def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
+    """The config for this number of GPUs, by Detectron2's own rule and two that go with it.
+
+    With ``SOLVER.REFERENCE_WORLD_SIZE`` set, images per GPU stay the same: batch and learning rate
+    grow with the number of GPUs, everything counted in iterations shrinks by it, and the teacher
+    forgets as much after the same number of images: the keep rate is raised to the power of the
+    scale (Busbridge et al., How to Scale Your EMA, 2023). With 0 the config holds as written,
+    whatever the number of GPUs.
+
+    Raises:
+        UsageError: if a batch cannot be shared equally among the GPUs, or the keep rate, of which
+            no power could be taken, is no share.
+    """
+    if not 0.0 <= cfg.SEMI.EMA_KEEP_RATE <= 1.0:
+        raise UsageError(
+            f"SEMI.EMA_KEEP_RATE is {cfg.SEMI.EMA_KEEP_RATE:g}; it is the share of itself that the "
+            "teacher keeps in an update, from 0 to 1"
+        )
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    for size in (reference, world_size) if reference else (world_size,):
+        for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED"):
+            images = cfg.SOLVER[key]
+            # On the way to another number of GPUs only the reference has to divide the batch.
+            if images % size and (size == reference or not reference):
+                raise UsageError(
+                    f"SOLVER.{key} = {images} cannot be shared equally by {size} GPUs; make it a "
+                    f"multiple of {size}, for example {max(size, round(images / size) * size)}"
+                )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    if scaled is not cfg:
+        scale = world_size / reference
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * scale)
+        scaled.SEMI.BURN_IN_ITERS = round(cfg.SEMI.BURN_IN_ITERS / scale)
+        scaled.SEMI.EMA_KEEP_RATE = cfg.SEMI.EMA_KEEP_RATE**scale
+        scaled.VIS_PERIOD = math.ceil(cfg.VIS_PERIOD / scale)  # 0 is never, and only 0
+        if frozen:
+            scaled.freeze()
+    if scaled.SOLVER.IMS_PER_BATCH < 1:
+        raise UsageError("SOLVER.IMS_PER_BATCH must be at least one labeled image per GPU")
+    return scaled

@@ -15,10 +15,18 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from .checkpoint.checkpointer import TeacherCheckpointer, load_for_evaluation, need_weights
+from .checkpoint.zoo import (
+    CONFIG,
+    PREFIX,
+    ZooEntry,
+    address_of,
+    check_name,
+    fetch,
+    find_entry,
+    read_index,
+)
 from .config import load_config
-from .engine.checkpoint import TeacherCheckpointer, load_for_evaluation, need_weights
-from .zoo.address import PREFIX, address_of, fetch, find_entry, read_index
-from .zoo.entry import CONFIG, ZooEntry, check_name
 
 __all__ = ["describe", "get", "get_checkpoint_url", "get_config", "get_config_file", "names"]
 

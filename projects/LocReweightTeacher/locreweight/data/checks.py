@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from tqdm import tqdm
 
 from ..errors import UsageError
-from .file_names import shown
-from .image_files import ImageFiles
-from .same_files import RealPaths
+from .datasets.file_names import shown
+from .datasets.image_folders import ImageFiles
+from .image_io import UnreadableImage, one_line, read_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -180,3 +186,140 @@ def _corners(box: list, mode: BoxMode) -> Sequence[float]:
 def some(faults: list[str]) -> str:
     """The first few of them, in words."""
     return ", ".join(faults[:_SHOWN]) + (", ..." if len(faults) > _SHOWN else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Every image that training or evaluation cannot do without is read once before they start.
+
+
+
+
+def check_images_exist(records: list[dict]) -> None:
+    """Every image file is there.
+
+    Raises:
+        UsageError: names some that are not.
+    """
+    missing = [shown(r["file_name"]) for r in records if not os.path.isfile(r["file_name"])]
+    if missing:
+        raise UsageError(f"{len(missing)} of {len(records)} images are missing: {some(missing)}")
+
+
+def check_images_decode(records: list[dict]) -> None:
+    """Every image decodes, and has the width and height that its record says.
+
+    To be called on all processes: one of each machine reads the images, in threads, since the
+    decoders run in parallel; all learn the result.
+
+    Args:
+        records: with ``file_name``, and ``width`` and ``height`` in pixels after the rotation that
+            the image's EXIF asks for.
+
+    Raises:
+        UsageError: names some that do not.
+    """
+    faults = _faults(records) if comm.get_local_rank() == 0 else []
+    comm.synchronize()  # with the run's --timeout, which what is gathered over on GPUs has not
+    # Machines may not share a disk; the first with a fault speaks.
+    faults = next((found for found in comm.all_gather(faults) if found), [])
+    if faults:
+        raise UsageError(
+            f"{len(faults)} of {len(records)} annotated images cannot be used: {some(faults)}. "
+            "Repair them or take them out of the annotations"
+        )
+
+
+def _faults(records: list[dict]) -> list[str]:
+    logger.info(
+        "reading %d annotated images to see that they are in order; "
+        "DATASETS.CHECK_IMAGES False leaves this out",
+        len(records),
+    )
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        # The bar appears when it takes longer than some seconds, and on terminals alone.
+        found = tqdm(
+            threads.map(_fault, records),
+            desc="checking images",
+            total=len(records),
+            delay=3,
+            disable=None,
+        )
+        return [fault for fault in found if fault]
+
+
+def _fault(record: dict) -> str:
+    """What is wrong with an image, or nothing."""
+    try:
+        pixels = read_rgb(record["file_name"])
+        check_image_size(record, pixels)
+    except UnreadableImage as error:
+        return f"{shown(record['file_name'])} ({one_line(error.__cause__ or error)})"
+    except SizeMismatchError:
+        height, width = pixels.shape[:2]
+        return (
+            f"{shown(record['file_name'])} is {width} x {height} pixels (as its EXIF rotates it), "
+            f"its annotation says {record.get('width')} x {record.get('height')}"
+        )
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Which images are the same file, found without asking the disk for every single one.
+
+
+
+class RealPaths:
+    """``os.path.realpath`` for many files of the same folders.
+
+    Each folder is resolved once, and listed once to know the links in it. What was seen is
+    remembered: one is made for each time of looking.
+    """
+
+    def __init__(self) -> None:
+        self._real_folder = cache(os.path.realpath)
+        self._links = cache(_links)
+
+    def __call__(self, path: str) -> str:
+        """The path without links; of one that leads nowhere, as far as it leads."""
+        folder, name = self._place(path)
+        if not self._leads_on(folder, name):
+            return os.path.join(folder, name)
+        try:
+            target = os.readlink(os.path.join(folder, name))
+        except OSError:  # no link, or none any more
+            return os.path.realpath(path)
+        place = self._place(os.path.join(folder, target))
+        # Links to links are rare, and may lead in circles.
+        return os.path.realpath(path) if self._leads_on(*place) else os.path.join(*place)
+
+    def among(self, known: set[str], images: ImageFiles) -> list[int]:
+        """Which images are files that are known, by their real paths."""
+        homes = {os.path.dirname(path) for path in known}
+        # No file of a folder without links and without known files can be one.
+        suspects = [self._may_hold(folder, homes) for folder in images.folders]
+        return [i for i in images.in_folders(suspects) if self(images[i]["file_name"]) in known]
+
+    def _may_hold(self, folder: str, homes: set[str]) -> bool:
+        real, _ = self._place(folder)
+        return real in homes or self._links(real) != frozenset()
+
+    def _place(self, path: str) -> tuple[str, str]:
+        folder, slash, name = path.rpartition("/")
+        return self._real_folder(folder or slash or "."), name
+
+    def _leads_on(self, folder: str, name: str) -> bool:
+        if name in ("", ".", ".."):
+            return True
+        links = self._links(folder)
+        return os.path.islink(os.path.join(folder, name)) if links is None else name in links
+
+
+def _links(folder: str) -> frozenset[str] | None:
+    """Names of the symbolic links in a folder; unknown if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_symlink())
+    except FileNotFoundError:
+        return frozenset()
+    except OSError:  # one may open files of a folder that one may not list
+        return None

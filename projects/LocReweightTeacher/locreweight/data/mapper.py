@@ -12,12 +12,11 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import check_image_size, filter_empty_instances
 
 from ..errors import UsageError
-from .augmentations import ResizeShortestEdge, resize_and_flip
-from .images import naming, read_rgb
-from .pixels import FastInput, channels_first
-from .recipes import Recipe, build_recipe
-from .training_images import SizeLimit, TrainingImage, read_for_training
-from .views import UnlabeledSample, View, matrix_of
+from .image_io import SizeLimit, TrainingImage, naming, read_for_training, read_rgb
+from .transforms.augmentations import ResizeShortestEdge, resize_and_flip
+from .transforms.fast_transforms import FastInput, channels_first
+from .transforms.policies import Recipe, build_recipe
+from .transforms.views import UnlabeledSample, View, matrix_of
 
 
 class RecordMapper(DatasetMapper):

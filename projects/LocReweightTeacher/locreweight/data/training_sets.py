@@ -19,19 +19,20 @@ from detectron2.utils import comm
 
 from ..errors import UsageError
 from .checks import (
+    RealPaths,
     check_boxes,
     check_classes,
+    check_images_decode,
+    check_images_exist,
     check_test_set,
     common_images,
     without_overlap,
 )
-from .datasets import register
-from .image_checks import check_images_decode, check_images_exist
-from .image_files import ImageFiles
-from .packed import PackedRecords
-from .same_files import RealPaths
-from .split_files import split_annotated
-from .watched import choose_watched
+from .datasets.catalog import register
+from .datasets.image_folders import ImageFiles
+from .datasets.packed_records import PackedRecords
+from .datasets.splits import split_annotated
+from .monitored import choose_watched
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Training and evaluation: the step, the trainer, its hooks, checkpoints."""
 
-from .checkpoint import load_for_evaluation
+from ..checkpoint.checkpointer import load_for_evaluation
 from .evaluation import evaluate
 from .launch import argument_parser, check_device, launch
 from .trainer import SemiSupervisedTrainer

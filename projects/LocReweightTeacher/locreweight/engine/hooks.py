@@ -10,9 +10,9 @@ from detectron2.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpoi
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
+from ..checkpoint.checkpointer import FINAL
 from .preemption import Stopped
-from .safe_checkpointer import FINAL
-from .step import HIGHEST_SCORE
+from .training_step import HIGHEST_SCORE
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,13 @@ from detectron2.engine import HookBase
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..analysis.drawing import (
+from ..data.mapper import ViewMapper
+from ..data.monitored import WatchedImages, WatchedSample
+from ..data.training_sets import TrainingSets
+from ..data.transforms.views import View
+from ..methods.base import select_pseudo_labels
+from ..modeling.meta_arch import SemiSupervisedRCNN
+from ..visualization.drawing import (
     TRUTH,
     Layer,
     captioned,
@@ -26,14 +32,8 @@ from ..analysis.drawing import (
     quality_legend,
     save_picture,
 )
-from ..analysis.matching import Match, agreement, agreement_by_quality, join, match
-from ..data.mapper import ViewMapper
-from ..data.training_sets import TrainingSets
-from ..data.views import View
-from ..data.watched import WatchedImages, WatchedSample
-from ..modeling.detector import SemiSupervisedRCNN
-from .step import to_strong_view
-from .strategies.strategy import select_pseudo_labels
+from .matching import Match, agreement, agreement_by_quality, join, match
+from .training_step import to_strong_view
 
 logger = logging.getLogger(__name__)
 

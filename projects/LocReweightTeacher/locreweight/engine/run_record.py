@@ -15,7 +15,7 @@ import detectron2
 import torch
 import torchvision
 
-from .checkpoint_files import write_whole_bytes
+from ..checkpoint.files import write_whole_bytes
 
 RUN_FILE = "run.json"  # in OUTPUT_DIR
 _NO_GPU = "none"

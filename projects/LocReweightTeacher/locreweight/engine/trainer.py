@@ -17,18 +17,14 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from torch import nn
 
-from ..config import check_supported
+from ..checkpoint.checkpointer import CheckpointDescription, TeacherCheckpointer, need_weights
+from ..config import check_supported, scale_to_world_size
+from ..data.loader import Batch, BatchSchedule, StreamDataset, UnreadableImages, build_loader
 from ..data.mapper import ViewMapper
-from ..data.streams import Batch, BatchSchedule, StreamDataset, build_loader
 from ..data.training_sets import load_training_sets
-from ..data.unreadable import UnreadableImages
+from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
-from ..method.teacher import MovingAverage, keep_rate, update_teacher
-from ..modeling.detector import SemiSupervisedRCNN
-from ..world_size import scale_to_world_size
-from .batch_norm import RunningStatistics
-from .checkpoint import TeacherCheckpointer, need_weights
-from .checkpoint_description import CheckpointDescription
+from ..modeling.meta_arch import SemiSupervisedRCNN
 from .effective_values import amp_dtype, check_burn_in, log_effective_values
 from .evaluation import evaluate_both, main_metric, write_ground_truth
 from .hooks import (
@@ -39,15 +35,14 @@ from .hooks import (
     ResumableBestCheckpointer,
     SafePoint,
 )
-from .measurements import Measurements
-from .metrics import ResumableWriter, cut_after
-from .optimizer import SkippingOptimizer
+from .optimizer import RunningStatistics, SkippingOptimizer
 from .panels import PseudoLabelPanels
 from .preemption import STOP, leave_signals_to_trainer
-from .reports import StepReport, averages, problem_of
-from .resumable import ResumableTrainer
-from .skipped import SkippedSteps
-from .step import StepResult, StepSettings, training_step
+from .resumable_trainer import ResumableTrainer
+from .skipped_steps import SkippedSteps
+from .step_metrics import Measurements, StepReport, averages, problem_of
+from .training_step import StepResult, StepSettings, training_step
+from .writers import ResumableWriter, cut_after
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from detectron2.export import TracingAdapter
 from torch import Tensor
 
 from ..errors import UsageError
-from ..modeling.detector import SemiSupervisedRCNN
+from ..modeling.meta_arch import SemiSupervisedRCNN
 
 INPUT = "image"
 OUTPUTS = ("boxes", "scores", "classes", "quality", "log_variance")

@@ -8,7 +8,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from .predictor import BoxPredictions, LocalizationAwareOutputLayers
+from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -1,0 +1,2 @@
+"""Checkpoints: saving, resuming, safe loading, conversion, model zoo."""
+

@@ -1,0 +1,2 @@
+"""Data set formats, records and splits."""
+

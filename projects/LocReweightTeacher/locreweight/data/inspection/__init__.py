@@ -1,0 +1,2 @@
+"""What tools/check_data.py finds in data sets."""
+

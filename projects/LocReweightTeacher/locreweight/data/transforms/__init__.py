@@ -1,0 +1,2 @@
+"""Augmentations, augmentation policies and views."""
+

@@ -1,0 +1,2 @@
+"""Drawing, figures and the report."""
+
