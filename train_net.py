@@ -37,7 +37,7 @@ from locreweight.engine import (
     launch,
     load_for_evaluation,
 )
-from locreweight.engine.output_lock import claim
+from locreweight.engine.output_lock import lock_output_dir
 from locreweight.engine.run_record import write_run_record
 from locreweight.errors import UsageError
 
@@ -53,7 +53,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg, training=not args.eval_only)
     try:
         if comm.is_main_process() and not args.eval_only:
-            claim(Path(cfg.OUTPUT_DIR))
+            lock_output_dir(Path(cfg.OUTPUT_DIR))
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
     except OSError as error:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader [--images FOLDER_OF_JPEGS]
 
-Both make the views of ``SoftTeacherRecipe`` from the same files with the same random draws, one
+Both make the views of ``SoftTeacherPolicy`` from the same files with the same random draws, one
 after the other, and the pixels that they make are compared. Times are those that one core spent (of
 this process, with one thread), so that other programs on the machine count little.
 """
@@ -32,7 +32,7 @@ from benchmarks.timing import environment
 from locreweight.config import load_config
 from locreweight.data.image_io import SPARE, SizeLimit, read_for_training
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.transforms import color_ops as colours
+from locreweight.data.transforms import color_ops as colors
 from locreweight.data.transforms.fast_transforms import FastInput, channels_first, resized
 from locreweight.data.transforms.views import matrix_of
 
@@ -45,14 +45,14 @@ SETTINGS = [
 ]
 OUR_COLOURS: list[Callable[[np.ndarray, float], np.ndarray]] = [
     lambda image, strength: image,
-    lambda image, strength: colours.autocontrast(image),
-    lambda image, strength: colours.equalize(image),
-    lambda image, strength: colours.solarize(image, int(128 * strength)),
-    lambda image, strength: colours.posterize(image, 4 + int(2 * strength)),
-    colours.saturation,
-    colours.contrast,
-    colours.brightness,
-    colours.sharpness,
+    lambda image, strength: colors.autocontrast(image),
+    lambda image, strength: colors.equalize(image),
+    lambda image, strength: colors.solarize(image, int(128 * strength)),
+    lambda image, strength: colors.posterize(image, 4 + int(2 * strength)),
+    colors.saturation,
+    colors.contrast,
+    colors.brightness,
+    colors.sharpness,
 ]
 COLOUR_NAMES = (
     "none",
@@ -69,7 +69,7 @@ COLOUR_NAMES = (
 STAGES = {
     "ResizeShortestEdge": "resize",
     "RandomFlip": "flip",
-    "OneColorOperation": "colour",
+    "OneColorOperation": "color",
     "RandomGeometry": "geometry",
     "RandomErasing": "erase",
 }
@@ -155,8 +155,8 @@ def difference(files: list[str], plain: PlainPillow, ours: ViewMapper) -> float:
     return statistics.mean(means)
 
 
-def colour_rows(image: np.ndarray, rounds: int) -> list[list]:
-    """Each colour operation: Pillow's from array to array, and ours."""
+def color_rows(image: np.ndarray, rounds: int) -> list[list]:
+    """Each color operation: Pillow's from array to array, and ours."""
     rows = []
     for name, pillows, ours in zip(COLOUR_NAMES, PILLOW_COLOURS, OUR_COLOURS, strict=True):
         both: tuple[list[float], list[float]] = ([], [])
@@ -226,9 +226,9 @@ def write_jpegs(folder: Path, size: tuple[int, int], count: int) -> list[str]:
         for _ in range(8):
             x, y = draw.integers(0, width), draw.integers(0, height)
             reach = int(draw.integers(height // 20, height // 4))
-            colour = tuple(int(value) for value in draw.integers(0, 256, 3))
+            color = tuple(int(value) for value in draw.integers(0, 256, 3))
             shape = canvas.ellipse if draw.integers(2) else canvas.rectangle
-            shape((int(x), int(y), int(x) + reach, int(y) + reach), fill=colour)
+            shape((int(x), int(y), int(x) + reach, int(y) + reach), fill=color)
         file = folder / f"{width}x{height}_{number}.jpg"
         image.save(file, quality=90)
         files.append(str(file))
@@ -282,8 +282,8 @@ def run(folder: Path, images: Path | None, count: int, rounds: int) -> None:
         print(f"\nBy stage, in milliseconds, {name}")
         print(tabulate(table, ["stage", "Pillow", "ours"], floatfmt=".2f"))
     image = resized(read_image(small[0], "RGB"), 800, 1066)
-    print("\nColour operations on 1066x800, in milliseconds")
-    print(tabulate(colour_rows(image, 5 * rounds), ["operation", "Pillow", "ours"], floatfmt=".2f"))
+    print("\nColor operations on 1066x800, in milliseconds")
+    print(tabulate(color_rows(image, 5 * rounds), ["operation", "Pillow", "ours"], floatfmt=".2f"))
     print("\nDifference of a view to whole decoding and Pillow's bilinear, in levels of 255")
     for kind, files in (("small", small), ("large", large)):
         print(f"\n{kind} images, {SPARE} decoded pixels for one of the view")

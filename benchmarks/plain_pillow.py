@@ -76,7 +76,7 @@ class PlainPillow:
     def _strong(self, image: Image.Image, watch: Stopwatch) -> Image.Image:
         size = np.empty((image.height, image.width, 0))  # all that the two augmentations look at
         fill = tuple(round(value) for value in self.fill)
-        with watch("colour"):
+        with watch("color"):
             strength = np.random.uniform(0.1, 1.9)
             image = PILLOW_COLOURS[np.random.randint(len(PILLOW_COLOURS))](image, strength)
         with watch("geometry"):

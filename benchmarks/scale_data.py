@@ -50,7 +50,7 @@ class Tree:
 def config(**names: Sequence[str]) -> CfgNode:
     keys = {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "DATASETS.TEST": (), "VIS_PERIOD": 0}
     keys |= {f"DATASETS.{key}": tuple(value) for key, value in names.items()}
-    keys |= {"INPUT.MIN_SIZE_TRAIN": (32,), "DATASETS.CHECK_IMAGES": False}
+    keys |= {"INPUT.MIN_SIZE_TRAIN": (32,), "DATASETS.CHECKS.DECODE_IMAGES": False}
     if not names.get("UNLABELED"):
         keys |= {"SEMI.BURN_IN_ITERS": 10, "SOLVER.MAX_ITER": 10}
     cfg = load_config("", [str(part) for pair in keys.items() for part in pair])

@@ -51,16 +51,16 @@ def break_down(size: Size, repeats: int, options: list[str]) -> None:
     step = Step(size, floor.student.state_dict(), options)
     trainer = step.trainer
     clock = Clock(floor.device)
-    watched = [
+    monitored = [
         (trainer.teacher, "look", "teacher: backbone, proposals, detections"),
-        (trainer.teacher, "look_again", "teacher: second look, for PRC"),
+        (trainer.teacher, "predict_rois", "teacher: second look, for PRC"),
         (trainer.model, "forward", "student: forward"),
         (torch.Tensor, "backward", "student: backward"),
-        (trainer.updates.grad_scaler, "unscale_", "optimizer: check of gradients"),
-        (trainer.updates.optimizer, "step", "optimizer: update"),
+        (trainer.optimizer.grad_scaler, "unscale_", "optimizer: check of gradients"),
+        (trainer.optimizer.optimizer, "step", "optimizer: update"),
         (trainer._average, "update", "teacher: moving average"),
     ]
-    for owner, attribute, name in watched:
+    for owner, attribute, name in monitored:
         clock.watch(owner, attribute, name)
     parts: dict[str, list[float]] = {}
     for i in range(repeats + 1):

@@ -29,7 +29,7 @@ from locreweight.data.loader import Batch
 from locreweight.data.training_sets import register_datasets
 from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.modeling import SemiSupervisedRCNN, TeacherView
+from locreweight.modeling import SemiSupervisedRCNN, TeacherOutput
 
 ROOT = Path(__file__).resolve().parents[1]
 ORIGINAL = (480, 640)  # height and width of the images before augmentation, in pixels
@@ -132,10 +132,10 @@ def image(size: Size, draw: torch.Generator) -> Tensor:
 def objects(size: Size, draw: torch.Generator) -> Instances:
     """Ground truth of an image; boxes xyxy, absolute pixels of the view."""
     height, width = size.view
-    centre = torch.rand(size.objects, 2, generator=draw) * 0.6 + 0.2
+    center = torch.rand(size.objects, 2, generator=draw) * 0.6 + 0.2
     # Sides from a tenth to a half of the image's.
     half = torch.exp(torch.rand(size.objects, 2, generator=draw) * 1.6) / 20
-    boxes = torch.cat([centre - half, centre + half], 1) * torch.tensor([width, height] * 2)
+    boxes = torch.cat([center - half, center + half], 1) * torch.tensor([width, height] * 2)
     classes = torch.randint(size.classes, (size.objects,), generator=draw)
     return Instances(size.view, gt_boxes=Boxes(boxes), gt_classes=classes)
 
@@ -168,7 +168,7 @@ class Given:
         draw = torch.Generator().manual_seed(1)
         self._labels = [objects(size, draw).to(device) for _ in range(size.unlabeled)]
 
-    def __call__(self, teacher: SemiSupervisedRCNN, seen: TeacherView) -> list[Instances]:
+    def __call__(self, teacher: SemiSupervisedRCNN, seen: TeacherOutput) -> list[Instances]:
         self._choose(teacher, seen)
         for labels in self._labels:
             labels.gt_localization_quality = labels.gt_boxes.tensor.new_full((len(labels),), 0.3)

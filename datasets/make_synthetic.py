@@ -7,7 +7,7 @@
     val.json              val/000000.jpg ...          held out
     made_with.json                                    the arguments, by which a set is recognised
 
-The classes share colours, textures and sizes with one another and with the clutter: only outlines
+The classes share colors, textures and sizes with one another and with the clutter: only outlines
 differ. An image follows from ``(seed, split, index)``, size and style, so more images leave earlier
 ones as they were; the same arguments give the same bytes (with the same numpy and opencv).
 
@@ -50,7 +50,7 @@ class SceneStyle:
     hue_spread: float = 40.0  # degrees, about a hue for each class; clutter has any hue
     contrast: float = 110.0  # least distance of these from the background's mean, in BGR of 0..255
     relief: tuple[float, float] = (0.0, 8.0)  # amplitude of the pieces' shading, of 0..255
-    rim: float = 0.75  # brightness of their edges, which parts pieces of the same colour
+    rim: float = 0.75  # brightness of their edges, which parts pieces of the same color
     texture: tuple[float, float] = (2.0, 6.0)  # amplitude of the background's, of 0..255
     gain: tuple[float, float] = (0.8, 1.1)
     blur: tuple[float, float] = (0.2, 0.5)  # sigma in pixels
@@ -165,27 +165,27 @@ def draw_background(rng: Generator, size: int, style: SceneStyle) -> np.ndarray:
     for cells in (2, rng.integers(4, 9), rng.integers(12, 33)):
         amplitude = rng.uniform(*style.texture)
         grid = rng.normal(0, amplitude, (cells, cells, 1))  # brightness
-        grid = grid + rng.normal(0, amplitude / 2, (cells, cells, 3))  # colour
+        grid = grid + rng.normal(0, amplitude / 2, (cells, cells, 3))  # color
         image += cv2.resize(grid.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
     return image
 
 
-def pick_colour(rng: Generator, category: int, ground: np.ndarray, style: SceneStyle) -> np.ndarray:
+def pick_color(rng: Generator, category: int, ground: np.ndarray, style: SceneStyle) -> np.ndarray:
     """``(3,)`` BGR, apart from the ground's mean: a class tends to a hue, clutter (0) does not."""
     hue = rng.uniform(0, 360, 64)
     if category:
         hue = 360 * (category - 1) / len(style.classes) + rng.normal(0, style.hue_spread, 64)
-    colours = np.stack([hue % 360, rng.uniform(0.35, 1, 64), rng.uniform(60, 240, 64)], axis=1)
-    colours = cv2.cvtColor(colours[None].astype(np.float32), cv2.COLOR_HSV2BGR)[0]
+    colors = np.stack([hue % 360, rng.uniform(0.35, 1, 64), rng.uniform(60, 240, 64)], axis=1)
+    colors = cv2.cvtColor(colors[None].astype(np.float32), cv2.COLOR_HSV2BGR)[0]
     # The first that is far enough; if none is, the farthest.
-    distance = np.linalg.norm(colours - ground, axis=1).clip(max=style.contrast)
-    return colours[np.argmax(distance)]
+    distance = np.linalg.norm(colors - ground, axis=1).clip(max=style.contrast)
+    return colors[np.argmax(distance)]
 
 
 def paint(
-    canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, rng: Generator, style: SceneStyle
+    canvas: np.ndarray, mask: np.ndarray, color: np.ndarray, rng: Generator, style: SceneStyle
 ) -> None:
-    """Fill the mask in place with a colour under a wave: long ones shade it, short ones stripe."""
+    """Fill the mask in place with a color under a wave: long ones shade it, short ones stripe."""
     inside = cv2.erode(mask.astype(np.uint8), np.ones((2 * SUPERSAMPLING - 1,) * 2, np.uint8))
     left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
     window = np.s_[top : top + height, left : left + width]  # for speed
@@ -193,7 +193,7 @@ def paint(
     frequency = 2 * np.pi / (len(canvas) * log_uniform(rng, 0.06, 1.0))
     y, x = np.ogrid[:height, :width]
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * frequency + phase)[..., None]
-    fill = colour + rng.uniform(*style.relief) * wave.astype(np.float32)
+    fill = color + rng.uniform(*style.relief) * wave.astype(np.float32)
     fill *= np.where(inside[window], 1, style.rim)[..., None]
     np.copyto(canvas[window], fill, where=mask[window][..., None])
 
@@ -203,8 +203,8 @@ def render(pieces: list[Piece], rng: Generator, size: int, style: SceneStyle) ->
     ground = draw_background(rng, size, style)
     canvas = cv2.resize(ground, None, fx=SUPERSAMPLING, fy=SUPERSAMPLING)
     for piece in reversed(pieces):
-        colour = pick_colour(rng, piece.category, ground.mean(axis=(0, 1)), style)
-        paint(canvas, piece.mask, colour, rng, style)
+        color = pick_color(rng, piece.category, ground.mean(axis=(0, 1)), style)
+        paint(canvas, piece.mask, color, rng, style)
     image = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image * rng.uniform(*style.gain), (0, 0), rng.uniform(*style.blur))
     image += rng.normal(0, rng.uniform(*style.noise), image.shape)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 HEIGHT, WIDTH = 40, 60
-LOSSY = 14  # greatest mean difference that is due to compression or to a change of colour space
+LOSSY = 14  # greatest mean difference that is due to compression or to a change of color space
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -54,7 +54,7 @@ def _converted(mode: str, image_format: str) -> Callable:
 
 
 def _with_opacity(mode: str) -> Callable:
-    """Half transparent; the colours below are what counts."""
+    """Half transparent; the colors below are what counts."""
 
     def make(path: Path) -> np.ndarray:
         image = Image.fromarray(PICTURE if mode == "RGBA" else GREY).convert(mode)
@@ -140,12 +140,12 @@ SOUND: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
     "tiff, compressed": ("a.tif", _saved("TIFF", compression="tiff_lzw"), 0),
     "webp": ("a.webp", _saved("WEBP", lossless=True), 0),
     "suffix in capitals": ("A.PNG", _saved("PNG"), 0),
-    "grey": ("a.png", _saved("PNG", GREY), 0),
-    "grey jpeg": ("a.jpg", _saved("JPEG", GREY, quality=95), LOSSY),
+    "gray": ("a.png", _saved("PNG", GREY), 0),
+    "gray jpeg": ("a.jpg", _saved("JPEG", GREY, quality=95), LOSSY),
     "one bit": ("a.png", _converted("1", "PNG"), 0),
     "palette": ("a.png", _converted("P", "PNG"), 0),
     "palette with opacity": ("a.png", transparent_palette, 0),
-    "grey with opacity": ("a.png", _with_opacity("LA"), 0),
+    "gray with opacity": ("a.png", _with_opacity("LA"), 0),
     "RGBA": ("a.png", _with_opacity("RGBA"), 0),
     "CMYK jpeg": ("a.jpg", _converted("CMYK", "JPEG"), LOSSY),
     "CMYK tiff": ("a.tif", _converted("CMYK", "TIFF"), 0),

@@ -12,7 +12,7 @@ from tiny_data import edit_json, make_coco, write_voc_xml
 pytest.importorskip("detectron2")
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.checkpoint.checkpointer import need_weights
+from locreweight.checkpoint.checkpointer import check_weights_exist
 from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.mapper import ViewMapper
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
@@ -127,7 +127,7 @@ def add_class(content):
 NAN, INFINITY = math.nan, math.inf
 WAYS_TO_NAME = ["coco:<annotations.json>", "voc:<folder>", "folder:<image folder>", "list:<index"]
 NO_COCO = ["annotations.json is not a COCO annotation file"]
-DROP = ["0000.png", "DATASETS.DROP_BAD_BOXES True"]
+DROP = ["0000.png", "DATASETS.CHECKS.DROP_BAD_BOXES True"]
 NO_UNLABELED = ["no unlabeled images", "DATASETS.UNLABELED", "DATASETS.LABELED_PERCENT"]
 OVERLAP = ["4 unlabeled images", "0000.png", "DATASETS.EXCLUDE_LABELED True"]
 
@@ -158,7 +158,7 @@ SPOILED = {
     ),
     "list that leads out": (
         listed("0000.png\n/etc/passwd\n"),
-        ["index.txt", "/etc/passwd", "DATASETS.ALLOW_OUTSIDE_PATHS True"],
+        ["index.txt", "/etc/passwd", "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS True"],
     ),
     "list of nothing": (listed("\n"), ["index.txt", "no image"]),
     "list of another folder": (listed("other/0000.png\n"), ["index.txt", "other/0000.png"]),
@@ -370,8 +370,16 @@ def test_a_keep_rate_that_is_no_share_is_named_before_training(rate, world_size)
     [
         ("INPUT.FORMAT", "YUV-BT.601", ["INPUT.FORMAT", "RGB or BGR", "YUV-BT.601"]),
         ("INPUT.FORMAT", "L", ["INPUT.FORMAT", "RGB or BGR"]),
-        ("INPUT.RECIPE", "Souffle", ["INPUT.RECIPE", "'Souffle'", "SoftTeacherRecipe"]),
-        ("INPUT.RECIPE", "", ["INPUT.RECIPE", "UnbiasedTeacherRecipe", "RECIPE_REGISTRY"]),
+        (
+            "INPUT.AUGMENTATION_POLICY",
+            "Souffle",
+            ["INPUT.AUGMENTATION_POLICY", "'Souffle'", "SoftTeacherPolicy"],
+        ),
+        (
+            "INPUT.AUGMENTATION_POLICY",
+            "",
+            ["INPUT.AUGMENTATION_POLICY", "UnbiasedTeacherPolicy", "AUGMENTATION_POLICY_REGISTRY"],
+        ),
     ],
 )
 def test_views_that_cannot_be_made_are_named(key, value, words):
@@ -383,18 +391,18 @@ def test_views_that_cannot_be_made_are_named(key, value, words):
 @pytest.mark.parametrize("path", ["/no/model.pth", "model_final.pth", "ftp.example://model.pth"])
 def test_weights_that_are_not_there_are_named(path):
     with pytest.raises(UsageError) as caught:
-        need_weights(path)
+        check_weights_exist(path)
     assert repr(path) in str(caught.value)
     assert "MODEL.WEIGHTS" in str(caught.value)
 
 
 def test_a_folder_is_no_weights(tmp_path):
     with pytest.raises(UsageError, match=r"MODEL\.WEIGHTS"):
-        need_weights(str(tmp_path))
+        check_weights_exist(str(tmp_path))
 
 
 def test_no_weights_are_random_weights():
-    need_weights("")
+    check_weights_exist("")
 
 
 def test_evaluation_needs_weights(project):

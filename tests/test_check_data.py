@@ -123,7 +123,7 @@ def test_malformed_boxes_are_an_error_that_a_key_mends(project):
     edit_json(project.json, lambda c: c["annotations"][0].update(bbox=[9, 9, -5, 5]) or None)
     (error,) = project.findings()
     assert error.severity is Severity.ERROR and "inverted" in error.text
-    assert error.fixes == {"DATASETS.DROP_BAD_BOXES": "True"}
+    assert error.fixes == {"DATASETS.CHECKS.DROP_BAD_BOXES": "True"}
 
 
 def test_no_box_at_all_is_an_error(project):

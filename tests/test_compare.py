@@ -19,9 +19,9 @@ import yaml
 
 import compare
 from locreweight.engine import run_queue as run_queue
-from locreweight.engine.run_queue import Attempt, Run, RunQueue, attempts_of, places
+from locreweight.engine.run_queue import Attempt, Run, RunQueue, gpu_slots, read_attempts
 from locreweight.engine.run_record import RUN_FILE, RunRecord
-from locreweight.engine.run_results import is_finished, other_settings, results_of
+from locreweight.engine.run_results import changed_settings, is_finished, results_of
 from locreweight.errors import UsageError
 from locreweight.visualization.comparison_report import as_csv, as_markdown, curves
 from tests.engine.tiny_training import TRAINING, make_datasets
@@ -89,7 +89,7 @@ def test_runs_are_all_configs_times_methods_times_seeds(tmp_path):
     for run in runs:
         assert run.cfg.OUTPUT_DIR == str(run.output)
         assert (run.cfg.SEED, run.cfg.DATASETS.SPLIT_SEED) == (run.seed, run.seed)
-    assert runs[0].cfg.SEMI.STRATEGY == "Stac"
+    assert runs[0].cfg.SEMI.METHOD == "Stac"
 
 
 def test_options_hold_for_all_runs_and_go_over_the_configs(tmp_path):
@@ -118,8 +118,11 @@ def test_options_may_not_make_a_method_another_one(tmp_path, method, key):
         (("SEED", 7), "SEED is set by --seeds"),
         (("OUTPUT_DIR", "x"), "OUTPUT_DIR is set by --output"),
         (("SEMI.LER", True), "SEMI.LER differs between the config files"),
-        (("SEMI.STRATEGY", "Mine"), "1-neither, seed 1: unknown SEMI.STRATEGY 'Mine'"),
-        (("INPUT.RECIPE", "Mine"), "1-neither, seed 1: unknown INPUT.RECIPE 'Mine'"),
+        (("SEMI.METHOD", "Mine"), "1-neither, seed 1: unknown SEMI.METHOD 'Mine'"),
+        (
+            ("INPUT.AUGMENTATION_POLICY", "Mine"),
+            "1-neither, seed 1: unknown INPUT.AUGMENTATION_POLICY 'Mine'",
+        ),
     ],
 )
 def test_options_may_not_make_rows_or_seeds_alike(tmp_path, option, message):
@@ -181,7 +184,7 @@ def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
     words = ["--config-file", QUICKSTART, "--output", tmp_path]
     run = run_of(tmp_path / "quickstart/seed-1")
     write_results(run, {20: 1.0})
-    assert other_settings(run) == []
+    assert changed_settings(run) == []
     with pytest.raises(UsageError, match=r"SOLVER\.MAX_ITER was 40, now 41"):
         compare.runs_of(arguments(*words, "SOLVER.MAX_ITER", 41, "SEMI.BURN_IN_ITERS", 20))
 
@@ -190,7 +193,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_config_can_be_gone_on_with(tm
     run = run_of(tmp_path / "run")
     run.output.mkdir()
     (run.output / "config.yaml").touch()
-    assert other_settings(run) == [] and results_of(run) is None and not is_finished(run)
+    assert changed_settings(run) == [] and results_of(run) is None and not is_finished(run)
 
 
 def test_the_command_is_one_that_a_user_can_call(tmp_path):
@@ -237,7 +240,7 @@ def test_a_row_names_every_commit_that_it_was_trained_with(tmp_path):
 def test_attempts_of_an_earlier_version_can_be_read(tmp_path):
     old = {"commit": "abc", "machine": "2 x CPU", "seconds": 3.0, "exit_code": 0}
     (tmp_path / run_queue.ATTEMPTS).write_text(json.dumps([old | {"peak_ram_mib": 1.0}]))
-    assert attempts_of(tmp_path) == [Attempt(3.0, 0, 1.0)]
+    assert read_attempts(tmp_path) == [Attempt(3.0, 0, 1.0)]
 
 
 def test_peak_memory_is_that_of_the_gpu_where_there_is_one(tmp_path):
@@ -349,7 +352,7 @@ def test_a_run_that_fails_does_not_stop_the_others(scripted, tmp_path):
     assert [ended[run].exit_code for run in runs] == [1, 0, 1]
     assert compare.last_line(runs[0].output / run_queue.CONSOLE) == "out of luck"
     work(runs[:1], [None])
-    assert [attempt.exit_code for attempt in attempts_of(runs[0].output)] == [1, 1]
+    assert [attempt.exit_code for attempt in read_attempts(runs[0].output)] == [1, 1]
 
 
 def test_runs_side_by_side_have_gpus_of_their_own(scripted, tmp_path):
@@ -386,7 +389,7 @@ def test_an_interrupted_comparison_asks_its_runs_to_stop(scripted, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         queue.work(lambda run, attempt: ended.append(run), interrupt)
     assert ended == [] and not runs[1].output.exists()
-    (attempt,) = attempts_of(runs[0].output)
+    (attempt,) = read_attempts(runs[0].output)
     assert attempt.exit_code == -signal.SIGTERM
 
 
@@ -401,17 +404,17 @@ def test_an_interrupted_comparison_asks_its_runs_to_stop(scripted, tmp_path):
 )
 def test_gpus_are_shared_out(monkeypatch, num_gpus, parallel, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,9")
-    assert places(num_gpus, parallel, on_gpus=True) == expected
-    assert places(num_gpus, parallel, on_gpus=False) == [None] * (parallel or 1)
+    assert gpu_slots(num_gpus, parallel, on_gpus=True) == expected
+    assert gpu_slots(num_gpus, parallel, on_gpus=False) == [None] * (parallel or 1)
 
 
 def test_more_gpus_than_there_are_cannot_be_had(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(ValueError, match="2 x 2 GPUs are asked for, there are 2"):
-        places(2, 2, on_gpus=True)
+        gpu_slots(2, 2, on_gpus=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ValueError, match="1 x 1 GPUs are asked for, there are 0"):
-        places(1, None, on_gpus=True)
+        gpu_slots(1, None, on_gpus=True)
 
 
 # --- as a user runs it ----------------------------------------------------------------------------
@@ -443,7 +446,7 @@ def test_it_is_stopped_and_goes_on(tmp_path, capsys):
 
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert [attempt.exit_code == 0 for attempt in attempts_of(run.output)] == [False, True]
+    assert [attempt.exit_code == 0 for attempt in read_attempts(run.output)] == [False, True]
     assert "resumed after iteration" in (run.output / run_queue.CONSOLE).read_text()
     assert {"results.csv", "table.md", "curves.png"} <= set(os.listdir(output))
     assert "| Base-LocReweight + loc_reweight | 1 " in second.stdout
@@ -451,4 +454,4 @@ def test_it_is_stopped_and_goes_on(tmp_path, capsys):
 
     assert compare.compare(compare.parse_arguments(words)) == []
     assert "1 runs, 1 of them finished before" in capsys.readouterr().out
-    assert len(attempts_of(run.output)) == 2
+    assert len(read_attempts(run.output)) == 2

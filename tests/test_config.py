@@ -16,9 +16,9 @@ from locreweight.config import (
     load_config,
     scale_to_world_size,
 )
-from locreweight.data.transforms.policies import build_recipe
+from locreweight.data.transforms.policies import build_augmentation_policy
 from locreweight.errors import UsageError
-from locreweight.methods import build_strategy
+from locreweight.methods import build_method
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "projects/LocReweightTeacher/locreweight"
@@ -30,19 +30,19 @@ QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 BASE = str(ROOT / "configs/Base-LocReweight.yaml")
 
 
-def leaves(node, prefix=""):
+def flatten_config(node, prefix=""):
     """Dotted path -> value of all keys below a node."""
     found = {}
     for key, value in node.items():
         inner = isinstance(value, CfgNode)
-        found |= leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        found |= flatten_config(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return found
 
 
 def new_keys():
     ours = get_cfg()
     add_locreweight_config(ours)
-    return sorted(set(leaves(ours)) - set(leaves(get_cfg())))
+    return sorted(set(flatten_config(ours)) - set(flatten_config(get_cfg())))
 
 
 def reads(source, key):
@@ -90,7 +90,7 @@ def test_every_config_file_loads(file):
 
 def differences(first, second):
     """The keys whose values are not the same."""
-    first, second = leaves(first), leaves(second)
+    first, second = flatten_config(first), flatten_config(second)
     return {key for key in first if first[key] != second[key]}
 
 
@@ -105,7 +105,7 @@ def test_a_config_file_differs_from_its_base_in_all_that_it_says(file, tmp_path)
     alone = tmp_path / "bases.yaml"
     alone.write_text(yaml.dump({"_BASE_": [str(file.parent / base) for base in named]}))
     changed = differences(load_config(str(file), []), load_config(str(alone), []))
-    assert set(leaves(CfgNode(content))) == changed
+    assert set(flatten_config(CfgNode(content))) == changed
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name_of)
@@ -159,10 +159,10 @@ def written(reference):
 @pytest.mark.parametrize("world_size", SCALED)
 def test_batches_and_rate_grow_and_iterations_shrink_with_the_gpus(world_size):
     cfg = written(reference=2)
-    scaled = leaves(scale_to_world_size(cfg, world_size))
+    scaled = flatten_config(scale_to_world_size(cfg, world_size))
     assert tuple(scaled[key] for key in WRITTEN) == SCALED[world_size]
     unchanged = set(scaled) - set(WRITTEN) - {"SOLVER.REFERENCE_WORLD_SIZE"}
-    assert all(scaled[key] == leaves(cfg)[key] for key in unchanged)
+    assert all(scaled[key] == flatten_config(cfg)[key] for key in unchanged)
     assert cfg == written(reference=2)
 
 
@@ -201,7 +201,7 @@ def test_supervised_training_can_be_scaled():
 
 def setting(config, keys):
     cfg = load_config(str(ROOT / "configs" / config), [])
-    values = leaves(cfg)
+    values = flatten_config(cfg)
     return tuple(values[key] for key in keys)
 
 
@@ -285,8 +285,8 @@ def test_a_method_goes_over_any_config(file):
         data = load_config(config, [])
         cfg = load_config(config, [], str(file))
         check_supported(cfg)
-        build_strategy(cfg)
-        build_recipe(cfg)
+        build_method(cfg)
+        build_augmentation_policy(cfg)
         # What a method may decide; data, detector and schedule are the config's.
         assert {key.split(".")[0] for key in differences(cfg, data)} <= {
             "SEMI",
@@ -297,7 +297,7 @@ def test_a_method_goes_over_any_config(file):
         assert {key for key in differences(cfg, data) if key.startswith(("MODEL", "INPUT"))} <= {
             "MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES",
             "MODEL.ROI_BOX_HEAD.FOCAL_GAMMA",
-            "INPUT.RECIPE",
+            "INPUT.AUGMENTATION_POLICY",
         }
 
 
@@ -338,7 +338,7 @@ def test_options_go_over_the_method():
     method = str(ROOT / "configs/methods/stac.yaml")
     cfg = load_config(QUICKSTART, ["SEMI.EMA_KEEP_RATE", "0.5"], method)
     assert cfg.SEMI.EMA_KEEP_RATE == 0.5
-    assert cfg.SEMI.STRATEGY == "Stac"
+    assert cfg.SEMI.METHOD == "Stac"
 
 
 def test_a_method_that_is_not_there_is_named():

@@ -271,10 +271,10 @@ def test_command_line(tmp_path, capsys):
 def test_classes_tend_to_a_hue_of_their_own_and_clutter_does_not():
     rng, ground = np.random.default_rng(0), np.zeros(3)
     for category, expected in enumerate(np.arange(len(STYLE.classes)) * 120.0, start=1):
-        colours = [maker.pick_colour(rng, category, ground, STYLE) for _ in range(400)]
-        hues = cv2.cvtColor(np.float32([colours]), cv2.COLOR_BGR2HSV)[0, :, 0]
+        colors = [maker.pick_color(rng, category, ground, STYLE) for _ in range(400)]
+        hues = cv2.cvtColor(np.float32([colors]), cv2.COLOR_BGR2HSV)[0, :, 0]
         off = (hues - expected + 180) % 360 - 180
         assert abs(off.mean()) < 8 and 0.8 < off.std() / STYLE.hue_spread < 1.2
-    colours = [maker.pick_colour(rng, 0, ground, STYLE) for _ in range(400)]
-    hues = cv2.cvtColor(np.float32([colours]), cv2.COLOR_BGR2HSV)[0, :, 0]
+    colors = [maker.pick_color(rng, 0, ground, STYLE) for _ in range(400)]
+    hues = cv2.cvtColor(np.float32([colors]), cv2.COLOR_BGR2HSV)[0, :, 0]
     assert np.histogram(hues, bins=6, range=(0, 360))[0].min() > 40

@@ -25,9 +25,10 @@ from locreweight.checkpoint.zoo import VARIABLE, sha256_of
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer
 from locreweight.engine.finished_run import read_run
-from locreweight.engine.predictor import open_checkpoint
+from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
-from publish import Wishes
+from publish import PublishOptions
+from tests.checkpoint.serving import serving
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
@@ -39,7 +40,6 @@ from tests.engine.tiny_training import (
 )
 from tests.modeling.tiny_model import as_options
 from tests.tiny_data import make_coco
-from tests.zoo.serving import serving
 
 LICENSE = "cc-by-4.0"
 
@@ -85,7 +85,7 @@ def run(datasets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def zoo(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
-    wishes = Wishes("tiny/v1", license=LICENSE, description="Made for tests.", pickle=True)
+    wishes = PublishOptions("tiny/v1", license=LICENSE, description="Made for tests.", pickle=True)
     publish.publish(read_run(run[0], last=True), folder, wishes)
     return folder
 
@@ -128,8 +128,8 @@ def test_one_line_gives_the_model(run, served):
 
 
 def test_tools_open_it_by_name(run, served):
-    detector = open_checkpoint("locreweight://tiny/v1", device="cpu")
-    assert detector.class_names == ["cat", "dog", "owl"] and detector.measures_quality
+    detector = load_predictor("locreweight://tiny/v1", device="cpu")
+    assert detector.class_names == ["cat", "dog", "owl"] and detector.has_localization_quality
     assert same(detector.model.state_dict(), copy_of(run[1].teacher))
 
 
@@ -228,7 +228,9 @@ def test_nothing_of_the_machine_is_in_any_file(run, datasets, zoo):
 
 
 def test_the_same_run_makes_the_same_entry(run, zoo, tmp_path):
-    publish.publish(read_run(run[0], last=True), tmp_path, Wishes("tiny/v1", license=LICENSE))
+    publish.publish(
+        read_run(run[0], last=True), tmp_path, PublishOptions("tiny/v1", license=LICENSE)
+    )
     for name in ("config.yaml", "detections.jpg"):
         assert (tmp_path / "tiny/v1" / name).read_bytes() == (zoo / "tiny/v1" / name).read_bytes()
     names = [[file.name for file in folder.rglob("*.safetensors")] for folder in (tmp_path, zoo)]
@@ -259,7 +261,7 @@ def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
 def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
-    entry = publish.publish(read_run(output), tmp_path / "zoo", Wishes("a", pictures=0))
+    entry = publish.publish(read_run(output), tmp_path / "zoo", PublishOptions("a", pictures=0))
     assert entry.metrics == {}
     card = (tmp_path / "zoo/a/README.md").read_text()
     assert "It was not evaluated." in card and "detections.jpg" not in card
@@ -284,7 +286,7 @@ def test_what_the_run_recorded_is_handed_on(run, tmp_path):
         "machine": {"CPU": "jane's"},
     }
     (output / "run.json").write_text(json.dumps([start, start | {"command": "resumed"}]))
-    entry = publish.publish(read_run(output), tmp_path / "zoo", Wishes("a", pictures=0))
+    entry = publish.publish(read_run(output), tmp_path / "zoo", PublishOptions("a", pictures=0))
     assert entry.training_command == "python train_net.py --config-file mine.yaml SEED 3"
     assert entry.versions == {"PyTorch": "2.0", "commit": "0123456789ab"}
     assert "jane" not in (tmp_path / "zoo/a/README.md").read_text()
@@ -292,15 +294,15 @@ def test_what_the_run_recorded_is_handed_on(run, tmp_path):
 
 def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
     trained = read_run(run[0])
-    publish.publish(trained, tmp_path, Wishes("a", pictures=0))
+    publish.publish(trained, tmp_path, PublishOptions("a", pictures=0))
     (tmp_path / "a/old").touch()
     with pytest.raises(
         UsageError, match=r"already has 'a': choose another --name, or add --replace"
     ):
-        publish.publish(trained, tmp_path, Wishes("a", pictures=0))
-    publish.publish(trained, tmp_path, Wishes("a", pictures=0, replace=True))
+        publish.publish(trained, tmp_path, PublishOptions("a", pictures=0))
+    publish.publish(trained, tmp_path, PublishOptions("a", pictures=0, replace=True))
     assert not (tmp_path / "a/old").exists()
-    publish.publish(trained, tmp_path, Wishes("b", pictures=0))
+    publish.publish(trained, tmp_path, PublishOptions("b", pictures=0))
     assert [m["name"] for m in json.loads((tmp_path / "index.json").read_text())["models"]] == [
         "a",
         "b",
@@ -311,9 +313,9 @@ def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
 def test_models_do_not_lie_in_each_other(run, tmp_path, first, second):
     """Replacing one would remove the other."""
     trained = read_run(run[0])
-    publish.publish(trained, tmp_path, Wishes(first, pictures=0))
+    publish.publish(trained, tmp_path, PublishOptions(first, pictures=0))
     with pytest.raises(UsageError, match=f"'{second}' and the model in {tmp_path / first} would"):
-        publish.publish(trained, tmp_path, Wishes(second, pictures=0, replace=True))
+        publish.publish(trained, tmp_path, PublishOptions(second, pictures=0, replace=True))
 
 
 def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
@@ -323,7 +325,7 @@ def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
         ("http://a/zoo", "is no folder"),
     ):
         with pytest.raises(UsageError, match=words):
-            publish.publish(read_run(run[0]), Path(zoo), Wishes("a", pictures=0))
+            publish.publish(read_run(run[0]), Path(zoo), PublishOptions("a", pictures=0))
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
 

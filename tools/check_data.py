@@ -41,7 +41,7 @@ from locreweight.data.inspection.duplicates import copy_findings, same_file_find
 from locreweight.data.inspection.findings import DataSets, Finding, Severity, read_data_sets
 from locreweight.data.inspection.images import ImageFacts, survey
 from locreweight.data.training_sets import TrainingSets
-from locreweight.engine.effective_values import kept_at_random
+from locreweight.engine.effective_values import untrained_random_layers
 from locreweight.engine.memory_estimate import GIB, estimate_memory
 from locreweight.engine.startup_checks import (
     config_findings,
@@ -143,7 +143,7 @@ def device_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
 
 def random_findings(cfg: CfgNode) -> list[Finding]:
     """Whether a backbone that starts at random would in part stay so."""
-    fixes = kept_at_random(cfg)
+    fixes = untrained_random_layers(cfg)
     text = "MODEL.WEIGHTS is empty, and part of the backbone stays at random for good"
     return [Finding(Severity.WARNING, text, fixes=fixes)] if fixes else []
 

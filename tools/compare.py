@@ -29,17 +29,17 @@ from tqdm import tqdm
 
 from locreweight.config import check_supported, load_config
 from locreweight.data.datasets.splits import check_split_is_there
-from locreweight.data.transforms.policies import build_recipe
-from locreweight.engine.run_queue import CONSOLE, Attempt, Run, RunQueue, places
+from locreweight.data.transforms.policies import build_augmentation_policy
+from locreweight.engine.run_queue import CONSOLE, Attempt, Run, RunQueue, gpu_slots
 from locreweight.engine.run_results import (
+    changed_settings,
+    flatten_config,
     is_finished,
     iterations_of,
-    leaves,
-    other_settings,
     results_of,
 )
 from locreweight.errors import UsageError
-from locreweight.methods import build_strategy
+from locreweight.methods import build_method
 from locreweight.visualization.comparison_report import CURVES, TABLE, write_report
 
 
@@ -130,14 +130,14 @@ def check_run(run: Run) -> None:
     """
     try:
         check_supported(run.cfg)
-        build_strategy(run.cfg)
-        build_recipe(run.cfg)
+        build_method(run.cfg)
+        build_augmentation_policy(run.cfg)
         check_split_is_there(run.cfg)
     except UsageError as error:
         raise UsageError(f"{run.name}: {error}") from error
     if len(run.cfg.DATASETS.TEST) > 1:
         raise UsageError(f"{run.config} names several sets in DATASETS.TEST; compare on one")
-    if changes := other_settings(run):
+    if changes := changed_settings(run):
         raise UsageError(
             f"{run.output} was begun with other settings: {'; '.join(changes[:3])}. Remove it, "
             "or give another --output"
@@ -149,13 +149,13 @@ def check_rows_stay_themselves(configs: list[Path], methods: list[Path], keys: l
     for key, instead in {"SEED": "--seeds", "OUTPUT_DIR": "--output"}.items():
         if key in keys:
             raise UsageError(f"{key} is set by {instead}")
-    settings = [leaves(load_config(str(config), [])) for config in configs]
+    settings = [flatten_config(load_config(str(config), [])) for config in configs]
     for key in keys:
         if any(each.get(key) != settings[0].get(key) for each in settings):
             raise UsageError(f"{key} differs between the config files; it is for them to decide")
     for method in methods:
         load_config("", [], str(method))  # says what is wrong with the file, if anything is
-        decided = leaves(CfgNode.load_yaml_with_base(str(method)))
+        decided = flatten_config(CfgNode.load_yaml_with_base(str(method)))
         for key in decided.keys() & set(keys):
             raise UsageError(
                 f"{key} is for {method} to decide. For the other methods, set it in a config file "
@@ -183,7 +183,7 @@ def compare(args: argparse.Namespace) -> list[str]:
     runs = runs_of(args)
     on_gpus = runs[0].cfg.MODEL.DEVICE.startswith("cuda")
     try:
-        found = places(args.num_gpus, args.parallel, on_gpus)
+        found = gpu_slots(args.num_gpus, args.parallel, on_gpus)
     except ValueError as error:
         raise UsageError(str(error)) from error
     waiting = [run for run in runs if not is_finished(run)]

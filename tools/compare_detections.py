@@ -5,7 +5,7 @@
         --output compared.jpg
 
 Each row is an image of an annotated data set; the first column is the ground truth, each further
-one a checkpoint. Boxes have the colours of their classes.
+one a checkpoint. Boxes have the colors of their classes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 from locreweight.data.image_io import read_rgb
-from locreweight.data.monitored import truth_of
+from locreweight.data.monitored import ground_truth_in_view
 from locreweight.engine.inference import INPUT_HELP, find_inputs, picture_file
 from locreweight.engine.localization_analysis import annotated_records
-from locreweight.engine.predictor import Detector, open_checkpoint
+from locreweight.engine.predictor import Predictor, load_predictor
 from locreweight.engine.run_folder import unique_names
 from locreweight.errors import UsageError
 from locreweight.visualization.drawing import (
@@ -49,13 +49,13 @@ def draw_truth(image: np.ndarray, record: dict, class_names: list[str], side: in
         class_names: in the order of the annotations' classes.
         side: longer side of the picture.
     """
-    truth = truth_of(record, torch.eye(3), image.shape[:2])
+    truth = ground_truth_in_view(record, torch.eye(3), image.shape[:2])
     names = [class_names[label] for label in truth.gt_classes.tolist()]
     return draw(image, [Layer(truth.gt_boxes.tensor, class_colors(truth.gt_classes), names)], side)
 
 
 def compare(
-    detectors: dict[str, Detector], records: Sequence[dict], threshold: float
+    detectors: dict[str, Predictor], records: Sequence[dict], threshold: float
 ) -> np.ndarray:
     """A row for each image: ground truth, and what each of the named detectors finds; RGB."""
     rows = []
@@ -110,7 +110,7 @@ def main() -> None:
         if len(set(names)) != len(args.weights):
             raise UsageError(f"{len(args.weights)} checkpoints need as many --names, all different")
         detectors = {
-            name: open_checkpoint(weights, args.config_file, device=args.device)
+            name: load_predictor(weights, args.config_file, device=args.device)
             for name, weights in zip(names, args.weights, strict=True)
         }
         for name, detector in detectors.items():

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from locreweight.data.datasets.image_folders import load_folder
 from locreweight.data.image_io import read_rgb
-from locreweight.engine.predictor import Detector, open_checkpoint
+from locreweight.engine.predictor import Predictor, load_predictor
 from locreweight.errors import UsageError
 from locreweight.export.graph import (
     INPUT,
@@ -55,19 +55,19 @@ def need_onnx() -> None:
         raise UsageError(f"--onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def open_model(weights: str, config_file: str = "") -> Detector:
+def open_model(weights: str, config_file: str = "") -> Predictor:
     """A trained detector on the CPU.
 
     Raises:
         UsageError: if it cannot be had, or is not of this project.
     """
-    detector = open_checkpoint(weights, config_file, device="cpu")
-    if not detector.measures_quality:
+    detector = load_predictor(weights, config_file, device="cpu")
+    if not detector.has_localization_quality:
         raise UsageError(f"{weights} is a plain Detectron2 detector: tools of Detectron2 export it")
     return detector
 
 
-def model_inputs(detector: Detector, files: Sequence[str]) -> list[Tensor]:
+def model_inputs(detector: Predictor, files: Sequence[str]) -> list[Tensor]:
     """Images as a graph takes them: ``(3, H, W)`` float32, resized, in the model's channels."""
     return [detector.model_input(read_rgb(file))["image"].float() for file in files]
 
@@ -116,7 +116,7 @@ def check(name: Path, model: SemiSupervisedRCNN, graph: Graph, images: Sequence[
 
 
 def export_graphs(
-    detector: Detector,
+    detector: Predictor,
     images: Sequence[Tensor],
     torchscript: Path | None,
     onnx: Path | None,

@@ -21,18 +21,18 @@ from pathlib import Path
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.engine.inference import (
     INPUT_HELP,
+    ImageDetections,
     InputFile,
-    Seen,
+    detect_in_files,
     exit_if_unreadable,
     find_inputs,
-    look_at,
 )
-from locreweight.engine.predictor import Detector, open_checkpoint
+from locreweight.engine.predictor import Predictor, load_predictor
 from locreweight.errors import UsageError
 from predict import add_checkpoint_arguments
 
 
-def unlabeled_files(detector: Detector) -> list[InputFile]:
+def unlabeled_files(detector: Predictor) -> list[InputFile]:
     """The unlabeled images of a checkpoint's config.
 
     Raises:
@@ -46,12 +46,12 @@ def unlabeled_files(detector: Detector) -> list[InputFile]:
 
 
 def as_coco(
-    seen: Iterable[Seen],
+    seen: Iterable[ImageDetections],
     class_names: list[str],
     threshold: float,
     root: Path,
     *,
-    measures_quality: bool,
+    has_localization_quality: bool,
 ) -> dict:
     """The content of a COCO annotation file; boxes xywh in absolute pixels of each image.
 
@@ -87,7 +87,7 @@ def as_coco(
                     "area": round(box[2] * box[3], 2),
                     "iscrowd": 0,
                     "score": round(score, 5),
-                    "localization_quality": round(quality, 5) if measures_quality else None,
+                    "localization_quality": round(quality, 5) if has_localization_quality else None,
                 }
             )
     categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
@@ -112,12 +112,14 @@ def main() -> None:
     args = parser.parse_args()
     unreadable: list[str] = []
     try:
-        detector = open_checkpoint(args.weights, args.config_file, args.opts, args.device)
+        detector = load_predictor(args.weights, args.config_file, args.opts, args.device)
         files = find_inputs(args.input) if args.input else unlabeled_files(detector)
         files = [file for file in files if not file.is_video][: args.count]
         if not files:
             raise UsageError(f"there is no image in {' '.join(args.input)}")
-        seen = look_at(detector, files, args.batch or detector.usual_batch, unreadable)
+        seen = detect_in_files(
+            detector, files, args.batch or detector.default_batch_size, unreadable
+        )
         threshold = args.threshold
         if threshold is None:
             threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
@@ -127,7 +129,7 @@ def main() -> None:
             detector.class_names,
             threshold,
             root,
-            measures_quality=detector.measures_quality,
+            has_localization_quality=detector.has_localization_quality,
         )
     except UsageError as error:
         sys.exit(f"error: {error}")

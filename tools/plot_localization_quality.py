@@ -32,7 +32,7 @@ from locreweight.engine.localization_analysis import (
     localize,
 )
 from locreweight.engine.matching import IOU_THRESHOLD
-from locreweight.engine.predictor import open_checkpoint
+from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
 from predict import add_checkpoint_arguments
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
     try:
-        detector = open_checkpoint(args.weights, args.config_file, args.opts, args.device)
+        detector = load_predictor(args.weights, args.config_file, args.opts, args.device)
         data = localize(detector, annotated_records(detector, args.dataset, args.count))
     except UsageError as error:
         sys.exit(f"error: {error}")

@@ -29,11 +29,11 @@ from tqdm import tqdm
 from locreweight.engine.inference import (
     INPUT_HELP,
     InputFile,
+    detect_in_files,
     exit_if_unreadable,
     find_inputs,
-    look_at,
 )
-from locreweight.engine.predictor import Detector, open_checkpoint
+from locreweight.engine.predictor import Predictor, load_predictor
 from locreweight.errors import UsageError
 from locreweight.visualization.drawing import (
     Layer,
@@ -51,7 +51,7 @@ class Results:
     """Detections in COCO's result format, as they come in."""
 
     class_names: list[str]
-    measures_quality: bool
+    has_localization_quality: bool
     images: int = 0
     entries: list[dict] = field(default_factory=list)
 
@@ -73,16 +73,18 @@ class Results:
                     "score": round(score, 5),
                     "file_name": str(file),
                     "category_name": self.class_names[label],
-                    "localization_quality": round(quality, 5) if self.measures_quality else None,
+                    "localization_quality": round(quality, 5)
+                    if self.has_localization_quality
+                    else None,
                     **more,
                 }
             )
 
 
 def draw_detections(
-    image: np.ndarray, found: Instances, detector: Detector, side: int
+    image: np.ndarray, found: Instances, detector: Predictor, side: int
 ) -> np.ndarray:
-    """An image with boxes in the colours of their classes, and what the detector says of them.
+    """An image with boxes in the colors of their classes, and what the detector says of them.
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
@@ -90,13 +92,15 @@ def draw_detections(
         detector: that found them.
         side: longer side of the picture.
     """
-    labels = detection_labels(found, detector.class_names, quality=detector.measures_quality)
+    labels = detection_labels(
+        found, detector.class_names, quality=detector.has_localization_quality
+    )
     layer = Layer(found.pred_boxes.tensor, class_colors(found.pred_classes), labels)
     return draw(image, [layer], side)
 
 
 def predict_video(
-    detector: Detector,
+    detector: Predictor,
     file: InputFile,
     output: Path,
     threshold: float,
@@ -152,7 +156,7 @@ def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 
 def predict(
-    detector: Detector, files: list[InputFile], output: Path, threshold: float, batch: int
+    detector: Predictor, files: list[InputFile], output: Path, threshold: float, batch: int
 ) -> tuple[Results, list[str]]:
     """Draw the detections in all files, and collect them.
 
@@ -166,10 +170,10 @@ def predict(
     Returns:
         the detections, and a line for each file that could not be read.
     """
-    results = Results(detector.class_names, detector.measures_quality)
+    results = Results(detector.class_names, detector.has_localization_quality)
     unreadable: list[str] = []
     images = [file for file in files if not file.is_video]
-    for seen in look_at(detector, images, batch, unreadable):
+    for seen in detect_in_files(detector, images, batch, unreadable):
         chosen = seen.found[seen.found.scores > threshold]
         side = max(SHORTEST_SIDE, *seen.image.shape[:2])
         picture = draw_detections(seen.image, chosen, detector, side)
@@ -205,8 +209,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         files = find_inputs(args.input, args.output)[: args.count]
-        detector = open_checkpoint(args.weights, args.config_file, args.opts, args.device)
-        batch = args.batch or detector.usual_batch
+        detector = load_predictor(args.weights, args.config_file, args.opts, args.device)
+        batch = args.batch or detector.default_batch_size
         results, unreadable = predict(detector, files, args.output, args.threshold, batch)
     except UsageError as error:
         sys.exit(f"error: {error}")

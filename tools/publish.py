@@ -40,14 +40,14 @@ from locreweight.checkpoint.zoo import (
 from locreweight.data.datasets.image_folders import load_folder
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine.finished_run import TrainedModel, read_run
-from locreweight.engine.predictor import open_checkpoint
+from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
 from locreweight.export.stock import write_stock_detector
 from locreweight.visualization.model_card import PICTURE, card, draw_examples, zoo_page
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PublishOptions:
     """What whoever publishes decides.
 
     Attributes:
@@ -69,7 +69,7 @@ class Wishes:
     replace: bool = False
 
 
-def publish(trained: TrainedModel, zoo: Path, wishes: Wishes) -> ZooEntry:
+def publish(trained: TrainedModel, zoo: Path, wishes: PublishOptions) -> ZooEntry:
     """Write an entry, and the index and the table of the zoo anew.
 
     Raises:
@@ -114,7 +114,7 @@ def _check_free(zoo: Path, name: str, *, replace_it: bool) -> None:
 
 
 def _write_entry(
-    trained: TrainedModel, folder: Path, wishes: Wishes, images: list[str]
+    trained: TrainedModel, folder: Path, wishes: PublishOptions, images: list[str]
 ) -> ZooEntry:
     shared = shareable_config(trained.cfg, wishes.name)
     (folder / CONFIG).write_text(shared.dump())
@@ -143,7 +143,7 @@ def _write_entry(
     )
     (folder / ENTRY).write_text(entry.as_json())
     if images:
-        draw_examples(open_checkpoint(str(weights)), images, folder)
+        draw_examples(load_predictor(str(weights)), images, folder)
     text = card(entry, shared, wishes.description, picture=bool(images))
     (folder / PAGE).write_text(text)
     return entry
@@ -163,7 +163,7 @@ def _shareable_metrics(trained: TrainedModel) -> dict[str, float]:
     return metrics
 
 
-def _images_to_draw(cfg: CfgNode, wishes: Wishes) -> list[str]:
+def _images_to_draw(cfg: CfgNode, wishes: PublishOptions) -> list[str]:
     if wishes.pictures < 0:
         raise UsageError(f"--pictures is {wishes.pictures}; give a number, or 0 for none")
     if not wishes.pictures:
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--images", default="", help="folder to take them from; else the test set")
     parser.add_argument("--replace", action="store_true", help="overwrite the entry of this name")
     args = parser.parse_args()
-    wishes = Wishes(
+    wishes = PublishOptions(
         name=args.name or args.run.resolve().name,
         license=args.license,
         description=args.description,

@@ -22,7 +22,7 @@ from make_synthetic import make_dataset  # noqa: E402
 
 from locreweight.config import load_config
 from locreweight.engine.inference import find_inputs
-from locreweight.engine.predictor import open_checkpoint
+from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
 from predict import predict  # noqa: E402
 from report import write_report  # noqa: E402
@@ -49,7 +49,7 @@ def main() -> None:
     print("3/3  drawing, and writing the report", flush=True)
     output = ROOT / load_config(str(ROOT / CONFIG), options).OUTPUT_DIR
     files = find_inputs(["datasets/synthetic/val"])[:PICTURES]
-    predict(open_checkpoint(str(output)), files, output / "detections", threshold=0.5, batch=1)
+    predict(load_predictor(str(output)), files, output / "detections", threshold=0.5, batch=1)
     write_report([output], output / "report.html", images=200)
     print(f"\n{table(results_of(output))}\n")
     print(f"report         {output / 'report.html'}")

@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from locreweight.engine.localization_analysis import annotated_records, localize
-from locreweight.engine.predictor import open_checkpoint
+from locreweight.engine.predictor import load_predictor
 from locreweight.engine.run_folder import RunFolder, differing_keys, read_runs
 from locreweight.errors import UsageError
 from locreweight.visualization.figures import (
@@ -87,7 +87,7 @@ def look_at_test_images(run: RunFolder, count: int, device: str) -> Detections:
     if not run.has_checkpoint:
         return Detections(missing="the run has no checkpoint yet")
     try:
-        detector = open_checkpoint(str(run.path), device=device)
+        detector = load_predictor(str(run.path), device=device)
         records = annotated_records(detector, "", count)
         ranked = rank(detector, records, SHOWN_SCORE)
         data = localize(detector, records)
@@ -131,7 +131,7 @@ def panels_of(run: RunFolder) -> list[WebPicture]:
         )
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB"))
-        alt = f"Pseudo-labels of the watched images {caption}: weak and strong views with boxes"
+        alt = f"Pseudo-labels of the monitored images {caption}: weak and strong views with boxes"
         pictures.append(_picture(pixels, caption, alt))
     return pictures
 

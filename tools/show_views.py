@@ -5,7 +5,7 @@
 
 Each row is an image: its weak view (the teacher's), its strong view (the student's), both with the
 ground truth (green), and the student's proposals: found in the strong view, carried into the weak
-one, in the same colour and under the same number in both. If a box does not enclose the same thing
+one, in the same color and under the same number in both. If a box does not enclose the same thing
 in both views, an augmentation or its matrix is wrong. Without --weights the student is random: its
 proposals lie anywhere, but have to lie at the same place in both views.
 """
@@ -29,11 +29,11 @@ from locreweight.config import load_config
 from locreweight.data.datasets.catalog import register
 from locreweight.data.image_io import UnreadableImage
 from locreweight.data.mapper import ViewMapper
-from locreweight.data.monitored import WatchedImages, known, truth_of
+from locreweight.data.monitored import MonitoredImages, ground_truth_in_view, has_annotations
 from locreweight.data.transforms.views import UnlabeledSample
 from locreweight.engine.inference import INPUT_HELP, find_inputs, picture_file
 from locreweight.engine.panels import view_pixels
-from locreweight.engine.predictor import open_student
+from locreweight.engine.predictor import load_student
 from locreweight.errors import UsageError
 from locreweight.geometry import between_views, warp_boxes
 from locreweight.modeling.meta_arch import SemiSupervisedRCNN
@@ -57,7 +57,7 @@ def records_of(cfg: CfgNode) -> list[dict]:
     Raises:
         UsageError: if one of ``DATASETS.TRAIN`` is not.
     """
-    outside = cfg.DATASETS.ALLOW_OUTSIDE_PATHS
+    outside = cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS
     register(cfg.DATASETS.TRAIN, cfg.DATASETS.CLASS_NAMES, allow_outside=outside)
     records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     for name in (*cfg.DATASETS.UNLABELED_TRUTH, *cfg.DATASETS.TEST):
@@ -108,8 +108,8 @@ def draw_views(
     pictures = []
     for view, boxes in ((weak, carried), (strong, proposals.tensor)):
         layers = [Layer(boxes, _colors(len(boxes)), [str(i + 1) for i in range(len(boxes))])]
-        if known(record):
-            truth = truth_of(record, view.matrix, view.image_size).gt_boxes.tensor
+        if has_annotations(record):
+            truth = ground_truth_in_view(record, view.matrix, view.image_size).gt_boxes.tensor
             layers.append(Layer(truth, [TRUTH] * len(truth), width=3))
         pictures.append(draw(view_pixels(view, image_format), layers, SIDE))
     return pictures
@@ -123,10 +123,10 @@ def show_views(
     Raises:
         UnreadableImage: training would take another one instead; here, that one was asked for.
     """
-    watched = WatchedImages(records, ViewMapper(cfg), seed)
+    monitored = MonitoredImages(records, ViewMapper(cfg), seed)
     samples = {}
-    for index in tqdm(range(len(watched)), desc="views", disable=None):
-        sample = watched[index].views
+    for index in tqdm(range(len(monitored)), desc="views", disable=None):
+        sample = monitored[index].views
         if sample.unread:
             raise UnreadableImage(sample.unread[0])
         samples[sample.file_name] = sample
@@ -165,7 +165,7 @@ def main() -> None:
     try:
         cfg = load_config(args.config_file, args.opts)
         records = choose_records(cfg, args.input, args.count)
-        student = open_student(cfg, args.weights)
+        student = load_student(cfg, args.weights)
         picture = show_views(cfg, records, student, args.proposals, args.seed)
     except UsageError as error:
         sys.exit(f"error: {error}")

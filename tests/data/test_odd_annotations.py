@@ -121,8 +121,8 @@ def in_test(box):
 LIST, XML = "ImageSets/Main/trainval.txt", "Annotations/0001.xml"
 NO_COCO = r"annotations\.json is not a COCO annotation file: "
 INTEGER, SIZE = "is not an integer", "is not a positive integer"
-OUTSIDE = r"may lie outside of .*DATASETS\.ALLOW_OUTSIDE_PATHS True"
-DROP = r"0000\.png.*DATASETS\.DROP_BAD_BOXES True"
+OUTSIDE = r"may lie outside of .*DATASETS\.CHECKS\.ALLOW_OUTSIDE_PATHS True"
+DROP = r"0000\.png.*DATASETS\.CHECKS\.DROP_BAD_BOXES True"
 DEEP = "[" * 200_000 + "]" * 200_000
 
 ERRORS = {
@@ -245,7 +245,7 @@ def only_boxes(*boxes, **fields):
 def drop_bad_boxes(spoil):
     def both(project):
         spoil(project)
-        project.set("DATASETS.DROP_BAD_BOXES", True)
+        project.set("DATASETS.CHECKS.DROP_BAD_BOXES", True)
 
     return both
 
@@ -253,7 +253,7 @@ def drop_bad_boxes(spoil):
 def outside_allowed(spoil):
     def both(project):
         spoil(project)
-        project.set("DATASETS.ALLOW_OUTSIDE_PATHS", True)
+        project.set("DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", True)
 
     return both
 

@@ -14,16 +14,18 @@ from tests.odd_images import BROKEN, SOUND
 from tests.tiny_data import edit_json
 from tests.tiny_project import Project
 
-RECIPES = ("SoftTeacherRecipe", "UnbiasedTeacherRecipe")
+RECIPES = ("SoftTeacherPolicy", "UnbiasedTeacherPolicy")
 
 
 @pytest.fixture
 def project(tmp_path):
-    """One labeled image and one test image; images keep their size, labeled ones their colours."""
+    """One labeled image and one test image; images keep their size, labeled ones their colors."""
     project = Project(tmp_path)
     project.set("INPUT.MIN_SIZE_TRAIN", "(0,)")
     project.set("INPUT.RANDOM_FLIP", "none")
-    project.set("INPUT.RECIPE", "UnbiasedTeacherRecipe")  # its first labeled view is the weak one
+    project.set(
+        "INPUT.AUGMENTATION_POLICY", "UnbiasedTeacherPolicy"
+    )  # its first labeled view is the weak one
     for file in (project.json, project.test_json):
         edit_json(file, keep_one_image)
     return project
@@ -90,7 +92,7 @@ def test_no_shape_is_too_odd_for_a_recipe(project, case, sizes, recipe):
     folder.mkdir()
     make(folder / name)
     project.set("DATASETS.UNLABELED", [f"folder:{folder}"])
-    project.set("INPUT.RECIPE", recipe)
+    project.set("INPUT.AUGMENTATION_POLICY", recipe)
     project.set("INPUT.MIN_SIZE_TRAIN", sizes[0])
     project.set("INPUT.MAX_SIZE_TRAIN", sizes[1])
     _, dataset = project.read()
@@ -142,9 +144,9 @@ def test_images_of_twice_pillows_limit_are_read_and_larger_ones_refused(
     """The image has 2400 pixels. From the limit to twice as many Pillow alone warns."""
     folder = project.folder / "alone"
     folder.mkdir()
-    SOUND["grey"][1](folder / "a.png")
+    SOUND["gray"][1](folder / "a.png")
     project.set("DATASETS.UNLABELED", [f"folder:{folder}"])
-    project.set("DATASETS.CHECK_IMAGES", False)  # the others are larger
+    project.set("DATASETS.CHECKS.DECODE_IMAGES", False)  # the others are larger
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", limit)
     _, dataset = project.read()
     expected = (
@@ -162,7 +164,7 @@ def test_the_check_can_be_left_out(project, role):
     folder = project.images if role == "labeled" else project.test_images
     (folder / "a.png").write_bytes(b"")
     name_labeled(json_file, "a.png", 40, 60)
-    project.set("DATASETS.CHECK_IMAGES", False)
+    project.set("DATASETS.CHECKS.DECODE_IMAGES", False)
     project.read()
 
 
@@ -190,7 +192,7 @@ class TestSizes:
     def test_another_size_is_an_error_before_training(self, project, role, size):
         json_file = project.json if role == "labeled" else project.test_json
         folder = project.images if role == "labeled" else project.test_images
-        SOUND["grey"][1](folder / "a.png")
+        SOUND["gray"][1](folder / "a.png")
         name_labeled(json_file, "a.png", *size)
         words = rf"a\.png is 60 x 40 pixels .* its annotation says {size[1]} x {size[0]}"
         with pytest.raises(UsageError, match=words):
@@ -204,7 +206,7 @@ class TestSizes:
             project.read()
 
     def test_an_unlabeled_json_may_be_wrong(self, project):
-        SOUND["grey"][1](project.test_images / "a.png")
+        SOUND["gray"][1](project.test_images / "a.png")
         other = project.folder / "other.json"
         other.write_text(project.test_json.read_text())
         name_labeled(other, "a.png", 1, 1)

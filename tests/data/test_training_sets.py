@@ -10,7 +10,7 @@ from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc, writ
 
 from locreweight.config import load_config
 from locreweight.data.datasets.splits import split_indices
-from locreweight.data.monitored import known
+from locreweight.data.monitored import has_annotations
 from locreweight.data.training_sets import TrainingSets, load_training_sets, register_datasets
 from locreweight.errors import UsageError
 
@@ -110,7 +110,9 @@ def test_unlabeled_voc_images_need_no_annotations(tmp_path, coco, spoil):
     names = ("DATASETS.CLASS_NAMES", str(CLASSES))
     sets = load(*names, "VIS_PERIOD", "1", train=[coco[1]], unlabeled=[f"voc:{voc}:trainval"])
     assert files(sets.unlabeled) == [str(voc / f"JPEGImages/000{i}.jpg") for i in range(3)]
-    assert files(sets.watched) != [] and not any(known(record) for record in sets.watched)
+    assert files(sets.monitored) != [] and not any(
+        has_annotations(record) for record in sets.monitored
+    )
 
 
 def test_a_list_of_unlabeled_voc_images_that_is_broken_is_an_error(tmp_path, coco):
@@ -196,7 +198,7 @@ BAD_BOXES = [
 @pytest.mark.parametrize("box", BAD_BOXES, ids=str)
 def test_bad_boxes_are_left_out_where_the_config_says_so(coco, folder, caplog, box):
     edit_json(coco[0], set_boxes(box))
-    drop = ("DATASETS.DROP_BAD_BOXES", "True")
+    drop = ("DATASETS.CHECKS.DROP_BAD_BOXES", "True")
     sets = load(*drop, train=[coco[1]], unlabeled=[folder])
     assert [len(record["annotations"]) for record in sets.labeled] == [1] + [2] * 9
     assert files(sets.labeled)[0] in caplog.text

@@ -152,7 +152,7 @@ def answer(ask: Callable[[Tensor], Any]) -> str:
 def main(folder: Path) -> None:
     metrics_module.PERIOD = PERIOD
     datasets = make_datasets(folder / "datasets")
-    found = {name: compare(datasets, folder / name, {"SEMI.STRATEGY": name}) for name in METHODS}
+    found = {name: compare(datasets, folder / name, {"SEMI.METHOD": name}) for name in METHODS}
     half = {"SOLVER.AMP.ENABLED": True}
     found["float16"] = compare(datasets, folder / "float16", half)
     found["everything"] = everything(datasets, folder / "everything")

@@ -7,7 +7,7 @@ from detectron2.data import MetadataCatalog
 
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import evaluation
-from locreweight.engine.evaluation import evaluate, evaluate_both, main_metric
+from locreweight.engine.evaluation import evaluate, evaluate_teacher_and_student, main_metric
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import training_config
 from tests.modeling.tiny_model import tiny_model
@@ -86,7 +86,7 @@ def test_the_student_is_evaluated_beside_the_teacher(monkeypatch, alike):
         return {"bbox": {"AP": precision[model]}}
 
     monkeypatch.setattr(evaluation, "evaluate", of)
-    results = evaluate_both(None, "teacher", "student", alike=alike)
+    results = evaluate_teacher_and_student(None, "teacher", "student", alike=alike)
     assert results["bbox"]["AP"] == 40.0
     assert results["student"]["bbox"]["AP"] == precision["student"]
     assert asked == (["teacher"] if alike else ["teacher", "student"])

@@ -7,7 +7,7 @@ import pytest
 from detectron2.utils.events import EventStorage
 
 from locreweight.engine import hooks as hooks_module
-from locreweight.engine.hooks import PseudoLabelWatch
+from locreweight.engine.hooks import NoPseudoLabelWarning
 
 PATIENCE = 5
 
@@ -18,7 +18,7 @@ def warnings_of(caplog):
 
     def watch(per_image, highest=(0.3,)):
         caplog.clear()
-        hook = PseudoLabelWatch(0.8, patience=PATIENCE)
+        hook = NoPseudoLabelWarning(0.8, patience=PATIENCE)
         with caplog.at_level(logging.WARNING, logger=hooks_module.__name__), EventStorage() as s:
             hook.trainer = SimpleNamespace(iter=0, storage=s)
             for i, found in enumerate(per_image):
@@ -75,7 +75,7 @@ def test_a_resumed_run_goes_on_waiting(warnings_of, monkeypatch):
     """The warning comes as late, and as seldom, as without the stop."""
     states = []
 
-    class Resumed(PseudoLabelWatch):
+    class Resumed(NoPseudoLabelWarning):
         def __init__(self, *arguments, **settings):
             super().__init__(*arguments, **settings)
             if states:
@@ -85,7 +85,7 @@ def test_a_resumed_run_goes_on_waiting(warnings_of, monkeypatch):
             super().after_step()
             states.append(self.state_dict())
 
-    monkeypatch.setattr(f"{__name__}.PseudoLabelWatch", Resumed)
+    monkeypatch.setattr(f"{__name__}.NoPseudoLabelWarning", Resumed)
     assert not warnings_of([0.0] * (PATIENCE - 1), highest=(0.7,))
     (text,) = warnings_of([0.0], highest=(0.1,))
     assert "0.700" in text

@@ -124,7 +124,7 @@ def test_what_mutual_learning_measures_is_printed(datasets, tmp_path, caplog):
 
 
 def test_an_error_in_a_loader_process_is_one_line(datasets, tmp_path):
-    settings = {"DATALOADER.NUM_WORKERS": 1, "DATASETS.CHECK_IMAGES": False}
+    settings = {"DATALOADER.NUM_WORKERS": 1, "DATASETS.CHECKS.DECODE_IMAGES": False}
     cfg = training_config(datasets, tmp_path / "output", settings)
     register_datasets(cfg)
     labeled = load_training_sets(cfg).labeled

@@ -60,9 +60,9 @@ def test_too_many_of_them_end_the_training(own, tmp_path, monkeypatch):
     named, folder = own
     monkeypatch.setattr(unreadable, "MIN_DRAWN", 6)
     spoil(folder, 3)
-    with pytest.raises(UsageError, match=r"DATASETS\.MAX_UNREADABLE_SHARE 0\.1.*--resume"):
+    with pytest.raises(UsageError, match=r"DATASETS\.CHECKS\.MAX_UNREADABLE_SHARE 0\.1.*--resume"):
         train(named, tmp_path, LONG)
-    train(named, tmp_path, LONG | {"DATASETS.MAX_UNREADABLE_SHARE": 0.9})
+    train(named, tmp_path, LONG | {"DATASETS.CHECKS.MAX_UNREADABLE_SHARE": 0.9})
 
 
 def test_an_image_of_a_pixel_height_is_trained_on_and_evaluated(own, tmp_path):
@@ -94,10 +94,10 @@ def test_evaluation_sees_16_bits_as_training_does(own, tmp_path):
         lambda _, inputs: seen.extend(x["image"] for x in inputs[0])
     )
     first = sorted((folder / "test" / "images").iterdir())
-    greys = [np.asarray(Image.open(file).convert("L")) for file in first]
+    grays = [np.asarray(Image.open(file).convert("L")) for file in first]
     for scale, dtype in ((1, np.uint8), (256, np.uint16)):
-        for file, grey in zip(first, greys, strict=True):
-            Image.fromarray(grey.astype(dtype) * dtype(scale)).save(file)
+        for file, gray in zip(first, grays, strict=True):
+            Image.fromarray(gray.astype(dtype) * dtype(scale)).save(file)
         evaluate(trainer.cfg, trainer.teacher)
     half = len(seen) // 2
     assert half == len(first)
@@ -126,7 +126,9 @@ class TestChangedBetweenRuns:
             folder / "labeled" / "annotations.json",
             lambda content: content["images"].pop() and None,
         )
-        words = r"the labeled ones were 5 images .*, now 4 images.*DATASETS\.ALLOW_CHANGED True"
+        words = (
+            r"the labeled ones were 5 images .*, now 4 images.*DATASETS\.CHECKS\.ALLOW_CHANGED True"
+        )
         with pytest.raises(UsageError, match=words):
             self.resume(named, tmp_path)
 
@@ -150,7 +152,7 @@ class TestChangedBetweenRuns:
         train(named, tmp_path, LONG)
         (folder / "unlabeled" / "0000.png").unlink()
         with caplog.at_level(logging.WARNING):
-            trainer = self.resume(named, tmp_path, **{"DATASETS.ALLOW_CHANGED": True})
+            trainer = self.resume(named, tmp_path, **{"DATASETS.CHECKS.ALLOW_CHANGED": True})
         assert trainer.start_iter == LONG["SOLVER.MAX_ITER"]
         assert "now 4 images" in caplog.text
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.solver import build_optimizer
 
-from locreweight.engine.optimizer import SkippingOptimizer
+from locreweight.engine.optimizer import SkipNonFiniteOptimizer
 from tests.modeling.tiny_model import tiny_config
 
 CLIPPED = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.05}
@@ -25,7 +25,7 @@ def loss_of(model, i):
 
 
 def skipping(model, settings=None, dtype=torch.float32):
-    return SkippingOptimizer(tiny_config(settings), model, dtype)
+    return SkipNonFiniteOptimizer(tiny_config(settings), model, dtype)
 
 
 @pytest.mark.parametrize("settings", [{}, CLIPPED, {"SOLVER.NESTEROV": True}])

@@ -10,10 +10,10 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from locreweight.data.monitored import WatchedSample
+from locreweight.data.monitored import MonitoredSample
 from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine.panels import PanelStyle, PseudoLabelPanels, draw_pseudo_labels
-from locreweight.modeling.meta_arch import TeacherView
+from locreweight.modeling.meta_arch import TeacherOutput
 from locreweight.visualization.drawing import quality_colors
 from tests.engine.tiny_training import copy_of, found_as_truth, same, training_config
 from tests.tiny_data import make_coco
@@ -32,7 +32,7 @@ def trained(make_trainer, tmp_path):
     """Trains with and without panels; both draw as they like."""
 
     def train(period, **settings):
-        trainer = make_trainer({"VIS_PERIOD": period, "TEST.WATCHED_IMAGES": 3, **settings})
+        trainer = make_trainer({"VIS_PERIOD": period, "TEST.MONITORED_IMAGES": 3, **settings})
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
@@ -113,7 +113,7 @@ def test_of_many_images_without_truth_only_the_shown_ones_are_looked_at(datasets
     class Teacher:
         device = torch.device("cpu")
 
-        def look(self, inputs):
+        def detect(self, inputs):
             looked.extend(inputs)
             empty = Instances(
                 (64, 64),
@@ -122,7 +122,7 @@ def test_of_many_images_without_truth_only_the_shown_ones_are_looked_at(datasets
                 scores=torch.zeros(0),
                 localization_quality=torch.zeros(0),
             )
-            return TeacherView({}, [empty] * len(inputs))
+            return TeacherOutput({}, [empty] * len(inputs))
 
     from types import SimpleNamespace
 
@@ -150,7 +150,7 @@ def test_boxes_of_a_panel_lie_at_the_same_place_in_both_views():
         scores=torch.tensor([0.9, 0.8]),
         localization_quality=torch.tensor([0.5, 0.3]),
     )
-    picture = draw_pseudo_labels(WatchedSample(views, None), chosen, STYLE)
+    picture = draw_pseudo_labels(MonitoredSample(views, None), chosen, STYLE)
     weak, strong = picture[:300, :300], picture[:300, 304:604]
     best, worse = quality_colors(chosen.localization_quality)
     for view, left, bottom in ((weak, 30, 210), (strong, 90, 240)):

@@ -13,7 +13,7 @@ from locreweight.engine import preemption
 from locreweight.engine import resumable_trainer as resumable
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine import writers as metrics
-from locreweight.engine.evaluation import evaluate_both
+from locreweight.engine.evaluation import evaluate_teacher_and_student
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
@@ -54,7 +54,7 @@ def uninterrupted(datasets, settings, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "PERIOD", 3)
         trainer = build_trainer(training_config(datasets, folder, settings))
-        return folder, recorded_training(trainer), trainer.updates.optimizer.state_dict()
+        return folder, recorded_training(trainer), trainer.optimizer.optimizer.state_dict()
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         assert all(same(a, b) for a, b in zip(mine, reference[iterations:], strict=True))
     momenta, expected = (
         {n: s["momentum_buffer"] for n, s in state["state"].items()}
-        for state in (trainer.updates.optimizer.state_dict(), optimizer)
+        for state in (trainer.optimizer.optimizer.state_dict(), optimizer)
     )
     assert same(momenta, expected)
     assert metrics_of(tmp_path) == metrics_of(folder)
@@ -188,7 +188,7 @@ def test_an_evaluation_that_was_stopped_is_done_after_all(
         count += 1
         if count == evaluation:
             raise how
-        return evaluate_both(*arguments, **keywords)
+        return evaluate_teacher_and_student(*arguments, **keywords)
 
     settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 1000}
     with monkeypatch.context() as patch, pytest.raises(how):
@@ -230,7 +230,7 @@ def test_resuming_restores_both_models_and_the_optimizer(
     assert same(copy_of(trainer.teacher), whole.teachers[4])
     assert not same(whole.students[4], whole.teachers[4])
     momenta = [
-        s["momentum_buffer"] for s in trainer.updates.optimizer.state_dict()["state"].values()
+        s["momentum_buffer"] for s in trainer.optimizer.optimizer.state_dict()["state"].values()
     ]
     assert momenta and all(m.any() for m in momenta[:1])
 
@@ -303,9 +303,9 @@ def test_the_loss_scale_of_float16_is_restored(make_trainer):
         "SOLVER.AMP.DTYPE": "float16",
     }
     trainer = make_trainer(settings)
-    trainer.updates.grad_scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
+    trainer.optimizer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=32.0)
     trainer.train()
-    assert make_trainer(settings, resume=True).updates.grad_scaler.get_scale() == 32.0
+    assert make_trainer(settings, resume=True).optimizer.grad_scaler.get_scale() == 32.0
 
 
 # --- the best result ------------------------------------------------------------------------------
@@ -318,11 +318,11 @@ def scripted(datasets, make_trainer, monkeypatch):
     def train(results, resume=False, **settings):
         remaining = iter(results)
 
-        def evaluate_both(*_, **__):
+        def evaluate_teacher_and_student(*_, **__):
             result = {"bbox": {"AP": next(remaining)}}
             return {**result, "student": result}
 
-        monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_both)
+        monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
         trainer = make_trainer(
             {
                 "DATASETS.TEST": datasets["DATASETS.TEST"],

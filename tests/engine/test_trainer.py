@@ -107,7 +107,11 @@ def test_burn_in_to_the_end_is_supervised_training_without_unlabeled_images(make
 
 def test_each_labeled_image_may_be_shown_in_two_views(make_trainer):
     trainer = make_trainer(
-        {"INPUT.RECIPE": "UnbiasedTeacherRecipe", "SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": 1}
+        {
+            "INPUT.AUGMENTATION_POLICY": "UnbiasedTeacherPolicy",
+            "SEMI.BURN_IN_ITERS": 0,
+            "SOLVER.MAX_ITER": 1,
+        }
     )
     assert [len(images) for images in recorded_training(trainer).images] == [4 + 2]
 
@@ -190,11 +194,11 @@ def test_while_both_models_are_alike_they_are_evaluated_once(
 ):
     alike_each_time = []
 
-    def evaluate_both(*_, alike):
+    def evaluate_teacher_and_student(*_, alike):
         alike_each_time.append(alike)
         return {"bbox": {"AP": 1.0}}
 
-    monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_both)
+    monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
     make_trainer(
         {
             "DATASETS.TEST": datasets["DATASETS.TEST"],
@@ -292,7 +296,7 @@ def test_the_backbones_compute_in_the_configured_precision(make_trainer, results
     for module in (trainer.student, trainer.teacher):
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
     # Only float16 needs a scale; the scaler also leaves out what is not finite, in any precision.
-    assert (trainer.updates.grad_scaler.get_scale() > 1) == (dtype == torch.float16)
+    assert (trainer.optimizer.grad_scaler.get_scale() > 1) == (dtype == torch.float16)
     logged = "loss_scale" in trainer.storage.histories()
     assert logged == (dtype == torch.float16)
 
@@ -327,7 +331,7 @@ def test_gradients_are_clipped_as_configured(make_trainer, amp):
     mixed = {"SOLVER.AMP.ENABLED": amp, "SOLVER.AMP.DTYPE": "float16"}
     trainer = make_trainer(ONE_STEP | CLIPPING | mixed)
     if amp:  # the default scale takes some iterations to come down to what float16 can hold
-        trainer.updates.grad_scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        trainer.optimizer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     assert longest_change(trainer) == pytest.approx(0.01, rel=1e-3)
 
 

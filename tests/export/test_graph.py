@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from export import check, differences, model_inputs, open_onnx, open_torchscript
-from locreweight.engine.predictor import Detector
+from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from locreweight.export.graph import OUTPUTS, description, detections, write_onnx, write_torchscript
 from locreweight.losses.localization import localization_quality
@@ -151,7 +151,9 @@ def test_photographs_of_three_sizes(model, graph):
     images = []
     for shortest in (96, 128, 200):
         sized = {"INPUT.MIN_SIZE_TEST": shortest, "INPUT.MAX_SIZE_TEST": 400}
-        detector = Detector(tiny_config(SETTINGS | sized), model, [], measures_quality=True)
+        detector = Predictor(
+            tiny_config(SETTINGS | sized), model, [], has_localization_quality=True
+        )
         images += model_inputs(detector, files)
     assert {tuple(image.shape[1:]) for image in images} == {(96, 128), (128, 171), (200, 267)}
     assert "6 images of 3 sizes" in check(Path("graph"), model, graph, images)

@@ -1,4 +1,4 @@
-"""Corner coding of boxes, a drop-in for Detectron2's centre coding."""
+"""Corner coding of boxes, a drop-in for Detectron2's center coding."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_shapes_and_types_are_those_of_detectron2s_coding():
 
 
 def test_a_shift_is_decoded_as_by_detectron2():
-    """Both corners move by what the centre moves by."""
+    """Both corners move by what the center moves by."""
     proposals, shift = random_boxes(9), torch.randn(9, 2)
     ours = CornerBoxTransform().apply_deltas(shift.repeat(1, 2), proposals)
     theirs = Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).apply_deltas(

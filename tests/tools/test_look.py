@@ -19,7 +19,7 @@ import show_views
 from locreweight.config import load_config
 from locreweight.data.datasets.catalog import load_coco
 from locreweight.data.transforms.views import UnlabeledSample, View
-from locreweight.engine.predictor import open_checkpoint
+from locreweight.engine.predictor import load_predictor
 from tests.modeling.tiny_model import TINY, as_options
 
 BASE = Path(__file__).parents[2] / "configs/Base-LocReweight.yaml"
@@ -48,8 +48,8 @@ def size_of(file):
 # --- views ----------------------------------------------------------------------------------------
 
 
-def pixels_of(picture, color):
-    """x1, y1, x2, y2 of what has this colour."""
+def decode_image(picture, color):
+    """x1, y1, x2, y2 of what has this color."""
     rows, columns = np.nonzero((picture == color).all(axis=2))
     return [columns.min(), rows.min(), columns.max(), rows.max()]
 
@@ -68,7 +68,7 @@ def test_a_wrong_matrix_is_seen(wrong):
     )
     record = {"annotations": [{"bbox": [10, 10, 20, 20], "bbox_mode": 1, "category_id": 0}]}
     _, picture = show_views.draw_views(sample, record, Boxes(torch.zeros(0, 4)), "RGB")
-    box = pixels_of(picture, show_views.TRUTH)
+    box = decode_image(picture, show_views.TRUTH)
     square = [4 * v for v in (30, 50, 50, 70)]
     assert (np.abs(np.subtract(box, square)).max() < 8) != wrong
 
@@ -80,8 +80,8 @@ def test_proposals_are_carried_into_the_weak_view():
     boxes = Boxes(torch.tensor([[40.0, 50, 80, 90]]))
     weak, strong = show_views.draw_views(sample, {"file_name": "a"}, boxes, "RGB")
     (color,) = show_views._colors(1)
-    assert pixels_of(strong, color) == pytest.approx([160, 200, 320, 360], abs=4)
-    assert pixels_of(weak, color) == pytest.approx([80, 40, 240, 200], abs=4)
+    assert decode_image(strong, color) == pytest.approx([160, 200, 320, 360], abs=4)
+    assert decode_image(weak, color) == pytest.approx([80, 40, 240, 200], abs=4)
 
 
 def config_options(run):
@@ -114,7 +114,7 @@ def test_views_come_in_the_order_of_the_images(run):
     """Two seeds draw in different orders; the first row has to be the first image with each."""
     cfg = load_config(str(BASE), config_options(run)[1])
     records = [{"file_name": str(run.test_images / f"000{i}.png")} for i in (2, 0, 1)]
-    student = show_views.open_student(cfg, "")
+    student = show_views.load_student(cfg, "")
     shown = []
     for seed in range(4):
         with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +174,7 @@ def test_exported_pseudo_labels_are_a_coco_data_set(run, call, tmp_path):
     assert name == f"coco:{file}:{run.unlabeled}"
     records = load_coco("exported", str(file), str(run.unlabeled))
     assert len(records) == 5 and all(Path(r["file_name"]).is_file() for r in records)
-    detector = open_checkpoint(str(run.output), device="cpu")
+    detector = load_predictor(str(run.output), device="cpu")
     threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
     annotations = json.loads(file.read_text())["annotations"]
     assert annotations and all(a["score"] > threshold for a in annotations)
@@ -182,7 +182,9 @@ def test_exported_pseudo_labels_are_a_coco_data_set(run, call, tmp_path):
 
 
 @pytest.mark.parametrize(("measures_quality", "expected"), [(True, 0.25), (False, None)])
-def test_a_quality_that_no_detector_learned_is_not_exported(tmp_path, measures_quality, expected):
+def test_a_quality_that_no_detector_learned_is_not_exported(
+    tmp_path, has_localization_quality, expected
+):
     found = Instances((8, 8), pred_boxes=Boxes(torch.tensor([[1.0, 2, 5, 6]])))
     found.pred_classes, found.scores = torch.tensor([0]), torch.tensor([0.9])
     found.localization_quality = torch.tensor([0.25])
@@ -190,7 +192,7 @@ def test_a_quality_that_no_detector_learned_is_not_exported(tmp_path, measures_q
         file=SimpleNamespace(path=tmp_path / "a.png"), image=np.zeros((8, 8, 3)), found=found
     )
     content = export_pseudo_labels.as_coco(
-        [seen], ["cell"], 0.5, tmp_path, measures_quality=measures_quality
+        [seen], ["cell"], 0.5, tmp_path, has_localization_quality=has_localization_quality
     )
     assert [a["localization_quality"] for a in content["annotations"]] == [expected]
 
@@ -199,7 +201,7 @@ def test_exported_boxes_are_the_detections(run, call, tmp_path):
     image = run.test_images / "0000.png"
     arguments = ["--weights", run.output, "--json", tmp_path / "a.json", "--input", image]
     call(export_pseudo_labels, *arguments, "--threshold", 0, "--device", "cpu")
-    detector = open_checkpoint(str(run.output), device="cpu")
+    detector = load_predictor(str(run.output), device="cpu")
     with Image.open(image) as pixels:
         (found,) = detector.detect([np.asarray(pixels.convert("RGB"))])
     annotations = json.loads((tmp_path / "a.json").read_text())["annotations"]

@@ -222,7 +222,7 @@ document.write('<iframe src="page.html" width="{width}" height="900" frameborder
 </script>"""
 
 
-def look_at(folder, text, width, dark):
+def inspect_page(folder, text, width, dark):
     """What a browser makes of a page, and what it complains about."""
     (folder / "page.html").write_text(text.replace("</head>", PROBE + "</head>"))
     (folder / "frame.html").write_text(FRAME.replace("{width}", str(width)))
@@ -253,7 +253,7 @@ needs_browser = pytest.mark.skipif(
 )
 def test_a_browser_shows_all_of_it(pages, tmp_path, name, width, dark):
     text = (pages / f"{name}.html").read_text()
-    seen, complaints = look_at(tmp_path, text, width, dark)
+    seen, complaints = inspect_page(tmp_path, text, width, dark)
     assert not complaints
     page = Page(text)
     assert len(seen["images"]) == len(page.all("img")) and all(seen["images"])
@@ -270,7 +270,9 @@ def test_a_browser_would_notice(pages, tmp_path):
     wide = '<p style="width: 2000px">wide</p><script>console.error("complaint")</script>'
     broken = text.replace("image/jpeg;base64,/9j/", "image/jpeg;base64,AAAA", 1)
     broken = re.sub(r"(<svg [^>]*>).*?</svg>", r"\1</svg>", broken, count=1, flags=re.DOTALL)
-    seen, complaints = look_at(tmp_path, broken.replace("</main>", wide + "</main>"), 390, False)
+    seen, complaints = inspect_page(
+        tmp_path, broken.replace("</main>", wide + "</main>"), 390, False
+    )
     assert complaints
     assert seen["images"].count(False) == 1 and seen["figures"].count(False) == 1
     assert seen["content"] > seen["width"]

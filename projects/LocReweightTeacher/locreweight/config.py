@@ -28,7 +28,7 @@ _UNREADABLE = (
     yaml.YAMLError,
 )
 # What configs of others cannot say: whom to trust.
-_STRANGERS = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.ALLOW_OUTSIDE_PATHS", False]
+_STRANGERS = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", False]
 
 
 def add_locreweight_config(cfg: CfgNode) -> None:
@@ -43,7 +43,7 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # The method: which pseudo-labels, and how they are learned from (engine/strategies/):
     # "LocReweight", its control "ShuffledLocReweight", or one to compare it with: "Stac",
     # "UnbiasedTeacher", "SoftTeacher".
-    cfg.SEMI.STRATEGY = "LocReweight"
+    cfg.SEMI.METHOD = "LocReweight"
     # Iterations on labeled images only, before the teacher starts to label. With at least
     # SOLVER.MAX_ITER of them training is supervised from end to end.
     cfg.SEMI.BURN_IN_ITERS = 2000
@@ -127,27 +127,28 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # warning; True leaves them out instead.
     cfg.DATASETS.EXCLUDE_LABELED = False
     # A NaN, infinite or inverted labeled box is an error; True leaves it out instead.
-    cfg.DATASETS.DROP_BAD_BOXES = False
+    cfg.DATASETS.CHECKS = CfgNode()
+    cfg.DATASETS.CHECKS.DROP_BAD_BOXES = False
     # All labeled and test images are decoded once before training: a broken one is an error then.
     # False leaves it out, for those who start often from a slow disk.
-    cfg.DATASETS.CHECK_IMAGES = True
+    cfg.DATASETS.CHECKS.DECODE_IMAGES = True
     # An unlabeled image that cannot be read is skipped. Training stops when more than this share of
     # those drawn since it was started or resumed are such, counted from 100 drawn on.
-    cfg.DATASETS.MAX_UNREADABLE_SHARE = 0.1
+    cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE = 0.1
     # Annotation files may name images by absolute paths and by paths with "..". False: an error,
     # since somebody else's file could then make any image or text of this machine part of a run.
-    cfg.DATASETS.ALLOW_OUTSIDE_PATHS = False
+    cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS = False
     # Resume although there are more, less or other training images than before. False: an error.
-    cfg.DATASETS.ALLOW_CHANGED = False
+    cfg.DATASETS.CHECKS.ALLOW_CHANGED = False
 
     # Detectron2's VIS_PERIOD is how often, in iterations, the pseudo-labels of some fixed unlabeled
     # images are drawn and measured (0: never); so many of them are measured.
-    cfg.TEST.WATCHED_IMAGES = 200
+    cfg.TEST.MONITORED_IMAGES = 200
 
-    # How views are made (data/recipes.py): "SoftTeacherRecipe", "UnbiasedTeacherRecipe",
-    # "StacRecipe", or the name of your own in RECIPE_REGISTRY. Sizes and flips follow Detectron2's
+    # How views are made (data/recipes.py): "SoftTeacherPolicy", "UnbiasedTeacherPolicy",
+    # "StacPolicy", or the name of your own in AUGMENTATION_POLICY_REGISTRY. Sizes and flips follow Detectron2's
     # INPUT keys.
-    cfg.INPUT.RECIPE = "SoftTeacherRecipe"
+    cfg.INPUT.AUGMENTATION_POLICY = "SoftTeacherPolicy"
     # JPEGs of training images are decoded at 1/2, 1/4 or 1/8 of their size where even that leaves
     # 1.5 times the pixels, across and down, of the largest view that the keys above allow.
     # Photos of a phone then cost a fraction; the pixels of a view change by less than a bicubic
@@ -293,7 +294,6 @@ class BoundedConfig(CfgNode):
 
 # --------------------------------------------------------------------------------------------------
 # One config for any number of GPUs.
-
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

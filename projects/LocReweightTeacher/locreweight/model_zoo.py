@@ -5,7 +5,7 @@
     >>> model = model_zoo.get("bccd-small", trained=True)
 
 ``tools/publish.py`` makes a zoo. Where it lies, and how files are fetched and checked, is in
-:mod:`locreweight.zoo.address`. As in Detectron2, a name may end with ``.yaml``.
+:mod:`locreweight.checkpoint.zoo`. As in Detectron2, a name may end with ``.yaml``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from .checkpoint.checkpointer import TeacherCheckpointer, load_for_evaluation, need_weights
+from .checkpoint.checkpointer import TeacherCheckpointer, check_weights_exist, load_for_evaluation
 from .checkpoint.zoo import (
     CONFIG,
     PREFIX,
@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> ZooEntry:
-    """Class names, metrics, licence and origin of a model.
+    """Class names, metrics, license and origin of a model.
 
     Raises:
         UsageError: here and below: if the zoo cannot be reached, has no such model, or has it in a
@@ -89,6 +89,6 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     if trained:
         load_for_evaluation(cfg, model)
     elif cfg.MODEL.WEIGHTS:
-        need_weights(cfg.MODEL.WEIGHTS)
+        check_weights_exist(cfg.MODEL.WEIGHTS)
         TeacherCheckpointer(model, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
     return model

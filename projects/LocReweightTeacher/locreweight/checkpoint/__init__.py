@@ -1,2 +1,1 @@
 """Checkpoints: saving, resuming, safe loading, conversion, model zoo."""
-

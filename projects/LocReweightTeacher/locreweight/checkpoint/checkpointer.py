@@ -23,7 +23,7 @@ from ..modeling.box_coding import CornerBoxTransform
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from . import files as files
 from .conversion import not_loaded, teacher_of
-from .safe_loading import in_few_words, read_weights
+from .safe_loading import read_weights, short_reason
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         states = {key: part.state_dict() for key, part in self.checkpointables.items()}
         content = {"model": self.model.state_dict()} | states | kwargs
         try:
-            files.write_whole(folder / file, lambda opened: torch.save(content, opened))
+            files.atomic_write(folder / file, lambda opened: torch.save(content, opened))
             self.tag_last_checkpoint(file)
         except OSError as error:
             self._report(folder / file, error)
@@ -98,7 +98,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return True
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        files.write_whole(
+        files.atomic_write(
             Path(self.save_dir, files.LAST_CHECKPOINT),
             lambda opened: opened.write(last_filename_basename.encode()),
         )
@@ -119,7 +119,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def has_checkpoint(self) -> bool:
         """Whether the folder holds any, or did: a damaged one is not the same as none."""
         folder = Path(self.save_dir)
-        return files.last_checkpoint(folder) is not None or bool(files.checkpoints_of(folder))
+        return files.last_checkpoint(folder) is not None or bool(files.list_checkpoints(folder))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest whole checkpoint of the folder with all its states, or else weights.
@@ -143,7 +143,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"cannot go on from {newest}: it was written by another version of this project, "
-                f"or with another optimizer or model ({in_few_words(error)}). Resume it with those "
+                f"or with another optimizer or model ({short_reason(error)}). Resume it with those "
                 "it was started with, or start anew in another OUTPUT_DIR with MODEL.WEIGHTS "
                 f"{newest}"
             ) from error
@@ -153,7 +153,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if comm.is_main_process():
             try:
                 parts = ("model", *self.checkpointables)
-                found = files.find_whole_checkpoint(Path(self.save_dir), parts)
+                found = files.find_intact_checkpoint(Path(self.save_dir), parts)
             except UsageError as error:
                 found = error
         found = comm.all_gather(found)[0]
@@ -174,7 +174,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         except UsageError:
             raise
         except Exception as error:  # whatever a file that is no checkpoint makes it raise
-            raise UsageError(f"{filename} is not a checkpoint: {in_few_words(error)}") from error
+            raise UsageError(f"{filename} is not a checkpoint: {short_reason(error)}") from error
         if not (isinstance(checkpoint, dict) and _are_weights(checkpoint.get("model"))):
             raise UsageError(f"{filename} holds no weights of a model")
         return checkpoint
@@ -212,7 +212,6 @@ def _are_weights(weights: object) -> bool:
 # A checkpoint of ours is a Detectron2 checkpoint whose ``model`` is the **teacher**, which is the
 # result of training: any tool that reads Detectron2's files gets the right one of the two. Beside it
 # are ``student`` and ``trainer`` (iteration, optimizer, schedule), which resuming needs.
-
 
 
 PLAIN_DETECTOR = "a plain Detectron2 detector"
@@ -326,7 +325,7 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> str:
         raise UsageError(
             "--eval-only needs MODEL.WEIGHTS: a checkpoint, or the zoo's address of one"
         )
-    need_weights(path)
+    check_weights_exist(path)
     checkpointer = TeacherCheckpointer(
         model, save_to_disk=False, translate=False, trusted=cfg.MODEL.TRUST_WEIGHTS
     )
@@ -346,7 +345,7 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> str:
     return checkpointer.held
 
 
-def need_weights(path: str) -> None:
+def check_weights_exist(path: str) -> None:
     """Raises UsageError if these weights cannot be had; an empty path means random weights."""
     if not path:
         return

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 
 from ..errors import UsageError
-from .safe_loading import in_few_words
+from .safe_loading import short_reason
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class DamagedCheckpoint(Exception):
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Give a file new content, all of it or none.
 
     Args:
@@ -62,9 +62,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     _sync_folder(path.parent)
 
 
-def write_whole_bytes(path: Path, content: bytes) -> None:
+def atomic_write_bytes(path: Path, content: bytes) -> None:
     """The same with content that is there already."""
-    write_whole(path, lambda file: file.write(content))
+    atomic_write(path, lambda file: file.write(content))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -130,7 +130,7 @@ def last_checkpoint(folder: Path) -> str | None:
         return None
 
 
-def checkpoints_of(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """All files that could be checkpoints of a run, damaged or not."""
     found = set(folder.glob("model_*.pth"))
     last = last_checkpoint(folder)
@@ -139,7 +139,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.is_file())
 
 
-def find_whole_checkpoint(folder: Path, parts: Iterable[str]) -> Path | None:
+def find_intact_checkpoint(folder: Path, parts: Iterable[str]) -> Path | None:
     """The file to resume from: the one ``last_checkpoint`` names or, if that fails, one before it.
 
     All bytes of the file were read and their checksums are right. Whatever was passed over is
@@ -155,7 +155,7 @@ def find_whole_checkpoint(folder: Path, parts: Iterable[str]) -> Path | None:
     Raises:
         UsageError: if it holds some, or did, but none can be resumed from.
     """
-    files, last = checkpoints_of(folder), last_checkpoint(folder)
+    files, last = list_checkpoints(folder), last_checkpoint(folder)
     if not files and last is None:
         return None
     named = [file for file in files if file.name == last]
@@ -216,7 +216,7 @@ def iteration_of(file: Path, parts: Iterable[str]) -> int:
         if not missing:
             return int(content["trainer"]["iteration"])
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise DamagedCheckpoint(in_few_words(error)) from error
+        raise DamagedCheckpoint(short_reason(error)) from error
     raise DamagedCheckpoint(f"lacks {', '.join(missing)}")
 
 
@@ -226,6 +226,6 @@ def _check_all_bytes(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise DamagedCheckpoint(in_few_words(error)) from error
+        raise DamagedCheckpoint(short_reason(error)) from error
     if bad:
         raise DamagedCheckpoint(f"{bad} in it is damaged")

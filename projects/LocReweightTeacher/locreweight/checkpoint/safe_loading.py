@@ -50,13 +50,13 @@ def read_weights(path: str, *, trusted: bool = False) -> Any:
     except Exception as error:  # whatever a file that is no checkpoint makes its reader raise
         if _asked_for(error):
             raise UsageError(
-                f"{path} was not read: it {in_few_words(error)}, and a file that does so can run "
+                f"{path} was not read: it {short_reason(error)}, and a file that does so can run "
                 "any code. Should you trust who made it, set MODEL.TRUST_WEIGHTS True"
             ) from error
-        raise UsageError(f"{path} is not a checkpoint: {in_few_words(error)}") from error
+        raise UsageError(f"{path} is not a checkpoint: {short_reason(error)}") from error
 
 
-def in_few_words(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """Why a file could not be read: the first sentence of what was said."""
     wanted = _asked_for(error)
     if wanted:

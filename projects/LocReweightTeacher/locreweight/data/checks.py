@@ -17,9 +17,9 @@ from detectron2.utils import comm
 from tqdm import tqdm
 
 from ..errors import UsageError
-from .datasets.file_names import shown
+from .datasets.file_names import printable_name
 from .datasets.image_folders import ImageFiles
-from .image_io import UnreadableImage, one_line, read_rgb
+from .image_io import UnreadableImage, read_rgb, single_line
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
     if faults["bad"] and not drop_bad:
         raise UsageError(
             f"{len(faults['bad'])} boxes are malformed, NaN, infinite or inverted: "
-            f"{some(faults['bad'])}. Repair them, or leave them out with "
-            "DATASETS.DROP_BAD_BOXES True"
+            f"{first_few(faults['bad'])}. Repair them, or leave them out with "
+            "DATASETS.CHECKS.DROP_BAD_BOXES True"
         )
     for fault, words in (
         ("empty", "have no area"),
@@ -64,7 +64,7 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
     ):
         if faults[fault]:
             logger.warning(
-                "left out %d boxes that %s: %s", len(faults[fault]), words, some(faults[fault])
+                "left out %d boxes that %s: %s", len(faults[fault]), words, first_few(faults[fault])
             )
     return checked
 
@@ -86,7 +86,7 @@ def check_test_set(name: str, records: list[dict]) -> None:
     if bad:
         raise UsageError(
             f"{len(bad)} boxes of the test set {name} are malformed, NaN, infinite or inverted: "
-            f"{some(bad)}. Repair or remove them"
+            f"{first_few(bad)}. Repair or remove them"
         )
 
 
@@ -103,19 +103,19 @@ def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
     for dataset, names in class_names.items():
         if len(names) != num_classes:
             raise UsageError(
-                f"{dataset} has {len(names)} classes {some(names)}, the model {num_classes}; set "
+                f"{dataset} has {len(names)} classes {first_few(names)}, the model {num_classes}; set "
                 f"MODEL.ROI_HEADS.NUM_CLASSES {len(names)}"
             )
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
-            raise UsageError(f"{dataset} names these classes more than once: {some(repeated)}")
+            raise UsageError(f"{dataset} names these classes more than once: {first_few(repeated)}")
     for (first, names), (other, other_names) in zip(
         list(class_names.items())[:-1], list(class_names.items())[1:], strict=True
     ):
         if names != other_names:
             raise UsageError(
                 f"{first} and {other} do not name the same classes in the same order: "
-                f"{some(names)} and {some(other_names)}"
+                f"{first_few(names)} and {first_few(other_names)}"
             )
 
 
@@ -147,9 +147,9 @@ def without_overlap(
     if not common:
         return unlabeled
     if not exclude:
-        names = [shown(unlabeled[i]["file_name"]) for i in common]
+        names = [printable_name(unlabeled[i]["file_name"]) for i in common]
         raise UsageError(
-            f"{len(common)} unlabeled images are labeled as well: {some(names)}. Take them "
+            f"{len(common)} unlabeled images are labeled as well: {first_few(names)}. Take them "
             "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
         )
     logger.info("left out %d unlabeled images that are annotated", len(common))
@@ -157,7 +157,7 @@ def without_overlap(
 
 
 def _where(annotation: dict, record: dict) -> str:
-    return f"{shown(record['file_name'])}: {str(annotation.get('bbox'))[:100]}"
+    return f"{printable_name(record['file_name'])}: {str(annotation.get('bbox'))[:100]}"
 
 
 def _box_fault(annotation: dict, record: dict) -> str | None:
@@ -183,7 +183,7 @@ def _corners(box: list, mode: BoxMode) -> Sequence[float]:
     return BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
 
 
-def some(faults: list[str]) -> str:
+def first_few(faults: list[str]) -> str:
     """The first few of them, in words."""
     return ", ".join(faults[:_SHOWN]) + (", ..." if len(faults) > _SHOWN else "")
 
@@ -192,17 +192,19 @@ def some(faults: list[str]) -> str:
 # Every image that training or evaluation cannot do without is read once before they start.
 
 
-
-
 def check_images_exist(records: list[dict]) -> None:
     """Every image file is there.
 
     Raises:
         UsageError: names some that are not.
     """
-    missing = [shown(r["file_name"]) for r in records if not os.path.isfile(r["file_name"])]
+    missing = [
+        printable_name(r["file_name"]) for r in records if not os.path.isfile(r["file_name"])
+    ]
     if missing:
-        raise UsageError(f"{len(missing)} of {len(records)} images are missing: {some(missing)}")
+        raise UsageError(
+            f"{len(missing)} of {len(records)} images are missing: {first_few(missing)}"
+        )
 
 
 def check_images_decode(records: list[dict]) -> None:
@@ -224,7 +226,7 @@ def check_images_decode(records: list[dict]) -> None:
     faults = next((found for found in comm.all_gather(faults) if found), [])
     if faults:
         raise UsageError(
-            f"{len(faults)} of {len(records)} annotated images cannot be used: {some(faults)}. "
+            f"{len(faults)} of {len(records)} annotated images cannot be used: {first_few(faults)}. "
             "Repair them or take them out of the annotations"
         )
 
@@ -232,7 +234,7 @@ def check_images_decode(records: list[dict]) -> None:
 def _faults(records: list[dict]) -> list[str]:
     logger.info(
         "reading %d annotated images to see that they are in order; "
-        "DATASETS.CHECK_IMAGES False leaves this out",
+        "DATASETS.CHECKS.DECODE_IMAGES False leaves this out",
         len(records),
     )
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
@@ -253,11 +255,11 @@ def _fault(record: dict) -> str:
         pixels = read_rgb(record["file_name"])
         check_image_size(record, pixels)
     except UnreadableImage as error:
-        return f"{shown(record['file_name'])} ({one_line(error.__cause__ or error)})"
+        return f"{printable_name(record['file_name'])} ({single_line(error.__cause__ or error)})"
     except SizeMismatchError:
         height, width = pixels.shape[:2]
         return (
-            f"{shown(record['file_name'])} is {width} x {height} pixels (as its EXIF rotates it), "
+            f"{printable_name(record['file_name'])} is {width} x {height} pixels (as its EXIF rotates it), "
             f"its annotation says {record.get('width')} x {record.get('height')}"
         )
     return ""
@@ -265,7 +267,6 @@ def _fault(record: dict) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Which images are the same file, found without asking the disk for every single one.
-
 
 
 class RealPaths:

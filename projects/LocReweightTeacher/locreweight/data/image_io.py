@@ -17,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..errors import UsageError
-from .datasets.file_names import shown
+from .datasets.file_names import printable_name
 
 # Pillow knows many more by their content, whatever the file's name. Some start other programs:
 # an EPS file is run by Ghostscript.
@@ -42,27 +42,27 @@ def read_rgb(file_name: str) -> np.ndarray:
     Raises:
         UnreadableImage: names the file.
     """
-    with opened(file_name) as (_, stored):
-        return pixels_of(stored)
+    with open_image(file_name) as (_, stored):
+        return decode_image(stored)
 
 
 @contextlib.contextmanager
-def opened(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
+def open_image(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
     """An image file and what Pillow knows before it decodes it.
 
     Raises:
         UnreadableImage: names the file, also for whatever goes wrong while it is open.
     """
-    with naming(file_name, OSError):
+    with unreadable_image_errors(file_name, OSError):
         # Opening a pipe would never end. What is not there at all may be an address.
         if os.path.exists(file_name) and not os.path.isfile(file_name):
             raise OSError("it is no file, but a folder, a pipe or a device")
     # Whatever a damaged file makes the decoder raise.
-    with naming(file_name, Exception), PathManager.open(file_name, "rb") as file:
+    with unreadable_image_errors(file_name, Exception), PathManager.open(file_name, "rb") as file:
         yield file, Image.open(file, formats=FORMATS)
 
 
-def pixels_of(stored: Image.Image) -> np.ndarray:
+def decode_image(stored: Image.Image) -> np.ndarray:
     """Decodes an opened image file: :func:`read_rgb` says how."""
     image: Image.Image = _apply_exif_orientation(stored)
     if _has_sixteen_bits(stored):
@@ -73,7 +73,7 @@ def pixels_of(stored: Image.Image) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def naming(file_name: str, *errors: type[Exception]) -> Iterator[None]:
+def unreadable_image_errors(file_name: str, *errors: type[Exception]) -> Iterator[None]:
     """Turns errors into :class:`UnreadableImage`, which names the file."""
     try:
         yield
@@ -81,14 +81,14 @@ def naming(file_name: str, *errors: type[Exception]) -> Iterator[None]:
         raise
     except errors as error:
         raise UnreadableImage(
-            f"cannot read or augment the image {shown(file_name)}: {one_line(error)}. "
+            f"cannot read or augment the image {printable_name(file_name)}: {single_line(error)}. "
             "If the file is damaged, repair or remove it"
         ) from error
 
 
-def one_line(error: BaseException) -> str:
+def single_line(error: BaseException) -> str:
     """An error for a message, which may quote the name of a file."""
-    return shown(" ".join(f"{type(error).__name__}: {error}".split()))
+    return printable_name(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _has_sixteen_bits(image: Image.Image) -> bool:
@@ -101,7 +101,6 @@ def _has_sixteen_bits(image: Image.Image) -> bool:
 #
 # Pillow opens every file, so what is refused is the same; but for plain JPEGs OpenCV decodes, with
 # the same library, straight into an array.
-
 
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 if this leaves so many pixels for one of the view. Its blocks
@@ -173,11 +172,11 @@ def read_for_training(file_name: str, limit: SizeLimit) -> TrainingImage:
     Raises:
         UnreadableImage: names the file.
     """
-    with opened(file_name) as (file, stored):
+    with open_image(file_name) as (file, stored):
         width, height = stored.size
         pixels = _decode_jpeg(file, stored, limit.reduction(width, height))
         if pixels is None:
-            pixels = pixels_of(stored)
+            pixels = decode_image(stored)
             return TrainingImage(pixels, pixels.shape[:2])
         orientation = _orientation(stored)
         turned = TURNS[orientation](pixels) if orientation in TURNS else pixels

@@ -281,7 +281,9 @@ class UnreadableImages:
             UsageError: for a share outside of [0, 1].
         """
         if not 0 <= max_share <= 1:
-            raise UsageError(f"DATASETS.MAX_UNREADABLE_SHARE must lie in [0, 1], got {max_share}")
+            raise UsageError(
+                f"DATASETS.CHECKS.MAX_UNREADABLE_SHARE must lie in [0, 1], got {max_share}"
+            )
         self._max_share = max_share
         self._messages: set[str] = set()
         self._drawn = 0
@@ -312,24 +314,24 @@ class UnreadableImages:
                 logger.warning("further unreadable images are counted, but not named")
         self._unread += len(messages)
         self._drawn += len(messages) + read * len(unread)
-        if tolerated(self.files, self._unread, self._drawn, self._max_share):
+        if check_unreadable_share(self.files, self._unread, self._drawn, self._max_share):
             return
         raise UsageError(
             f"{self._unread} of {self._drawn} unlabeled images drawn could not be read, which is "
-            f"more than DATASETS.MAX_UNREADABLE_SHARE {self._max_share:g}. One is: "
+            f"more than DATASETS.CHECKS.MAX_UNREADABLE_SHARE {self._max_share:g}. One is: "
             f"{min(self._messages)}, or raise that share; then go on with --resume, and with "
-            "DATASETS.ALLOW_CHANGED True if files were removed"
+            "DATASETS.CHECKS.ALLOW_CHANGED True if files were removed"
         )
 
 
-def tolerated(files: int, unread: float, drawn: float, max_share: float) -> bool:
+def check_unreadable_share(files: int, unread: float, drawn: float, max_share: float) -> bool:
     """Whether training goes on although unlabeled images could not be read.
 
     Args:
         files: how many different ones.
         unread: how often one of them was drawn.
         drawn: how many images were drawn.
-        max_share: ``DATASETS.MAX_UNREADABLE_SHARE``.
+        max_share: ``DATASETS.CHECKS.MAX_UNREADABLE_SHARE``.
     """
     too_few = drawn < MIN_DRAWN or files < 2
     return unread <= max_share * drawn or (max_share > 0 and too_few)

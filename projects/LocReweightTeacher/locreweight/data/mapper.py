@@ -12,10 +12,10 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import check_image_size, filter_empty_instances
 
 from ..errors import UsageError
-from .image_io import SizeLimit, TrainingImage, naming, read_for_training, read_rgb
+from .image_io import SizeLimit, TrainingImage, read_for_training, read_rgb, unreadable_image_errors
 from .transforms.augmentations import ResizeShortestEdge, resize_and_flip
 from .transforms.fast_transforms import FastInput, channels_first
-from .transforms.policies import Recipe, build_recipe
+from .transforms.policies import AugmentationPolicy, build_augmentation_policy
 from .transforms.views import UnlabeledSample, View, matrix_of
 
 
@@ -60,7 +60,7 @@ class ViewMapper:
 
     @configurable
     def __init__(
-        self, *, recipe: Recipe, image_format: str, reduced_decoding: bool = False
+        self, *, recipe: AugmentationPolicy, image_format: str, reduced_decoding: bool = False
     ) -> None:
         """
         Args:
@@ -83,7 +83,7 @@ class ViewMapper:
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         return {
-            "recipe": build_recipe(cfg),
+            "recipe": build_augmentation_policy(cfg),
             "image_format": cfg.INPUT.FORMAT,
             "reduced_decoding": cfg.INPUT.REDUCED_DECODING,
         }
@@ -101,7 +101,7 @@ class ViewMapper:
         Raises:
             UnreadableImage: names the file.
         """
-        with naming(record["file_name"], ValueError):
+        with unreadable_image_errors(record["file_name"], ValueError):
             source = read_for_training(record["file_name"], self._labeled_limit)
             check_image_size(record, source)
             samples = [mapper.view(record, source) for mapper in self._labeled_mappers]
@@ -118,7 +118,7 @@ class ViewMapper:
         Raises:
             UnreadableImage: names the file.
         """
-        with naming(record["file_name"], ValueError):
+        with unreadable_image_errors(record["file_name"], ValueError):
             source = read_for_training(record["file_name"], self._unlabeled_limit)
             resized: dict = {}
             weak, weak_transforms = _augment(source.pixels, self.recipe.weak, resized)
@@ -141,7 +141,7 @@ class ViewMapper:
 def _check_format(image_format: str) -> None:
     if image_format not in ("RGB", "BGR"):
         raise UsageError(
-            f"INPUT.FORMAT must be RGB or BGR for colour operations, not {image_format}"
+            f"INPUT.FORMAT must be RGB or BGR for color operations, not {image_format}"
         )
 
 

@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class WatchedSample:
+class MonitoredSample:
     """The views of an unlabeled image; ``truth`` is in the frame of the weak one, or unknown."""
 
     views: UnlabeledSample
     truth: Instances | None
 
 
-class WatchedImages:
+class MonitoredImages:
     """A fixed sample of unlabeled images, whose views are made anew, and alike, at each look."""
 
     def __init__(self, records: list[dict], mapper: ViewMapper, seed: int) -> None:
@@ -52,23 +52,29 @@ class WatchedImages:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> WatchedSample:
+    def __getitem__(self, index: int) -> MonitoredSample:
         if index >= len(self):
             raise IndexError(index)
         views = self._dataset[Position(Stream.UNLABELED, index)]
         assert isinstance(views, UnlabeledSample)
         record = self._records[views.file_name]
         weak = views.weak
-        truth = truth_of(record, weak.matrix, weak.image_size) if known(record) else None
-        return WatchedSample(views, truth)
+        truth = (
+            ground_truth_in_view(record, weak.matrix, weak.image_size)
+            if has_annotations(record)
+            else None
+        )
+        return MonitoredSample(views, truth)
 
     @property
     def truth_is_known(self) -> bool:
         """Of all of them; that of none or of all is."""
-        return all(known(record) for record in self._records.values())
+        return all(has_annotations(record) for record in self._records.values())
 
 
-def truth_of(record: dict, matrix: torch.Tensor, image_size: tuple[int, int]) -> Instances:
+def ground_truth_in_view(
+    record: dict, matrix: torch.Tensor, image_size: tuple[int, int]
+) -> Instances:
     """A record's annotations as they appear in a view.
 
     Args:
@@ -92,12 +98,12 @@ def truth_of(record: dict, matrix: torch.Tensor, image_size: tuple[int, int]) ->
     return truth[truth.gt_boxes.nonempty(threshold=1.0)]
 
 
-def known(record: dict) -> bool:
+def has_annotations(record: dict) -> bool:
     """Whether a record says what is in its image, be it nothing."""
     return "annotations" in record
 
 
-def choose_watched(
+def choose_monitored(
     cfg: CfgNode,
     unlabeled: Sequence[dict],
     set_aside: list[dict],
@@ -114,12 +120,12 @@ def choose_watched(
         class_names: of the model.
 
     Returns:
-        records, with ``annotations`` if all of them have some; empty if none are to be watched.
+        records, with ``annotations`` if all of them have some; empty if none are to be monitored.
 
     Raises:
         UsageError: if ``DATASETS.UNLABELED_TRUTH`` has other classes or other images.
     """
-    count = cfg.TEST.WATCHED_IMAGES if cfg.VIS_PERIOD > 0 else 0
+    count = cfg.TEST.MONITORED_IMAGES if cfg.VIS_PERIOD > 0 else 0
     if not count or not unlabeled:
         return []
     real_path = RealPaths()

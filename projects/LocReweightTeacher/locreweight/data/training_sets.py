@@ -32,7 +32,7 @@ from .datasets.catalog import register
 from .datasets.image_folders import ImageFiles
 from .datasets.packed_records import PackedRecords
 from .datasets.splits import split_annotated
-from .monitored import choose_watched
+from .monitored import choose_monitored
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 class TrainingSets:
     """Records in Detectron2's standard format; the unlabeled ones have no annotations.
 
-    Both are packed, for loader workers to share. ``watched`` are a few of the unlabeled ones, with
+    Both are packed, for loader workers to share. ``monitored`` are a few of the unlabeled ones, with
     annotations where they are known: for looking and measuring, never for training.
     """
 
     labeled: PackedRecords
     unlabeled: ImageFiles
     class_names: list[str]
-    watched: list[dict] = field(default_factory=list)
+    monitored: list[dict] = field(default_factory=list)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -80,7 +80,7 @@ class TrainingSets:
         if not allow_changed:
             raise UsageError(
                 f"{problem}. Put the data back as it was, go on with what there is by "
-                "DATASETS.ALLOW_CHANGED True, or start anew in another OUTPUT_DIR"
+                "DATASETS.CHECKS.ALLOW_CHANGED True, or start anew in another OUTPUT_DIR"
             )
         logger.warning("%s", problem)
 
@@ -96,7 +96,7 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         UsageError: for an unknown name, a missing file or folder.
     """
     data = cfg.DATASETS
-    register_named = partial(register, allow_outside=data.ALLOW_OUTSIDE_PATHS)
+    register_named = partial(register, allow_outside=data.CHECKS.ALLOW_OUTSIDE_PATHS)
     labeled = [*data.TEST, *data.TRAIN, *data.UNLABELED_TRUTH] if training else data.TEST
     register_named(labeled, data.CLASS_NAMES)
     if training:
@@ -118,7 +118,7 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
         check_images_exist(records)
     class_names = _checked_class_names(cfg)
     drawn, rest = split_annotated(cfg, annotated)
-    labeled = check_boxes(drawn, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
+    labeled = check_boxes(drawn, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
     check_images_exist(labeled)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         labeled = filter_images_with_only_crowd_annotations(labeled)
@@ -136,8 +136,8 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     unlabeled = _without_test_images(cfg, unlabeled, tested, real_paths)
     _warn_of_labeled_test_images(labeled, tested, real_paths)
     _check_enough_unlabeled(cfg, unlabeled)
-    watched = choose_watched(cfg, unlabeled, rest, others, class_names)
-    if cfg.DATASETS.CHECK_IMAGES:
+    monitored = choose_monitored(cfg, unlabeled, rest, others, class_names)
+    if cfg.DATASETS.CHECKS.DECODE_IMAGES:
         # Last, since it takes longest. Boxes that were left out may be due to a wrong size.
         check_images_decode([*drawn, *(record for name in tested for record in tested[name])])
     if comm.is_main_process():
@@ -145,7 +145,7 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
         # As if of one image, which is counted faster.
         print_instances_class_histogram([{"annotations": boxes}], class_names)
         logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))
-    return TrainingSets(PackedRecords(labeled), unlabeled, class_names, watched)
+    return TrainingSets(PackedRecords(labeled), unlabeled, class_names, monitored)
 
 
 def _fingerprint(records: ImageFiles | Iterable[dict]) -> str:

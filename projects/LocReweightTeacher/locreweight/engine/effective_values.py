@@ -39,7 +39,7 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
     )
     if sets.unlabeled and not mutual:
         logger.warning("unlabeled images are not used: SEMI.BURN_IN_ITERS reaches SOLVER.MAX_ITER")
-    if keys := kept_at_random(cfg):
+    if keys := untrained_random_layers(cfg):
         logger.warning(
             "MODEL.WEIGHTS is empty, and part of the backbone stays at random for good; set %s, "
             "and see configs/bccd-small.yaml for what else helps",
@@ -47,7 +47,7 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
         )
 
 
-def kept_at_random(cfg: CfgNode) -> dict[str, str]:
+def untrained_random_layers(cfg: CfgNode) -> dict[str, str]:
     """Keys to set, with their values, where a backbone that starts at random would not be trained.
 
     Detectron2 freezes its first stages and its norms, which is meant for pretrained weights.

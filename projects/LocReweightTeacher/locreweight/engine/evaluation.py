@@ -126,7 +126,9 @@ def _devkit_reads(metadata: Metadata) -> bool:
     return True
 
 
-def evaluate_both(cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool) -> dict:
+def evaluate_teacher_and_student(
+    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool
+) -> dict:
     """The teacher's results, and the student's under ``"student"``.
 
     Args:

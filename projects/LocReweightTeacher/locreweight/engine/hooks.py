@@ -17,7 +17,7 @@ from .training_step import HIGHEST_SCORE
 logger = logging.getLogger(__name__)
 
 
-class SafePoint(HookBase):
+class PreemptionCheckpoint(HookBase):
     """Saves a checkpoint before each evaluation, and one to leave with when asked to stop."""
 
     NAME = "model_resume"  # written again and again
@@ -108,7 +108,7 @@ class FinalCheckpoint(HookBase):
             self._checkpointer.save(FINAL, iteration=self.trainer.iter)
 
 
-class PseudoLabelWatch(HookBase):
+class NoPseudoLabelWarning(HookBase):
     """Warns once when unlabeled images teach nothing, and says how far they are from it."""
 
     def __init__(self, threshold: float, patience: int = 500) -> None:

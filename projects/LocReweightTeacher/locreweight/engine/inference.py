@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..data.datasets.image_folders import IMAGE_SUFFIXES
 from ..data.image_io import UnreadableImage, read_rgb
 from ..errors import UsageError
-from .predictor import Detector
+from .predictor import Predictor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"}
 INPUT_HELP = "images, folders of them, patterns ('data/*.jpg'), or - for paths on standard input"
@@ -36,7 +36,7 @@ class InputFile:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageDetections:
     """An image, ``(H, W, 3)`` uint8 RGB, and the detections in it, in its own pixels."""
 
     file: InputFile
@@ -80,9 +80,9 @@ def picture_file(given: str) -> Path:
     return Path(given)
 
 
-def look_at(
-    detector: Detector, files: Sequence[InputFile], batch: int, unreadable: list[str]
-) -> Iterator[Seen]:
+def detect_in_files(
+    detector: Predictor, files: Sequence[InputFile], batch: int, unreadable: list[str]
+) -> Iterator[ImageDetections]:
     """What a detector finds in image files, with a progress bar on a terminal.
 
     Args:
@@ -95,7 +95,7 @@ def look_at(
     for group in _groups(readable, batch):
         found = detector.detect([image for _, image in group])
         for (file, image), detections in zip(group, found, strict=True):
-            yield Seen(file, image, detections)
+            yield ImageDetections(file, image, detections)
 
 
 def exit_if_unreadable(unreadable: Sequence[str], count: int) -> None:

@@ -23,7 +23,7 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
 )
 
 from ..errors import UsageError
-from .preemption import EXIT_CODE, STOP, Stopped, handle_signals
+from .preemption import EXIT_CODE, STOP_REQUEST, Stopped, handle_signals
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def launch(main: Main, args: argparse.Namespace) -> None:
         )
     except ProcessExitedException as error:
         # One of several processes: it has said why, unless a signal ended it.
-        if STOP.received and error.signal_name:
+        if STOP_REQUEST.received and error.signal_name:
             raise Stopped from error
         if error.signal_name:
             raise
@@ -127,18 +127,18 @@ def _check_gpus(processes: int) -> None:
 
 def _run(main: Callable[..., object], arguments: tuple) -> None:
     """One process of the run."""
-    STOP.listen()
+    STOP_REQUEST.listen()
     try:
         main(*arguments)
     except UsageError as error:
         # From a loader's worker the message comes with its traceback, of which it is the end.
         last_line = str(error).strip().splitlines()[-1]
-        sys.exit("error: " + last_line.removeprefix("locreweight.data.images.UnreadableImage: "))
+        sys.exit("error: " + last_line.removeprefix("locreweight.data.image_io.UnreadableImage: "))
     except Stopped:
         logger.warning("stopped by a signal, exit code %d: go on with --resume", EXIT_CODE)
         raise
     except Exception as error:
-        if not STOP.received:
+        if not STOP_REQUEST.received:
             raise
         # The same signal has ended what this process depends on: a worker, another process.
         logger.warning("stopped by a signal, before anything could be saved: %s", error)
@@ -162,7 +162,7 @@ def _as_one_of_torchruns(main: Main, args: argparse.Namespace, timeout: timedelt
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
     """What the process that started the others does with a signal; then it goes on waiting."""
-    STOP.note()
+    STOP_REQUEST.note()
     for process in multiprocessing.active_children():
         assert process.pid is not None
         os.kill(process.pid, number)

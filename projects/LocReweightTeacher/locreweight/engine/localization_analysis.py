@@ -22,11 +22,11 @@ from tqdm import tqdm
 from ..data.checks import check_boxes, check_classes
 from ..data.datasets.catalog import register
 from ..data.image_io import read_rgb
-from ..data.monitored import truth_of
+from ..data.monitored import ground_truth_in_view
 from ..errors import UsageError
 from ..modeling import BoxPredictions
 from .matching import IOU_THRESHOLD
-from .predictor import Detector
+from .predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def calibration(variance: np.ndarray, error: np.ndarray, groups: int = 10) -> Ca
     return Calibration(*means)
 
 
-def annotated_records(detector: Detector, name: str, count: int | None = None) -> list[dict]:
+def annotated_records(detector: Predictor, name: str, count: int | None = None) -> list[dict]:
     """Records of an annotated data set whose classes are the detector's.
 
     Args:
@@ -113,7 +113,7 @@ def annotated_records(detector: Detector, name: str, count: int | None = None) -
         raise UsageError("the config of the checkpoint has no DATASETS.TEST: name a --dataset")
     name = name or detector.cfg.DATASETS.TEST[0]
     settings = detector.cfg.DATASETS
-    register([name], settings.CLASS_NAMES, allow_outside=settings.ALLOW_OUTSIDE_PATHS)
+    register([name], settings.CLASS_NAMES, allow_outside=settings.CHECKS.ALLOW_OUTSIDE_PATHS)
     records = DatasetCatalog.get(name)
     classes = list(MetadataCatalog.get(name).get("thing_classes", []))
     check_classes({"the checkpoint": detector.class_names, name: classes}, len(classes))
@@ -121,13 +121,13 @@ def annotated_records(detector: Detector, name: str, count: int | None = None) -
 
 
 @torch.no_grad()
-def localize(detector: Detector, records: Sequence[dict]) -> Localization:
+def localize(detector: Predictor, records: Sequence[dict]) -> Localization:
     """All detections on annotated images, with a progress bar on a terminal.
 
     Raises:
         UsageError: if the detector does not measure localization quality, or finds nothing.
     """
-    if not detector.measures_quality:
+    if not detector.has_localization_quality:
         raise UsageError("this is a plain Detectron2 detector: it predicts no localization quality")
     parts = [
         _localize_one(detector, record)
@@ -139,7 +139,7 @@ def localize(detector: Detector, records: Sequence[dict]) -> Localization:
     return Localization(*joined)
 
 
-def _localize_one(detector: Detector, record: dict) -> tuple[np.ndarray, ...]:
+def _localize_one(detector: Predictor, record: dict) -> tuple[np.ndarray, ...]:
     """The fields of :class:`Localization` of one image, in the frame of the model's input."""
     model = detector.model
     inputs = detector.model_input(read_rgb(record["file_name"]))
@@ -155,7 +155,7 @@ def _localize_one(detector: Detector, record: dict) -> tuple[np.ndarray, ...]:
 
     height, width = images.image_sizes[0]
     scale = torch.diag(torch.tensor([width / inputs["width"], height / inputs["height"], 1.0]))
-    truth = truth_of(record, scale, (height, width)).to(found.pred_boxes.device)
+    truth = ground_truth_in_view(record, scale, (height, width)).to(found.pred_boxes.device)
     iou = pairwise_iou(found.pred_boxes, truth.gt_boxes)
     best = iou.max(dim=1).values if len(truth) else torch.zeros(len(found))
     variance, error = _coded(detector, predictions, boxes[0].tensor, found, rows, truth, iou)
@@ -164,7 +164,7 @@ def _localize_one(detector: Detector, record: dict) -> tuple[np.ndarray, ...]:
 
 
 def _coded(
-    detector: Detector,
+    detector: Predictor,
     predictions: BoxPredictions,
     proposals: Tensor,
     found: Instances,

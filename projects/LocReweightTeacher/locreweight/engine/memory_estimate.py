@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 
-from ..data.transforms.policies import build_recipe
-from ..methods import build_strategy
+from ..data.transforms.policies import build_augmentation_policy
+from ..methods import build_method
 
 GIB = 2**30
 _DIVISIBILITY = 32  # images are padded to multiples of it
@@ -62,7 +62,7 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     model = build_model(cfg).train()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    teachers = 2 if build_strategy(cfg).frozen_labeler else 1
+    teachers = 2 if build_method(cfg).frozen_pseudo_labeler else 1
     # Gradient and momentum; several processes hold what they exchange a second time.
     models = weights * (1 + teachers) + trained * (3 if num_gpus > 1 else 2)
 
@@ -72,7 +72,7 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     per_pixel = (large - small) / (side**2 - (side // 2) ** 2)
     per_image = large + per_pixel * (largest - side**2)
 
-    views = len(build_recipe(cfg).labeled)
+    views = len(build_augmentation_policy(cfg).labeled)
     images = cfg.SOLVER.IMS_PER_BATCH * views + cfg.SOLVER.IMS_PER_BATCH_UNLABELED
     if cfg.SEMI.BURN_IN_ITERS >= cfg.SOLVER.MAX_ITER:
         images = cfg.SOLVER.IMS_PER_BATCH * views

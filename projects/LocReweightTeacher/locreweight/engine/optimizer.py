@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 _KERNELS = {"foreach": False, "fused": True}
 
 
-class SkippingOptimizer:
+class SkipNonFiniteOptimizer:
     """Detectron2's optimizer, fused, and the scaler that says when it has to stand still.
 
     Attributes:
@@ -113,7 +113,6 @@ def _begin_momentum(optimizer: torch.optim.SGD) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Running statistics of batch norm, which the forward pass changes and no optimizer knows of.
-
 
 
 class RunningStatistics:

@@ -15,7 +15,7 @@ LOCK_FILE = ".lock"
 _held: dict[Path, TextIO] = {}
 
 
-def claim(folder: Path) -> None:
+def lock_output_dir(folder: Path) -> None:
     """Keep the trainings of other processes out of a folder until this one ends, however it does.
 
     Args:

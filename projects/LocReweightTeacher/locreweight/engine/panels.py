@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..data.mapper import ViewMapper
-from ..data.monitored import WatchedImages, WatchedSample
+from ..data.monitored import MonitoredImages, MonitoredSample
 from ..data.training_sets import TrainingSets
 from ..data.transforms.views import View
 from ..methods.base import select_pseudo_labels
@@ -33,7 +33,7 @@ from ..visualization.drawing import (
     save_picture,
 )
 from .matching import Match, agreement, agreement_by_quality, join, match
-from .training_step import to_strong_view
+from .training_step import project_to_strong_view
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class PseudoLabelPanels(HookBase):
     def __init__(
         self,
         teacher: SemiSupervisedRCNN,
-        watched: WatchedImages,
+        monitored: MonitoredImages,
         *,
         period: int,
         threshold: float,
@@ -84,7 +84,7 @@ class PseudoLabelPanels(HookBase):
         """
         Args:
             teacher: in evaluation mode.
-            watched: the images.
+            monitored: the images.
             period: of the looks, in iterations; the last iteration has one, too.
             threshold: a detection above this score is a pseudo-label.
             output: ``OUTPUT_DIR``.
@@ -92,7 +92,7 @@ class PseudoLabelPanels(HookBase):
             amp_dtype: what the teacher computes in when it labels for training; None for float32.
         """
         self._teacher = teacher
-        self._watched = watched
+        self._monitored = monitored
         self._period = period
         self._threshold = threshold
         self._folder = output / PANEL_FOLDER
@@ -109,7 +109,7 @@ class PseudoLabelPanels(HookBase):
     ) -> PseudoLabelPanels:
         return cls(
             teacher,
-            WatchedImages(sets.watched, ViewMapper(cfg), seed=cfg.DATASETS.SPLIT_SEED),
+            MonitoredImages(sets.monitored, ViewMapper(cfg), seed=cfg.DATASETS.SPLIT_SEED),
             period=cfg.VIS_PERIOD,
             threshold=cfg.SEMI.PSEUDO_LABEL_THRESHOLD,
             output=Path(cfg.OUTPUT_DIR),
@@ -143,16 +143,16 @@ class PseudoLabelPanels(HookBase):
         if matches:
             self._measure(join(matches))
 
-    def _seen(self) -> Iterator[tuple[WatchedSample, Instances]]:
+    def _seen(self) -> Iterator[tuple[MonitoredSample, Instances]]:
         """Each sample with the teacher's detections in its weak view."""
-        count = len(self._watched) if self._watched.truth_is_known else PANEL_IMAGES
-        count = min(count, len(self._watched))
+        count = len(self._monitored) if self._monitored.truth_is_known else PANEL_IMAGES
+        count = min(count, len(self._monitored))
         for start in range(0, count, _LOOK_AT_ONCE):
-            samples = [self._watched[i] for i in range(start, min(start + _LOOK_AT_ONCE, count))]
+            samples = [self._monitored[i] for i in range(start, min(start + _LOOK_AT_ONCE, count))]
             inputs = [{"image": sample.views.weak.image} for sample in samples]
             dtype = self._amp_dtype
             with torch.autocast(self._teacher.device.type, dtype=dtype, enabled=dtype is not None):
-                seen = self._teacher.look(inputs)
+                seen = self._teacher.detect(inputs)
             yield from zip(samples, (d.to("cpu") for d in seen.detections), strict=True)
 
     def _measure(self, matched: Match) -> None:
@@ -168,8 +168,8 @@ class PseudoLabelPanels(HookBase):
         self.trainer.storage.put_scalars(smoothing_hint=False, **scalars)
         overall = named[""]
         logger.info(
-            "pseudo-labels of %d watched images: %d, precision %.3f, recall %.3f, mean IoU %.3f",
-            len(self._watched),
+            "pseudo-labels of %d monitored images: %d, precision %.3f, recall %.3f, mean IoU %.3f",
+            len(self._monitored),
             len(matched.right),
             overall.precision,
             overall.recall,
@@ -177,10 +177,10 @@ class PseudoLabelPanels(HookBase):
         )
 
 
-def draw_pseudo_labels(sample: WatchedSample, chosen: Instances, style: PanelStyle) -> np.ndarray:
+def draw_pseudo_labels(sample: MonitoredSample, chosen: Instances, style: PanelStyle) -> np.ndarray:
     """Weak view | strong view of an image, with its pseudo-labels in both, RGB.
 
-    The colour of a box is its localization quality. Boxes of the truth, where it is known, are
+    The color of a box is its localization quality. Boxes of the truth, where it is known, are
     green, and in the weak view only.
 
     Args:
@@ -196,7 +196,7 @@ def draw_pseudo_labels(sample: WatchedSample, chosen: Instances, style: PanelSty
         weak.insert(0, Layer(boxes, [TRUTH] * len(boxes)))
     # As the student gets them: all were chosen, so none is left out here.
     labels = select_pseudo_labels(chosen, threshold=-math.inf)
-    carried = to_strong_view(labels, sample.views)
+    carried = project_to_strong_view(labels, sample.views)
     kept = quality_colors(carried.gt_localization_quality, style.highest_quality)
     strong = [Layer(carried.gt_boxes.tensor, kept)]
     views, form = sample.views, style.image_format
@@ -208,7 +208,7 @@ def draw_pseudo_labels(sample: WatchedSample, chosen: Instances, style: PanelSty
 
 
 def panel_of(cells: list[np.ndarray], caption: str, style: PanelStyle) -> np.ndarray:
-    """Pictures of several images as one, with a caption and the colours' meaning, RGB."""
+    """Pictures of several images as one, with a caption and the colors' meaning, RGB."""
     rows = [cells[i : i + IMAGES_A_ROW] for i in range(0, len(cells), IMAGES_A_ROW)]
     panel = captioned(grid(rows), f"{caption}: weak view | strong view (green: truth, if known)")
     return np.concatenate([panel, quality_legend(panel.shape[1], style.highest_quality)])

@@ -19,8 +19,8 @@ from ..checkpoint.checkpointer import (
     PLAIN_DETECTOR,
     CheckpointDescription,
     TeacherCheckpointer,
+    check_weights_exist,
     load_for_evaluation,
-    need_weights,
 )
 from ..checkpoint.files import last_checkpoint
 from ..checkpoint.safe_loading import read_weights
@@ -32,7 +32,7 @@ from ..modeling.meta_arch import SemiSupervisedRCNN
 
 
 @dataclass(frozen=True)
-class Detector:
+class Predictor:
     """A model with what it takes to use it.
 
     Attributes:
@@ -46,10 +46,10 @@ class Detector:
     cfg: CfgNode
     model: SemiSupervisedRCNN
     class_names: list[str]
-    measures_quality: bool
+    has_localization_quality: bool
 
     @property
-    def usual_batch(self) -> int:
+    def default_batch_size(self) -> int:
         """Images at a time: a GPU is busy with several; a CPU gains nothing by them."""
         return 8 if self.cfg.MODEL.DEVICE.startswith("cuda") else 1
 
@@ -77,9 +77,9 @@ class Detector:
         return {"image": ordered, "height": image.shape[0], "width": image.shape[1]}
 
 
-def open_checkpoint(
+def load_predictor(
     weights: str, config_file: str = "", options: Sequence[str] = (), device: str = ""
-) -> Detector:
+) -> Predictor:
     """The detector of a checkpoint; of one that training here wrote, that of the teacher.
 
     Args:
@@ -93,7 +93,7 @@ def open_checkpoint(
         UsageError: if the file is not there, is no detector's, or needs a config file.
     """
     file = _checkpoint_file(weights)
-    need_weights(file)
+    check_weights_exist(file)
     trusted = load_config("", options).MODEL.TRUST_WEIGHTS
     description = None if file.endswith(".pkl") else read_description(file, trusted=trusted)
     cfg = _config_of(file, config_file, description, options)
@@ -103,10 +103,10 @@ def open_checkpoint(
     model = build_model(cfg).eval()
     held = load_for_evaluation(cfg, model)
     names = description.class_names if description else _class_names_of(cfg)
-    return Detector(cfg, model, names, measures_quality=held != PLAIN_DETECTOR)
+    return Predictor(cfg, model, names, has_localization_quality=held != PLAIN_DETECTOR)
 
 
-def open_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
+def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
     """The student of a checkpoint in evaluation mode, on the CPU; a random one without a file.
 
     Of files without a student, such as plain Detectron2 detectors, it is their one model.
@@ -180,7 +180,7 @@ def _class_names_of(cfg: CfgNode) -> list[str]:
             register(
                 [name],
                 cfg.DATASETS.CLASS_NAMES,
-                allow_outside=cfg.DATASETS.ALLOW_OUTSIDE_PATHS,
+                allow_outside=cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS,
             )
             if not hasattr(MetadataCatalog.get(name), "thing_classes"):
                 DatasetCatalog.get(name)  # a COCO json says its classes when it is read

@@ -78,7 +78,7 @@ class StopRequest:
 
 
 # One for the process, as signals are.
-STOP = StopRequest()
+STOP_REQUEST = StopRequest()
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:

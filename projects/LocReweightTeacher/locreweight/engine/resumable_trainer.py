@@ -10,7 +10,7 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from .preemption import STOP
+from .preemption import STOP_REQUEST
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class ResumableTrainer(TrainerBase):
 
     def run_loop(self) -> None:
         """From the first iteration to the last; the signals to stop are only noted meanwhile."""
-        with STOP.held():
+        with STOP_REQUEST.held():
             super().train(self.start_iter, self.max_iter)
 
     @property

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from .panels import PANEL_FOLDER
 from .run_record import RunRecord, read_run_records
 
-BASE = Path(__file__).resolve().parent.parent / "configs/Base-LocReweight.yaml"
+BASE = Path(__file__).resolve().parents[4] / "configs/Base-LocReweight.yaml"
 
 
 @dataclass(frozen=True)

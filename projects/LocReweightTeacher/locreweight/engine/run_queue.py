@@ -22,10 +22,10 @@ from threading import Lock
 import torch
 from detectron2.config import CfgNode
 
-from ..checkpoint.files import write_whole_bytes
+from ..checkpoint.files import atomic_write_bytes
 from ..config import load_config, scale_to_world_size
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[4]
 ATTEMPTS = "attempts.json"  # in OUTPUT_DIR
 CONSOLE = "console.txt"
 _POLL_SECONDS = 2.0
@@ -103,7 +103,7 @@ class Attempt:
     peak_ram_mib: float
 
 
-def attempts_of(output: Path) -> list[Attempt]:
+def read_attempts(output: Path) -> list[Attempt]:
     """All attempts at a run, the first one first."""
     file = output / ATTEMPTS
     records = json.loads(file.read_text()) if file.is_file() else []
@@ -209,9 +209,9 @@ class RunQueue:
             exit_code=process.returncode,
             peak_ram_mib=round(usage.ru_maxrss / 1024, 1),
         )
-        records = [asdict(each) for each in [*attempts_of(run.output), attempt]]
+        records = [asdict(each) for each in [*read_attempts(run.output), attempt]]
         text = json.dumps(records, indent=1)
-        write_whole_bytes(run.output / ATTEMPTS, text.encode())
+        atomic_write_bytes(run.output / ATTEMPTS, text.encode())
         return attempt
 
     def _stop(self, how: Callable[[subprocess.Popen], None]) -> None:
@@ -221,7 +221,7 @@ class RunQueue:
                 how(process)
 
 
-def places(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | None]:
+def gpu_slots(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | None]:
     """Where runs can go on side by side.
 
     Args:

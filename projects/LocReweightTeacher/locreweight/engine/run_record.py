@@ -15,7 +15,7 @@ import detectron2
 import torch
 import torchvision
 
-from ..checkpoint.files import write_whole_bytes
+from ..checkpoint.files import atomic_write_bytes
 
 RUN_FILE = "run.json"  # in OUTPUT_DIR
 _NO_GPU = "none"
@@ -70,7 +70,7 @@ def write_run_record(output: Path, arguments: list[str], processes: int) -> None
     )
     starts = [*read_run_records(output), record]
     text = json.dumps([asdict(start) for start in starts], indent=2) + "\n"
-    write_whole_bytes(output / RUN_FILE, text.encode())
+    atomic_write_bytes(output / RUN_FILE, text.encode())
 
 
 def read_run_records(output: Path) -> list[RunRecord]:

@@ -12,7 +12,7 @@ import yaml
 
 from summarize import config_of, evaluations_of, metrics_of
 
-from .run_queue import Run, attempts_of
+from .run_queue import Run, read_attempts
 from .run_record import read_run_records
 
 NAN = math.nan
@@ -131,12 +131,14 @@ def is_finished(run: Run) -> bool:
     return not run.cfg.DATASETS.TEST or run.cfg.SOLVER.MAX_ITER in curve_of(run)
 
 
-def other_settings(run: Run) -> list[str]:
+def changed_settings(run: Run) -> list[str]:
     """Keys whose values are not those that the run in this folder was begun with."""
     if not (run.output / "config.yaml").is_file():
         return []
-    before = leaves(config_of(run.output) or {})  # empty where a start was killed that early
-    now = leaves(yaml.safe_load(run.cfg.dump()))
+    before = flatten_config(
+        config_of(run.output) or {}
+    )  # empty where a start was killed that early
+    now = flatten_config(yaml.safe_load(run.cfg.dump()))
     # A key that one of the two does not know came or went with a version of the project.
     return [
         f"{key} was {before[key]!r}, now {now[key]!r}"
@@ -145,12 +147,12 @@ def other_settings(run: Run) -> list[str]:
     ]
 
 
-def leaves(node: dict, prefix: str = "") -> dict[str, object]:
+def flatten_config(node: dict, prefix: str = "") -> dict[str, object]:
     """Dotted path -> value of all keys below a node of a config."""
     found: dict[str, object] = {}
     for key, value in node.items():
         inner = isinstance(value, dict)
-        found |= leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        found |= flatten_config(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return found
 
 
@@ -171,4 +173,4 @@ def _peak_memory(run: Run) -> tuple[float, str]:
     on_gpu = re.findall(r"max_mem: (\d+)M", log.read_text()) if log.is_file() else []
     if on_gpu:
         return float(max(map(int, on_gpu))), "GPU"
-    return max((attempt.peak_ram_mib for attempt in attempts_of(run.output)), default=NAN), "RAM"
+    return max((attempt.peak_ram_mib for attempt in read_attempts(run.output)), default=NAN), "RAM"

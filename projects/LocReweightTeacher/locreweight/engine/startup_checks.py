@@ -7,12 +7,12 @@ from functools import partial
 
 from detectron2.config import CfgNode
 
-from ..checkpoint.checkpointer import need_weights
+from ..checkpoint.checkpointer import check_weights_exist
 from ..config import scale_to_world_size
 from ..data.inspection.annotations import kept_warnings
 from ..data.inspection.findings import Finding, Severity
 from ..data.inspection.images import ImageFacts
-from ..data.loader import UnreadableImages, tolerated
+from ..data.loader import UnreadableImages, check_unreadable_share
 from ..data.mapper import ViewMapper
 from ..data.training_sets import TrainingSets, load_training_sets, register_datasets
 from ..errors import UsageError
@@ -24,11 +24,11 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
     """Of the settings, whatever the data are. Weights of a zoo are fetched, as training would."""
     checks: list[Callable[[], object]] = [
         partial(scale_to_world_size, cfg, num_gpus),
-        partial(need_weights, cfg.MODEL.WEIGHTS),
+        partial(check_weights_exist, cfg.MODEL.WEIGHTS),
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),
         partial(ViewMapper, cfg),
-        partial(UnreadableImages, cfg.DATASETS.MAX_UNREADABLE_SHARE),
+        partial(UnreadableImages, cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE),
     ]
     return [finding for check in checks for finding in _refusals(check)]
 
@@ -36,7 +36,7 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
 def read_for_training(cfg: CfgNode) -> tuple[TrainingSets | None, list[Finding]]:
     """The images as training will split and exclude them, or why it would stop."""
     cfg = cfg.clone()
-    cfg.DATASETS.CHECK_IMAGES = False  # all were read already
+    cfg.DATASETS.CHECKS.DECODE_IMAGES = False  # all were read already
     sets: list[TrainingSets] = []
 
     def read() -> None:
@@ -58,12 +58,12 @@ def unreadable_findings(
         return []
     iterations = max(0, cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS)
     drawn = iterations * cfg.SOLVER.IMS_PER_BATCH_UNLABELED
-    limit = cfg.DATASETS.MAX_UNREADABLE_SHARE
-    if tolerated(len(faulty), drawn * len(faulty) / len(files), drawn, limit):
+    limit = cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE
+    if check_unreadable_share(len(faulty), drawn * len(faulty) / len(files), drawn, limit):
         return []
     text = (
         f"{len(faulty)} of {len(files)} unlabeled images cannot be read, which is more than "
-        f"DATASETS.MAX_UNREADABLE_SHARE {limit:g}: training would stop. Repair or remove them, or "
+        f"DATASETS.CHECKS.MAX_UNREADABLE_SHARE {limit:g}: training would stop. Repair or remove them, or "
         "raise that share"
     )
     return [Finding(Severity.ERROR, text, faulty)]

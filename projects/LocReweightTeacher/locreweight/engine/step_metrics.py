@@ -22,7 +22,7 @@ class _Step:
     fields: Fields  # of this process
 
 
-class Measurements:
+class DeferredMetrics:
     """Those of the steps since they were last fetched."""
 
     def __init__(self) -> None:
@@ -86,7 +86,6 @@ def _to_host(scalars: list[Tensor]) -> list[float]:
 # What each process measured in a step. All of them read all reports, and so decide alike.
 
 
-
 @dataclass(frozen=True)
 class StepReport:
     """Of one process.
@@ -125,7 +124,7 @@ class StepReport:
         return f"the gradient of {len(wrong)} parameters is not finite, such as {wrong[0]}"
 
 
-def problem_of(reports: list[StepReport]) -> str:
+def describe_problems(reports: list[StepReport]) -> str:
     """Which process met what that is not finite; empty if none did."""
     found = [
         f"{report.problem} in process {i}" for i, report in enumerate(reports) if report.problem
@@ -133,7 +132,7 @@ def problem_of(reports: list[StepReport]) -> str:
     return "; ".join(found)
 
 
-def averages(reports: list[StepReport]) -> dict[str, float]:
+def average_metrics(reports: list[StepReport]) -> dict[str, float]:
     """What is to be logged of a step without problems, by name.
 
     The mean over all processes that measured it (of the highest score the highest), without what

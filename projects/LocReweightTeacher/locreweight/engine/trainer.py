@@ -17,7 +17,11 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint.checkpointer import CheckpointDescription, TeacherCheckpointer, need_weights
+from ..checkpoint.checkpointer import (
+    CheckpointDescription,
+    TeacherCheckpointer,
+    check_weights_exist,
+)
 from ..config import check_supported, scale_to_world_size
 from ..data.loader import Batch, BatchSchedule, StreamDataset, UnreadableImages, build_loader
 from ..data.mapper import ViewMapper
@@ -26,23 +30,23 @@ from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from .effective_values import amp_dtype, check_burn_in, log_effective_values
-from .evaluation import evaluate_both, main_metric, write_ground_truth
+from .evaluation import evaluate_teacher_and_student, main_metric, write_ground_truth
 from .hooks import (
     FinalCheckpoint,
+    NoPseudoLabelWarning,
     PeriodicCheckpoint,
     PeriodicEvaluation,
-    PseudoLabelWatch,
+    PreemptionCheckpoint,
     ResumableBestCheckpointer,
-    SafePoint,
 )
-from .optimizer import RunningStatistics, SkippingOptimizer
+from .optimizer import RunningStatistics, SkipNonFiniteOptimizer
 from .panels import PseudoLabelPanels
-from .preemption import STOP, leave_signals_to_trainer
+from .preemption import STOP_REQUEST, leave_signals_to_trainer
 from .resumable_trainer import ResumableTrainer
 from .skipped_steps import SkippedSteps
-from .step_metrics import Measurements, StepReport, averages, problem_of
+from .step_metrics import DeferredMetrics, StepReport, average_metrics, describe_problems
 from .training_step import StepResult, StepSettings, training_step
-from .writers import ResumableWriter, cut_after
+from .writers import ResumableWriter, truncate_after
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         student: the module that is optimized.
         model: the same, wrapped for several GPUs if there are any.
         teacher: the moving average of the student, which is the result.
-        labeler: makes the pseudo-labels: the teacher itself, or, for methods that freeze it, a copy
+        pseudo_labeler: makes the pseudo-labels: the teacher itself, or, for methods that freeze it, a copy
             from the end of burn-in.
     """
 
@@ -71,10 +75,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.cfg = cfg = scale_to_world_size(cfg, comm.get_world_size())
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         super().__init__(seed, start_iter=0, max_iter=cfg.SOLVER.MAX_ITER)
-        need_weights(cfg.MODEL.WEIGHTS)
+        check_weights_exist(cfg.MODEL.WEIGHTS)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
-        self.unreadable = UnreadableImages(cfg.DATASETS.MAX_UNREADABLE_SHARE)
+        self.unreadable = UnreadableImages(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
 
         self.student: SemiSupervisedRCNN = build_model(cfg)
         self.model = _distributed(self.student).train()
@@ -82,12 +86,12 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.teacher: SemiSupervisedRCNN = build_model(cfg).eval()
         self._average = MovingAverage(self.teacher, self.student)
         self._average.update(keep_rate=0.0)
-        self.labeler, frozen = self.teacher, {}
-        if self.settings.strategy.frozen_labeler:
-            self.labeler = build_model(cfg).eval()
-            frozen = {"labeler": self.labeler}
+        self.pseudo_labeler, frozen = self.teacher, {}
+        if self.settings.strategy.frozen_pseudo_labeler:
+            self.pseudo_labeler = build_model(cfg).eval()
+            frozen = {"pseudo_labeler": self.pseudo_labeler}
         self._amp_dtype = amp_dtype(cfg)
-        self.updates = SkippingOptimizer(cfg, self.student, self._amp_dtype)
+        self.optimizer = SkipNonFiniteOptimizer(cfg, self.student, self._amp_dtype)
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
@@ -100,7 +104,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         )
         self._statistics = RunningStatistics(self.student)
         self._skipped = SkippedSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
-        self._measurements = Measurements()
+        self._deferred_metrics = DeferredMetrics()
         self._batches: Iterator[Batch] | None = None
         self._writer = ResumableWriter(cfg.OUTPUT_DIR)
         self.register_lasting_hooks(self.build_hooks())
@@ -118,7 +122,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         if self.start_iter > 0:
             logger.info("resumed after iteration %d", self.iter)
         else:
-            for module in (self.student, self.labeler):
+            for module in (self.student, self.pseudo_labeler):
                 module.load_state_dict(self.teacher.state_dict())
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
@@ -126,9 +130,9 @@ class SemiSupervisedTrainer(ResumableTrainer):
                 f"the processes would start at different iterations, {starts}: OUTPUT_DIR has to "
                 "lie on a disk that all machines share"
             )
-        self._writer.takes_back = resume
+        self._writer.truncate_on_resume = resume
         if resume and comm.is_main_process():
-            cut_after(self._skipped.file, self.start_iter - 1)
+            truncate_after(self._skipped.file, self.start_iter - 1)
 
     def train(self) -> dict[str, float]:
         """Train to the end; returns the latest results on the main process, by name."""
@@ -151,23 +155,25 @@ class SemiSupervisedTrainer(ResumableTrainer):
         Only the main process writes files. From the safe point on their order is that in which an
         iteration that was stopped is finished.
         """
-        cfg, optimizer = self.cfg, self.updates.optimizer
+        cfg, optimizer = self.cfg, self.optimizer.optimizer
         built: list[HookBase] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
-            PseudoLabelWatch(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
+            NoPseudoLabelWarning(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
         ]
         evaluation = PeriodicEvaluation(cfg.TEST.EVAL_PERIOD, self._evaluate)
-        built.append(SafePoint(self.checkpointer, evaluation if cfg.DATASETS.TEST else None))
+        built.append(
+            PreemptionCheckpoint(self.checkpointer, evaluation if cfg.DATASETS.TEST else None)
+        )
         if cfg.DATASETS.TEST:
             write_ground_truth(cfg)
             best = ResumableBestCheckpointer(
                 cfg.TEST.EVAL_PERIOD, self.checkpointer, main_metric(cfg)
             )
             built += [evaluation, best]
-        if comm.is_main_process() and self.sets.watched:
+        if comm.is_main_process() and self.sets.monitored:
             built.append(
-                PseudoLabelPanels.from_config(cfg, self.labeler, self.sets, self._amp_dtype)
+                PseudoLabelPanels.from_config(cfg, self.pseudo_labeler, self.sets, self._amp_dtype)
             )
         periodic = PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
         return [*built, self._writer, periodic, FinalCheckpoint(self.checkpointer)]
@@ -187,26 +193,26 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.unreadable.update([report.unread for report in reports], read=len(batch.unlabeled))
         if result is None or any(report.failure for report in reports):
             self._statistics.restore()
-            self._measurements.add(self.iter, reports)
+            self._deferred_metrics.add(self.iter, reports)
         else:
             self._update(result, reports)
         self.storage.put_scalar("data/unreadable", self.unreadable.files, smoothing_hint=False)
         if self._is_looked_at():
-            self._log_measurements()
+            self._log_deferred_metrics()
 
     def _losses(self, batch: Batch, data_time: float) -> tuple[StepResult | None, StepReport]:
         """The losses, if the step got so far, and what this process has to tell the others."""
-        report = StepReport(batch.file_names, data_time, STOP.received, batch.unread)
+        report = StepReport(batch.file_names, data_time, STOP_REQUEST.received, batch.unread)
         autocast = self.cfg.SOLVER.AMP.ENABLED
         try:
             with torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=autocast):
-                return training_step(self.model, self.labeler, batch, self.settings), report
+                return training_step(self.model, self.pseudo_labeler, batch, self.settings), report
         except FloatingPointError as error:  # Detectron2's, of proposals that are not finite
             return None, replace(report, failure=str(error))
 
     def _update(self, result: StepResult, reports: list[StepReport]) -> None:
         """The student by its losses, the teacher by the student; the host does not wait for it."""
-        largest = self.updates.step(result.total)
+        largest = self.optimizer.step(result.total)
         self._statistics.restore(unless=torch.stack(list(largest.values())).isfinite().all())
         self._statistics.share()
         # In burn-in the step stays 0, whose keep rate is 0: the teacher is the student, and so it
@@ -214,10 +220,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
         step = max(0, self.iter + 1 - self.cfg.SEMI.BURN_IN_ITERS)
         rate = keep_rate(step, self.cfg.SEMI.EMA_KEEP_RATE)
         self._average.update(rate)
-        if step == 0 and self.labeler is not self.teacher:
-            update_teacher(self.labeler, self.student, keep_rate=0.0)
-        measured = replace(result, metrics=result.metrics | self.updates.loss_scale)
-        self._measurements.add(self.iter, reports, measured, {"gradients": largest})
+        if step == 0 and self.pseudo_labeler is not self.teacher:
+            update_teacher(self.pseudo_labeler, self.student, keep_rate=0.0)
+        measured = replace(result, metrics=result.metrics | self.optimizer.loss_scale)
+        self._deferred_metrics.add(self.iter, reports, measured, {"gradients": largest})
 
     def _is_looked_at(self) -> bool:
         """Whether somebody asks for what was measured: a log, or a checkpoint, which holds it."""
@@ -226,16 +232,16 @@ class SemiSupervisedTrainer(ResumableTrainer):
         is_last = done >= self.max_iter
         return self.stop_agreed or is_last or any(p > 0 and done % p == 0 for p in periods)
 
-    def _log_measurements(self) -> None:
+    def _log_deferred_metrics(self) -> None:
         """Write what all processes measured, and which steps were left out.
 
         Raises:
             UsageError: if these were too many in a row.
         """
-        for iteration, reports in self._measurements.fetch():
-            problem = problem_of(reports)
+        for iteration, reports in self._deferred_metrics.fetch():
+            problem = describe_problems(reports)
             if not problem:
-                self.storage.put_scalars(**averages(reports), cur_iter=iteration)
+                self.storage.put_scalars(**average_metrics(reports), cur_iter=iteration)
             self._skipped.judge(iteration, problem, reports)
             self.storage.put_scalar(
                 "skipped_steps", self._skipped.total, smoothing_hint=False, cur_iter=iteration
@@ -265,23 +271,25 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
     def _evaluate(self) -> dict:
         burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
-        with STOP.released():  # the safe point is just behind
-            return evaluate_both(self.cfg, self.teacher, self.student, alike=burning_in)
+        with STOP_REQUEST.released():  # the safe point is just behind
+            return evaluate_teacher_and_student(
+                self.cfg, self.teacher, self.student, alike=burning_in
+            )
 
     def state_dict(self) -> dict:
         """What resuming needs beside the weights of student and teacher."""
         return super().state_dict() | {
             "data": self.sets.fingerprint,
             "burn_in": self.cfg.SEMI.BURN_IN_ITERS,
-            **self.updates.state_dict(),
+            **self.optimizer.state_dict(),
             "skipped_steps": self._skipped.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.sets.check_same(state_dict.get("data", {}), self.cfg.DATASETS.ALLOW_CHANGED)
+        self.sets.check_same(state_dict.get("data", {}), self.cfg.DATASETS.CHECKS.ALLOW_CHANGED)
         check_burn_in(self.cfg, before=state_dict["burn_in"], done=state_dict["iteration"] + 1)
         super().load_state_dict(state_dict)
-        self.updates.load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict)
         self._skipped.load_state_dict(state_dict["skipped_steps"])
 
 

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.loader import Batch
 from ..data.transforms.views import UnlabeledSample, View
 from ..geometry import between_views, warp_boxes
-from ..methods import SampledProposals, Strategy, build_strategy
-from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherView, UnlabeledOutput
+from ..methods import SampledProposals, SemiSupervisedMethod, build_method
+from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
 from ..modeling.output_layers import BoxPredictions
 
 UNLABELED_SUFFIX = "_unlabeled"
@@ -38,7 +38,7 @@ class StepSettings:
             on labeled images are not in it: they count as they are.
     """
 
-    strategy: Strategy
+    strategy: SemiSupervisedMethod
     loss_weights: dict[str, float]
 
     @classmethod
@@ -52,7 +52,7 @@ class StepSettings:
             "loss_rpn_loc": beta * semi.RPN_BOX_LOSS,
         }
         return cls(
-            strategy=build_strategy(cfg),
+            strategy=build_method(cfg),
             loss_weights={name + UNLABELED_SUFFIX: weight for name, weight in weights.items()},
         )
 
@@ -90,9 +90,9 @@ def training_step(
         return StepResult(student(batch.labeled), {})
     strategy, samples = settings.strategy, batch.unlabeled
 
-    seen = teacher.look([{"image": sample.weak.image} for sample in samples])
+    seen = teacher.detect([{"image": sample.weak.image} for sample in samples])
     chosen = strategy.choose_pseudo_labels(teacher, seen)
-    pseudo_labels = [to_strong_view(*pair) for pair in zip(chosen, samples, strict=True)]
+    pseudo_labels = [project_to_strong_view(*pair) for pair in zip(chosen, samples, strict=True)]
     losses, output = student(batch.labeled, _strong_views(samples, pseudo_labels, strategy))
 
     detector = student.module if isinstance(student, DistributedDataParallel) else student
@@ -101,7 +101,7 @@ def training_step(
         output.proposals,
         output.predictions,
         detector.roi_heads.box_predictor,
-        look_again=partial(second_look, teacher, seen, output, samples),
+        predict_rois=partial(predict_student_rois, teacher, seen, output, samples),
     )
     for name, loss in (output.rpn_losses | strategy.losses(sampled)).items():
         weight = settings.loss_weights[name + UNLABELED_SUFFIX]
@@ -110,7 +110,7 @@ def training_step(
 
 
 def _strong_views(
-    samples: list[UnlabeledSample], pseudo_labels: list[Instances], strategy: Strategy
+    samples: list[UnlabeledSample], pseudo_labels: list[Instances], strategy: SemiSupervisedMethod
 ) -> list[dict]:
     """What the student is given of each unlabeled image."""
     return [
@@ -123,35 +123,35 @@ def _strong_views(
     ]
 
 
-def to_strong_view(labels: Instances, sample: UnlabeledSample) -> Instances:
+def project_to_strong_view(labels: Instances, sample: UnlabeledSample) -> Instances:
     """Pseudo-labels carried from the weak view to the strong one, without those out of sight."""
-    boxes = _carry(labels.gt_boxes.tensor, sample.weak, sample.strong)
+    boxes = project_boxes(labels.gt_boxes.tensor, sample.weak, sample.strong)
     carried = Instances(sample.strong.image_size, **labels.get_fields())
     carried.gt_boxes = Boxes(boxes)
     return carried[carried.gt_boxes.nonempty(threshold=1.0).nonzero().squeeze(1)]
 
 
-def second_look(
+def predict_student_rois(
     teacher: SemiSupervisedRCNN,
-    seen: TeacherView,
+    seen: TeacherOutput,
     output: UnlabeledOutput,
     samples: list[UnlabeledSample],
 ) -> BoxPredictions:
     """The teacher's predictions at the student's proposals, carried to where it saw them."""
     boxes = [
-        _carry(proposals.proposal_boxes.tensor, sample.strong, sample.weak)
+        project_boxes(proposals.proposal_boxes.tensor, sample.strong, sample.weak)
         for proposals, sample in zip(output.proposals, samples, strict=True)
     ]
-    return teacher.look_again(seen, boxes)
+    return teacher.predict_rois(seen, boxes)
 
 
-def _carry(boxes: Tensor, source: View, target: View) -> Tensor:
+def project_boxes(boxes: Tensor, source: View, target: View) -> Tensor:
     return warp_boxes(boxes, between_views(source.matrix, target.matrix), target.image_size)
 
 
 @torch.no_grad()
 def _metrics(
-    seen: TeacherView, pseudo_labels: list[Instances], sampled: SampledProposals
+    seen: TeacherOutput, pseudo_labels: list[Instances], sampled: SampledProposals
 ) -> dict[str, Tensor]:
     counts = torch.tensor([float(len(labels)) for labels in pseudo_labels])
     quality = cat([labels.gt_localization_quality for labels in pseudo_labels])

@@ -33,7 +33,7 @@ class ResumableWriter(PeriodicWriter):
 
     Attributes:
         period: iterations from one line to the next.
-        takes_back: what a stopped run wrote after the point where this one begins is removed, as
+        truncate_on_resume: what a stopped run wrote after the point where this one begins is removed, as
             it will be written again.
     """
 
@@ -44,7 +44,7 @@ class ResumableWriter(PeriodicWriter):
         """
         super().__init__([], PERIOD)
         self.period = PERIOD
-        self.takes_back = False
+        self.truncate_on_resume = False
         self._folder = Path(folder)
         self._history: History = {}
         self._written = -1  # the last iteration of which something is in metrics.json
@@ -61,8 +61,8 @@ class ResumableWriter(PeriodicWriter):
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "metrics.json"
         purge = {}
-        if self.takes_back:
-            cut_after(file, self._written)
+        if self.truncate_on_resume:
+            truncate_after(file, self._written)
             purge = {"purge_step": self._written + 1}
         self._json_writer = JSONWriter(str(file))
         tensorboard = TensorboardXWriter(str(self._folder), **purge)
@@ -110,7 +110,7 @@ def recent(storage: EventStorage) -> History:
     }
 
 
-def cut_after(file: Path, iteration: int) -> None:
+def truncate_after(file: Path, iteration: int) -> None:
     """Cut lines of later iterations, and one that was not written to its end, off a file's end.
 
     Args:
@@ -135,8 +135,6 @@ def _is_after(line: bytes, iteration: int) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # Metrics that cannot be written must not end a training.
-
-
 
 
 class LenientWriter(EventWriter):

@@ -6,7 +6,7 @@ A box branch for corners is not. Detectron2 makes the width ``w * exp(dw)`` of w
 predicts, and corners mean ``w * (1 + x2 - x1)``: no layer with other weights predicts the logarithm
 of what this one predicts. ``Box2BoxTransformLinear``, which is linear in the four sides, cannot be
 had in ROI heads (these ask for its ``weights``, and configs cannot name it), and stops a side at
-the proposal's centre. There are two ways out:
+the proposal's center. There are two ways out:
 
 - a config in Python, as Detectron2's newer ones are, which brings the box coding with it: exact;
 - a fold into weights to first order in the change of size: any Detectron2 config, boxes deviate.

@@ -9,4 +9,3 @@ module                  equation             contents
 :mod:`.geometry`        Sec. 3.4             boxes carried from one augmented view to another
 ======================  ===================  =====================================================
 """
-

@@ -37,7 +37,7 @@ def proposal_reliability(
         probabilities: ``(N, K+1)`` the teacher's softmax output.
         log_variance: ``(N, K, 4)``, or ``(N, 1, 4)`` if class-agnostic, the teacher's.
         labels: ``(N,)`` classes assigned to the proposals from the pseudo-labels, in ``[0, K]``.
-        limit, scale: as in :func:`~locreweight.method.localization.localization_quality`.
+        limit, scale: as in :func:`~locreweight.losses.localization.localization_quality`.
 
     Returns:
         ``(N,)`` weights in ``[0, 1]`` (for ``scale`` at most 2), without gradient.

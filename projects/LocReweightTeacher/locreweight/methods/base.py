@@ -20,11 +20,11 @@ from detectron2.utils.registry import Registry
 from torch import Tensor
 
 from ..errors import UsageError
-from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherView
+from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import BoxPredictions, LocalizationAwareOutputLayers
 
-STRATEGY_REGISTRY = Registry("STRATEGY")
-STRATEGY_REGISTRY.__doc__ = "Functions from a config to a :class:`Strategy`."
+METHOD_REGISTRY = Registry("METHOD")
+METHOD_REGISTRY.__doc__ = "Functions from a config to a :class:`SemiSupervisedMethod`."
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SampledProposals:
             of the pseudo-labels that they are matched to.
         predictions: what the student predicts for them.
         predictor: the student's output layers, which know its losses.
-        look_again: asks the teacher for its predictions at the same places of the weak view; None
+        predict_rois: asks the teacher for its predictions at the same places of the weak view; None
             of its time is spent if a method does not ask.
         metrics: scalars to be logged, which a method may add to.
     """
@@ -44,7 +44,7 @@ class SampledProposals:
     proposals: list[Instances]
     predictions: BoxPredictions
     predictor: LocalizationAwareOutputLayers
-    look_again: Callable[[], BoxPredictions]
+    predict_rois: Callable[[], BoxPredictions]
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -60,9 +60,9 @@ class SampledProposals:
     @cached_property
     def teacher_predictions(self) -> BoxPredictions:
         """The teacher's, asked for once."""
-        return self.look_again()
+        return self.predict_rois()
 
-    def of_pseudo_label(self, name: str) -> Tensor:
+    def matched_gt_field(self, name: str) -> Tensor:
         """``(R,)`` a ``gt_*`` field of each proposal's pseudo-label; zero where there is none."""
         parts = []
         for p in self.proposals:
@@ -78,7 +78,7 @@ class SampledProposals:
 
 
 @dataclass(frozen=True)
-class Strategy:
+class SemiSupervisedMethod:
     """A semi-supervised method, in the parts in which methods differ.
 
     Attributes:
@@ -88,15 +88,15 @@ class Strategy:
         classify: ``sampled proposals -> scalar``, the unsupervised classification loss.
         regress_boxes: the same for the unsupervised box loss; None for no such loss.
         for_rpn: the pseudo-labels that the proposal network learns from; None for all of them.
-        frozen_labeler: pseudo-labels come from the teacher as it was at the end of burn-in, and not
+        frozen_pseudo_labeler: pseudo-labels come from the teacher as it was at the end of burn-in, and not
             from the one that goes on as the student's average.
     """
 
-    choose_pseudo_labels: Callable[[SemiSupervisedRCNN, TeacherView], list[Instances]]
+    choose_pseudo_labels: Callable[[SemiSupervisedRCNN, TeacherOutput], list[Instances]]
     classify: Callable[[SampledProposals], Tensor]
     regress_boxes: Callable[[SampledProposals], Tensor] | None
     for_rpn: Callable[[Instances], Instances] | None = None
-    frozen_labeler: bool = False
+    frozen_pseudo_labeler: bool = False
 
     def losses(self, sampled: SampledProposals) -> dict[str, Tensor]:
         """``loss_cls`` and, if there is one, ``loss_box_reg`` on pseudo-labels, before beta."""
@@ -106,18 +106,16 @@ class Strategy:
         return losses
 
 
-def build_strategy(cfg: CfgNode) -> Strategy:
-    """The strategy that ``SEMI.STRATEGY`` names.
+def build_method(cfg: CfgNode) -> SemiSupervisedMethod:
+    """The strategy that ``SEMI.METHOD`` names.
 
     Raises:
         UsageError: for an unknown name.
     """
-    known = [name for name, _ in STRATEGY_REGISTRY]
-    if cfg.SEMI.STRATEGY not in known:
-        raise UsageError(
-            f"unknown SEMI.STRATEGY {cfg.SEMI.STRATEGY!r}; known are {', '.join(known)}"
-        )
-    return STRATEGY_REGISTRY.get(cfg.SEMI.STRATEGY)(cfg)
+    known = [name for name, _ in METHOD_REGISTRY]
+    if cfg.SEMI.METHOD not in known:
+        raise UsageError(f"unknown SEMI.METHOD {cfg.SEMI.METHOD!r}; known are {', '.join(known)}")
+    return METHOD_REGISTRY.get(cfg.SEMI.METHOD)(cfg)
 
 
 # -- parts that several methods share -------------------------------------------------------------
@@ -129,7 +127,7 @@ class AboveThreshold:
 
     threshold: float
 
-    def __call__(self, teacher: SemiSupervisedRCNN, seen: TeacherView) -> list[Instances]:
+    def __call__(self, teacher: SemiSupervisedRCNN, seen: TeacherOutput) -> list[Instances]:
         return [select_pseudo_labels(found, self.threshold) for found in seen.detections]
 
 
@@ -155,12 +153,12 @@ def select_pseudo_labels(detections: Instances, threshold: float) -> Instances:
     )
 
 
-def classify_alike(sampled: SampledProposals) -> Tensor:
+def unweighted_classification_loss(sampled: SampledProposals) -> Tensor:
     """The detector's own classification loss: all proposals count alike."""
     return sampled.predictor.classification_loss(sampled.predictions.scores, sampled.labels)
 
 
-def regress_alike(sampled: SampledProposals) -> Tensor:
+def unweighted_box_loss(sampled: SampledProposals) -> Tensor:
     """The box loss with all foreground proposals counting alike."""
     boxes = sampled.predictor.foreground(sampled.predictions, sampled.proposals, sampled.labels)
     normalizer = sampled.predictor.normalizer(boxes, sampled.labels)

@@ -9,22 +9,22 @@ from torch import Tensor
 
 from ..losses.reweighting import quality_weighted_box_loss, reliability_weighted_cross_entropy
 from .base import (
-    STRATEGY_REGISTRY,
+    METHOD_REGISTRY,
     AboveThreshold,
     SampledProposals,
-    Strategy,
-    classify_alike,
-    regress_alike,
+    SemiSupervisedMethod,
+    unweighted_box_loss,
+    unweighted_classification_loss,
 )
 
 
-@STRATEGY_REGISTRY.register()
-def LocReweight(cfg: CfgNode) -> Strategy:
+@METHOD_REGISTRY.register()
+def LocReweight(cfg: CfgNode) -> SemiSupervisedMethod:
     """``SEMI.LER`` and ``SEMI.PRC`` turn its two parts on."""
-    return Strategy(
+    return SemiSupervisedMethod(
         choose_pseudo_labels=AboveThreshold(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
-        classify=prc if cfg.SEMI.PRC else classify_alike,
-        regress_boxes=ler if cfg.SEMI.LER else regress_alike,
+        classify=prc if cfg.SEMI.PRC else unweighted_classification_loss,
+        regress_boxes=ler if cfg.SEMI.LER else unweighted_box_loss,
     )
 
 
@@ -56,7 +56,7 @@ def ler(sampled: SampledProposals, rearrange: Rearrange = as_they_are) -> Tensor
     """Foreground proposals weighted by the localization quality of their pseudo-label (Eq. 11)."""
     predictor = sampled.predictor
     boxes = predictor.foreground(sampled.predictions, sampled.proposals, sampled.labels)
-    quality = sampled.of_pseudo_label("gt_localization_quality")
+    quality = sampled.matched_gt_field("gt_localization_quality")
     quality = rearrange(quality, sampled.is_foreground)[boxes.rows]
     normalizer = predictor.normalizer(boxes, sampled.labels)
     return quality_weighted_box_loss(predictor.box_losses(boxes), quality, normalizer)

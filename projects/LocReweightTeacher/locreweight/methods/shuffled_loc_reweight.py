@@ -13,17 +13,25 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .base import STRATEGY_REGISTRY, AboveThreshold, Strategy, classify_alike, regress_alike
+from .base import (
+    METHOD_REGISTRY,
+    AboveThreshold,
+    SemiSupervisedMethod,
+    unweighted_box_loss,
+    unweighted_classification_loss,
+)
 from .loc_reweight import ler, prc
 
 
-@STRATEGY_REGISTRY.register()
-def ShuffledLocReweight(cfg: CfgNode) -> Strategy:
+@METHOD_REGISTRY.register()
+def ShuffledLocReweight(cfg: CfgNode) -> SemiSupervisedMethod:
     """``LocReweight`` with shuffled weights; ``SEMI.LER`` and ``SEMI.PRC`` turn its parts on."""
-    return Strategy(
+    return SemiSupervisedMethod(
         choose_pseudo_labels=AboveThreshold(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
-        classify=partial(prc, rearrange=shuffled) if cfg.SEMI.PRC else classify_alike,
-        regress_boxes=partial(ler, rearrange=shuffled) if cfg.SEMI.LER else regress_alike,
+        classify=partial(prc, rearrange=shuffled)
+        if cfg.SEMI.PRC
+        else unweighted_classification_loss,
+        regress_boxes=partial(ler, rearrange=shuffled) if cfg.SEMI.LER else unweighted_box_loss,
     )
 
 

@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 from ..losses.localization import at_least_float32
 from ..losses.reweighting import quality_weighted_box_loss
-from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherView
-from .base import STRATEGY_REGISTRY, SampledProposals, Strategy, select_pseudo_labels
+from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
+from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod, select_pseudo_labels
 
 
-@STRATEGY_REGISTRY.register()
-def SoftTeacher(cfg: CfgNode) -> Strategy:
+@METHOD_REGISTRY.register()
+def SoftTeacher(cfg: CfgNode) -> SemiSupervisedMethod:
     parts = SoftTeacherParts(class_threshold=cfg.SEMI.PSEUDO_LABEL_THRESHOLD)
-    return Strategy(
+    return SemiSupervisedMethod(
         choose_pseudo_labels=parts.candidates,
         classify=parts.classify,
         regress_boxes=parts.regress_boxes,
@@ -56,7 +56,7 @@ class SoftTeacherParts:
     jitter_scale: float = 0.06
     max_variance: float = 0.02
 
-    def candidates(self, teacher: SemiSupervisedRCNN, seen: TeacherView) -> list[Instances]:
+    def candidates(self, teacher: SemiSupervisedRCNN, seen: TeacherOutput) -> list[Instances]:
         """All that one of the two losses may use, with ``gt_variance`` (Sec. 3.3 there)."""
         threshold = min(self.box_threshold, self.class_threshold)
         found = [select_pseudo_labels(x, threshold) for x in seen.detections]
@@ -75,7 +75,7 @@ class SoftTeacherParts:
 
     def classify(self, sampled: SampledProposals) -> Tensor:
         """Background weighted by the teacher's background scores (Sec. 3.2 there)."""
-        is_object = sampled.of_pseudo_label("gt_score") > self.class_threshold
+        is_object = sampled.matched_gt_field("gt_score") > self.class_threshold
         background_class = sampled.predictor.num_classes
         labels = torch.where(is_object, sampled.labels, background_class)
         background = sampled.teacher_predictions.scores.float().softmax(dim=1)[:, -1]
@@ -97,15 +97,15 @@ class SoftTeacherParts:
         return quality_weighted_box_loss(predictor.box_losses(boxes), reliable, normalizer)
 
     def _is_reliable(self, sampled: SampledProposals) -> Tensor:
-        score = sampled.of_pseudo_label("gt_score")
-        variance = sampled.of_pseudo_label("gt_variance")
+        score = sampled.matched_gt_field("gt_score")
+        variance = sampled.matched_gt_field("gt_variance")
         reliable = (score > self.box_threshold) & (variance < self.max_variance)
         sampled.measure("proposals/reliably_placed", reliable.float(), sampled.is_foreground)
         return reliable
 
 
 def refine(
-    teacher: SemiSupervisedRCNN, seen: TeacherView, boxes: list[Tensor], classes: list[Tensor]
+    teacher: SemiSupervisedRCNN, seen: TeacherOutput, boxes: list[Tensor], classes: list[Tensor]
 ) -> list[Tensor]:
     """What the teacher regresses boxes to.
 
@@ -118,7 +118,7 @@ def refine(
     Returns:
         per image ``(R_i, 4)`` xyxy in the same frame.
     """
-    predictions = teacher.look_again(seen, boxes)
+    predictions = teacher.predict_rois(seen, boxes)
     proposals = [
         Instances(found.image_size, proposal_boxes=Boxes(b), gt_classes=c)
         for found, b, c in zip(seen.detections, boxes, classes, strict=True)
@@ -138,7 +138,6 @@ def refine(
 #     P: number of pseudo-labels
 #     J: number of jittered copies of each
 #     K: number of foreground classes; class ``K`` is the background
-
 
 
 def background_weighted_cross_entropy(

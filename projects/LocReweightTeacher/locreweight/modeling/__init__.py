@@ -1,7 +1,7 @@
 """Binding of the method to Detectron2's Faster R-CNN. Importing it registers the model's parts."""
 
 from .box_coding import CornerBoxTransform
-from .meta_arch import SemiSupervisedRCNN, TeacherView, UnlabeledOutput
+from .meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
 from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
 from .roi_heads import LocalizationAwareROIHeads
 
@@ -11,6 +11,6 @@ __all__ = [
     "LocalizationAwareOutputLayers",
     "LocalizationAwareROIHeads",
     "SemiSupervisedRCNN",
-    "TeacherView",
+    "TeacherOutput",
     "UnlabeledOutput",
 ]

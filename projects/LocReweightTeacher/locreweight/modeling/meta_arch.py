@@ -17,7 +17,7 @@ from .roi_align import parallelize_roi_align
 
 
 @dataclass(frozen=True)
-class TeacherView:
+class TeacherOutput:
     """What the teacher saw in the weak views of N images."""
 
     features: dict[str, Tensor]  # feature maps, kept for the second look at the student's proposals
@@ -100,17 +100,17 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         return UnlabeledOutput(sampled, predictions, rpn_losses)
 
     @torch.no_grad()
-    def look(self, batched_inputs: list[dict]) -> TeacherView:
+    def detect(self, batched_inputs: list[dict]) -> TeacherOutput:
         """The teacher's one backbone pass: detections, and the features that they came from."""
         assert not self.training, "the teacher looks in eval mode"
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         proposals, _ = self.proposal_generator(images, features, None)
         detections, _ = self.roi_heads(images, features, proposals, None)
-        return TeacherView(features, detections)
+        return TeacherOutput(features, detections)
 
     @torch.no_grad()
-    def look_again(self, view: TeacherView, boxes: list[Tensor]) -> BoxPredictions:
+    def predict_rois(self, view: TeacherOutput, boxes: list[Tensor]) -> BoxPredictions:
         """The teacher's second look, at given boxes in views that it has seen (Sec. 3.4).
 
         Args:

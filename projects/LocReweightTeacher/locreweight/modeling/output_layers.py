@@ -65,7 +65,7 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         Args:
             input_shape: shape of the features of one proposal.
             log_variance_limit, quality_scale: see
-                :func:`locreweight.method.localization.localization_quality`.
+                :func:`locreweight.losses.localization.localization_quality`.
             normalize_by_sampled: divide Eq. 10, 11 and 14 by all sampled proposals.
             gaussian_boxes: fit the variances by Eq. 10; otherwise boxes are trained with smooth L1,
                 and the branch for the variances stays as it was made.

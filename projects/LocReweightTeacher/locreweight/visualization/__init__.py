@@ -1,2 +1,1 @@
 """Drawing, figures and the report."""
-

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..checkpoint.files import write_whole_bytes
+from ..checkpoint.files import atomic_write_bytes
 from ..engine.run_queue import Run
 from ..engine.run_results import RunResults, curve_of, results_of
 
@@ -43,7 +43,7 @@ def write_report(runs: list[Run], output: Path) -> None:
     }
     for name, content in contents.items():
         # In one go: a table that is being looked at is never half a table.
-        write_whole_bytes(output / name, content)
+        atomic_write_bytes(output / name, content)
 
 
 def as_csv(results: list[RunResults]) -> str:

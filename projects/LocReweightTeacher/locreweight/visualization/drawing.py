@@ -22,7 +22,7 @@ WHITE: Color = (255, 255, 255)
 TRUTH: Color = (0, 200, 90)  # of ground truth
 BORDER: Color = (40, 40, 40)  # between the cells of a grid
 FONT = font_manager.findfont("DejaVu Sans")  # comes with matplotlib
-# From red over yellow to blue: told apart by the colour-blind, too.
+# From red over yellow to blue: told apart by the color-blind, too.
 _QUALITY_MAP = colormaps["RdYlBu"]
 _CLASS_MAP = colormaps["Set1"]
 
@@ -87,7 +87,7 @@ def quality_colors(quality: Tensor, highest: float = 0.5) -> list[Color]:
 
 
 def class_colors(classes: Tensor) -> list[Color]:
-    """One of nine colours for each class index."""
+    """One of nine colors for each class index."""
     return [_rgb(_CLASS_MAP(label % 9)) for label in classes.tolist()]
 
 
@@ -115,7 +115,7 @@ def captioned(picture: np.ndarray, text: str, height: int = 22) -> np.ndarray:
 
 
 def quality_legend(width: int, highest: float = 0.5, height: int = 22) -> np.ndarray:
-    """A strip that shows which colour means which localization quality."""
+    """A strip that shows which color means which localization quality."""
     ramp = _QUALITY_MAP(np.linspace(0, 1, width))[None, :, :3] * 255
     strip = Image.fromarray(np.repeat(ramp, height, axis=0).astype(np.uint8))
     font = ImageFont.truetype(FONT, height - 9)
@@ -135,8 +135,8 @@ def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> np.ndarray:
     lines = []
     for row in rows:
         height = max(cell.shape[0] for cell in row)
-        cells = [_centred(cell, height, widths[i], gap) for i, cell in enumerate(row)]
-        cells += [_centred(row[0][:0, :0], height, w, gap) for w in widths[len(row) :]]
+        cells = [_centered(cell, height, widths[i], gap) for i, cell in enumerate(row)]
+        cells += [_centered(row[0][:0, :0], height, w, gap) for w in widths[len(row) :]]
         lines.append(np.concatenate(cells, axis=1))
     return np.concatenate(lines)
 
@@ -149,7 +149,7 @@ def save_picture(picture: np.ndarray, file: Path) -> None:
     Image.fromarray(picture).save(file, **settings)
 
 
-def _centred(cell: np.ndarray, height: int, width: int, gap: int) -> np.ndarray:
+def _centered(cell: np.ndarray, height: int, width: int, gap: int) -> np.ndarray:
     above, left = (height - cell.shape[0]) // 2, (width - cell.shape[1]) // 2
     framed = np.empty((height + gap, width + gap, 3), np.uint8)
     framed[:] = BORDER
@@ -163,6 +163,6 @@ def _rgb(rgba: tuple[float, ...]) -> Color:
 
 
 def _readable_on(color: Color) -> Color:
-    """Black or white, whichever stands out from the colour (ITU-R BT.601 luma)."""
+    """Black or white, whichever stands out from the color (ITU-R BT.601 luma)."""
     luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     return (0, 0, 0) if luma > 140 else WHITE

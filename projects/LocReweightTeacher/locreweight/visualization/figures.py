@@ -18,10 +18,10 @@ from plot_localization_quality import plot_against_iou, plot_calibration
 from ..engine.localization_analysis import Localization
 from ..engine.run_folder import Curve, RunFolder
 
-# Of medium lightness: they can be seen on white and on black, and told apart by the colour-blind.
+# Of medium lightness: they can be seen on white and on black, and told apart by the color-blind.
 COLORS = ("#3b8fd6", "#e8762d", "#1f9e76", "#c25db0", "#a58a00", "#d1495b")
 STYLES = ("-", "--", "-.", ":")
-_INK = "#010203"  # stands for the colour of the page's text
+_INK = "#010203"  # stands for the color of the page's text
 _SIZE = (4.4, 2.8)  # inches; a phone's width, so that letters keep their size there
 
 

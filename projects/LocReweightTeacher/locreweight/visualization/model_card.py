@@ -12,7 +12,7 @@ from predict import draw_detections
 
 from ..checkpoint.zoo import CONFIG, ZooEntry
 from ..data.image_io import read_rgb
-from ..engine.predictor import Detector
+from ..engine.predictor import Predictor
 from .drawing import grid, save_picture
 
 PICTURE = "detections.jpg"
@@ -101,7 +101,7 @@ def card(entry: ZooEntry, cfg: CfgNode, description: str = "", *, picture: bool 
     )
 
 
-def draw_examples(detector: Detector, files: Sequence[str], folder: Path) -> None:
+def draw_examples(detector: Predictor, files: Sequence[str], folder: Path) -> None:
     """Write the card's picture: what a model finds in some images.
 
     Args:

@@ -13,9 +13,9 @@ from compare_detections import draw_truth
 from predict import draw_detections
 
 from ..data.image_io import read_rgb
-from ..data.monitored import truth_of
+from ..data.monitored import ground_truth_in_view
 from ..engine.matching import agreement, match
-from ..engine.predictor import Detector
+from ..engine.predictor import Predictor
 from .drawing import captioned, grid
 
 SIDE = 320  # pixels of a picture's longer side
@@ -38,7 +38,7 @@ class RankedImage:
     errors: int
 
 
-def rank(detector: Detector, records: Sequence[dict], threshold: float) -> list[RankedImage]:
+def rank(detector: Predictor, records: Sequence[dict], threshold: float) -> list[RankedImage]:
     """Images from the best to the worst; those with neither truth nor detections are left out.
 
     Args:
@@ -50,7 +50,7 @@ def rank(detector: Detector, records: Sequence[dict], threshold: float) -> list[
     for record in tqdm(records, desc="best and worst", disable=None):
         image = read_rgb(record["file_name"])
         (found,) = detector.detect([image])
-        truth = truth_of(record, torch.eye(3), image.shape[:2])
+        truth = ground_truth_in_view(record, torch.eye(3), image.shape[:2])
         matched = match(found[found.scores > threshold], truth)
         total = len(matched.right) + matched.num_truth
         if not total:
@@ -62,7 +62,7 @@ def rank(detector: Detector, records: Sequence[dict], threshold: float) -> list[
     return sorted(ranked, key=lambda one: (one.f1, one.mean_iou, -one.errors), reverse=True)
 
 
-def draw_ranked(detector: Detector, image: RankedImage, threshold: float) -> np.ndarray:
+def draw_ranked(detector: Predictor, image: RankedImage, threshold: float) -> np.ndarray:
     """Ground truth | detections of one image, RGB."""
     pixels = read_rgb(image.record["file_name"])
     (found,) = detector.detect([pixels])

@@ -1,2 +1,1 @@
 """Data set formats, records and splits."""
-

@@ -57,7 +57,7 @@ def register(
         if name in DatasetCatalog.list():
             _need_registered(name)
             continue
-        rest = expand(rest)
+        rest = expand_path(rest)
         if kind == "coco":
             parts = _two_parts(name, rest, "coco:<annotations.json>:<image folder>")
             _register_coco(name, *parts, allow_outside)
@@ -101,7 +101,7 @@ def _need_registered(name: str) -> None:
     raise UsageError(
         f"the file {file!r} of the data set {name!r} does not exist. Detectron2's own data sets "
         f"are looked for below the folder that the environment variable {DETECTRON2_DATASETS} "
-        f"names, here {expand('$' + DETECTRON2_DATASETS)!r}: set it, put the data there, or name "
+        f"names, here {expand_path('$' + DETECTRON2_DATASETS)!r}: set it, put the data there, or name "
         "others in DATASETS.TRAIN, UNLABELED and TEST"
     )
 
@@ -157,7 +157,7 @@ def _register_voc(
 DETECTRON2_DATASETS = "DETECTRON2_DATASETS"
 
 
-def expand(path: str) -> str:
+def expand_path(path: str) -> str:
     """A path with ``$VARIABLES`` and ``~`` filled in.
 
     ``$DETECTRON2_DATASETS``, where Detectron2 looks for the data sets that it has registered, is

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.data.datasets import load_coco_json
 
 from ...errors import UsageError
-from ..image_io import one_line
+from ..image_io import single_line
 from .file_names import check_inside
 
 
@@ -36,7 +36,7 @@ def load_coco(
     try:
         return load_coco_json(json_file, image_folder, name)
     except Exception as error:  # what was overlooked, such as in polygons that nobody asks for
-        raise UsageError(wrong + one_line(error)) from error
+        raise UsageError(wrong + single_line(error)) from error
 
 
 def _problem(json_file: str, image_folder: str, allow_outside: bool) -> str:
@@ -100,7 +100,7 @@ _FIELDS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
         "id": _INTEGER,
         "image_id": _INTEGER,
         "category_id": _INTEGER,
-        # Its numbers are looked at later: DATASETS.DROP_BAD_BOXES leaves bad ones out.
+        # Its numbers are looked at later: DATASETS.CHECKS.DROP_BAD_BOXES leaves bad ones out.
         "bbox": ("a list of numbers", lambda value: isinstance(value, list) and bool(value)),
         "iscrowd": ("0 or 1", lambda value: value in (0, 1)),
     },

@@ -7,7 +7,7 @@ import os
 from ...errors import UsageError
 
 
-def shown(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name as messages show it: in one line, and in letters that any log can take."""
     return name if name.isprintable() else ascii(name)
 
@@ -22,17 +22,17 @@ def check_inside(name: str, written_in: str, folder: str, *, allow_outside: bool
         name: relative to ``folder``.
         written_in: the annotation file.
         folder: where the named files are to lie.
-        allow_outside: ``DATASETS.ALLOW_OUTSIDE_PATHS``.
+        allow_outside: ``DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS``.
 
     Raises:
         UsageError: names the annotation file and the name.
     """
     if not name.strip() or "\0" in name or not _is_encodable(name):
-        raise UsageError(f"{shown(written_in)} names the file {name!r}, which can be none")
+        raise UsageError(f"{printable_name(written_in)} names the file {name!r}, which can be none")
     if not allow_outside and (os.path.isabs(name) or ".." in name.split(os.sep)):
         raise UsageError(
-            f"{shown(written_in)} names {shown(name)}, which may lie outside of {shown(folder)}; "
-            "if you trust that file, allow it with DATASETS.ALLOW_OUTSIDE_PATHS True"
+            f"{printable_name(written_in)} names {printable_name(name)}, which may lie outside of {printable_name(folder)}; "
+            "if you trust that file, allow it with DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS True"
         )
 
 

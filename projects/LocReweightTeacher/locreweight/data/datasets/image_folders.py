@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...errors import UsageError
-from .file_names import check_inside, shown
+from .file_names import check_inside, printable_name
 from .packed_records import Packed, PackedBytes, tensor_of
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -83,7 +83,7 @@ def _check_listed_once(list_file: str, hashes: Iterable[int]) -> None:
     for name in _listed(list_file) if suspects else ():
         if name in seen:
             raise UsageError(
-                f"{list_file} lists {shown(os.fsdecode(name))} more than once; `sort -u` keeps one"
+                f"{list_file} lists {printable_name(os.fsdecode(name))} more than once; `sort -u` keeps one"
             )
         if hash(name) in suspects:
             seen.add(name)
@@ -94,7 +94,7 @@ def _check_some_exist(images: ImageFiles, list_file: str) -> None:
     if not any(os.path.lexists(images[i]["file_name"]) for i in some.tolist()):
         raise UsageError(
             f"none of {len(some)} images that {list_file} lists is there, such as "
-            f"{shown(images[0]['file_name'])}: its paths are to be relative to the image folder"
+            f"{printable_name(images[0]['file_name'])}: its paths are to be relative to the image folder"
         )
 
 
@@ -151,7 +151,6 @@ def _is_image(entry: os.DirEntry) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # The files of images without annotations, millions of them.
-
 
 
 class ImageFiles(Packed):

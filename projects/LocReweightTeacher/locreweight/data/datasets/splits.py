@@ -27,7 +27,7 @@ from detectron2.config import CfgNode
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from ...errors import UsageError
-from .catalog import expand, registered_file
+from .catalog import expand_path, registered_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def split_annotated(cfg: CfgNode, annotated: dict[str, Records]) -> tuple[Record
     """
     percent, seed = cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED
     if cfg.DATASETS.SPLIT_FILE:
-        return _split_by_file(expand(cfg.DATASETS.SPLIT_FILE), annotated, percent, seed)
+        return _split_by_file(expand_path(cfg.DATASETS.SPLIT_FILE), annotated, percent, seed)
     records = _joined(annotated)
     labeled, rest = _drawn(len(records), percent, seed)
     return [records[i] for i in labeled], [records[i] for i in rest]
@@ -63,7 +63,7 @@ def check_split_is_there(cfg: CfgNode) -> None:
     """
     if not cfg.DATASETS.SPLIT_FILE:
         return
-    file = expand(cfg.DATASETS.SPLIT_FILE)
+    file = expand_path(cfg.DATASETS.SPLIT_FILE)
     content = _read(file)
     with _broken(file):
         by_ids = "sets" in content
@@ -109,7 +109,7 @@ def annotation_file(name: str) -> Path:
     """
     kind, _, rest = name.partition(":")
     if kind == "coco":
-        return Path(expand(rest).rpartition(":")[0])
+        return Path(expand_path(rest).rpartition(":")[0])
     if file := registered_file(name):
         return Path(file)
     raise UsageError(
@@ -273,7 +273,6 @@ def _by_positions(
 
 # --------------------------------------------------------------------------------------------------
 # Which images of a fully annotated set are used with their labels.
-
 
 
 def split_indices(size: int, labeled_percent: float, seed: int) -> tuple[list[int], list[int]]:

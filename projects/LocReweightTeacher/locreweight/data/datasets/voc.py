@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from detectron2.structures import BoxMode
 
 from ...errors import UsageError
-from .file_names import check_inside, shown
+from .file_names import check_inside, printable_name
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _listed(folder: str, split: str, allow_outside: bool) -> list[str]:
         check_inside(image_id, str(listed), folder, allow_outside=allow_outside)
     if len(set(ids)) < len(ids):
         repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
-        raise UsageError(f"{listed} lists {shown(repeated)} more than once")
+        raise UsageError(f"{listed} lists {printable_name(repeated)} more than once")
     return ids
 
 
@@ -97,9 +97,11 @@ def _record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
         }
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise UsageError(f"the annotation {shown(str(file))} {reason}") from error
+        raise UsageError(f"the annotation {printable_name(str(file))} {reason}") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: the encoding
-        raise UsageError(f"the annotation {shown(str(file))} is broken: {error}") from error
+        raise UsageError(
+            f"the annotation {printable_name(str(file))} is broken: {error}"
+        ) from error
 
 
 def _object(node: ElementTree.Element, class_index: dict[str, int]) -> dict:

@@ -1,2 +1,1 @@
 """What tools/check_data.py finds in data sets."""
-

@@ -70,11 +70,11 @@ def box_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
     for name, records in (sets.train | sets.test).items():
         if not any("annotations" in record for record in records):
             continue
-        fixes = {"DATASETS.DROP_BAD_BOXES": "True"} if name in sets.train else {}
+        fixes = {"DATASETS.CHECKS.DROP_BAD_BOXES": "True"} if name in sets.train else {}
         told = ""  # what the error says need not be a warning as well
         with kept_warnings():
             try:
-                check_boxes(records, drop_bad=cfg.DATASETS.DROP_BAD_BOXES)
+                check_boxes(records, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
             except UsageError as error:
                 told = "malformed"
                 findings.append(Finding(Severity.ERROR, f"{name}: {error}", fixes=fixes))

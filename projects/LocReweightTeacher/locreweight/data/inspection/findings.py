@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UsageError
-from ..datasets.catalog import expand
+from ..datasets.catalog import expand_path
 from ..training_sets import register_datasets
 
 
@@ -135,7 +135,7 @@ def _fitting_names(cfg: CfgNode, sets: DataSets) -> tuple[list[str], str]:
 def _class_names_in(name: str) -> list[str]:
     """Of a ``voc:`` data set: the names that its annotations use."""
     kind, _, rest = name.partition(":")
-    folder, _, split = expand(rest).rpartition(":")
+    folder, _, split = expand_path(rest).rpartition(":")
     listed = Path(folder) / "ImageSets" / "Main" / f"{split}.txt"
     if kind != "voc" or not listed.is_file():
         return []

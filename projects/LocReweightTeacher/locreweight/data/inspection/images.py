@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..image_io import UnreadableImage, one_line, read_rgb
+from ..image_io import UnreadableImage, read_rgb, single_line
 
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 _HASH_SIDE = 16  # dHash of 16 x 16 = 256 bits
@@ -76,7 +76,7 @@ def read_facts(file: str) -> ImageFacts:
         with Image.open(file) as image:
             rotated = image.getexif().get(_ORIENTATION, 1) != 1
     except UnreadableImage as error:
-        return ImageFacts(file, fault=one_line(error.__cause__ or error))
+        return ImageFacts(file, fault=single_line(error.__cause__ or error))
     bits = imagehash.dhash(pixels, hash_size=_HASH_SIDE).hash
     return ImageFacts(
         file,

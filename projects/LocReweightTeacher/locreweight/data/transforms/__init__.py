@@ -1,2 +1,1 @@
 """Augmentations, augmentation policies and views."""
-

@@ -1,6 +1,6 @@
 """Augmentations that Detectron2 does not have, as Detectron2 ``Augmentation`` objects.
 
-All take and give ``(H, W, 3)`` uint8 images in **RGB**: saturation, grey and hue mean something
+All take and give ``(H, W, 3)`` uint8 images in **RGB**: saturation, gray and hue mean something
 else when the channels are swapped. The mapper swaps them at the very end where a model wants BGR.
 """
 
@@ -16,7 +16,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from PIL import ImageFilter
 
-from . import color_ops as colours
+from . import color_ops as colors
 
 Fill = tuple[float, float, float]
 
@@ -46,7 +46,7 @@ class AffineTransform(T.Transform):
         """
         Args:
             matrix: ``(3, 3)``, continuous pixel coordinates -> the same after the transform.
-            fill: RGB colour of what was outside of the image.
+            fill: RGB color of what was outside of the image.
         """
         super().__init__()
         self.matrix = matrix
@@ -65,7 +65,7 @@ class AffineTransform(T.Transform):
         return AffineTransform(np.linalg.inv(self.matrix), self.fill)
 
     def _warp(self, img: np.ndarray, interpolation: int, fill: Fill | int) -> np.ndarray:
-        # OpenCV counts from the centre of the first pixel, which lies at (0.5, 0.5).
+        # OpenCV counts from the center of the first pixel, which lies at (0.5, 0.5).
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
         matrix = np.linalg.inv(half) @ self.matrix @ half
         size = (img.shape[1], img.shape[0])
@@ -73,7 +73,7 @@ class AffineTransform(T.Transform):
 
 
 class RandomGeometry(T.Augmentation):
-    """One of translation, rotation and shear, about the centre of the image."""
+    """One of translation, rotation and shear, about the center of the image."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class RandomGeometry(T.Augmentation):
     ) -> None:
         """
         Args:
-            fill: RGB colour of what was outside of the image.
+            fill: RGB color of what was outside of the image.
             max_translation: share of the image's width and height.
             max_rotation, max_shear: degrees.
         """
@@ -118,20 +118,20 @@ class RandomGeometry(T.Augmentation):
 
 
 class OneColorOperation(T.Augmentation):
-    """One colour operation out of nine, of random strength (the list of Soft Teacher)."""
+    """One color operation out of nine, of random strength (the list of Soft Teacher)."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         strength = np.random.uniform(0.1, 1.9)  # of an enhancement; 1 is the identity
         operations: list[Callable[[np.ndarray], np.ndarray]] = [
             lambda img: img,
-            colours.autocontrast,
-            colours.equalize,
-            lambda img: colours.solarize(img, int(128 * strength)),
-            lambda img: colours.posterize(img, 4 + int(2 * strength)),
-            lambda img: colours.saturation(img, strength),
-            lambda img: colours.contrast(img, strength),
-            lambda img: colours.brightness(img, strength),
-            lambda img: colours.sharpness(img, strength),
+            colors.autocontrast,
+            colors.equalize,
+            lambda img: colors.solarize(img, int(128 * strength)),
+            lambda img: colors.posterize(img, 4 + int(2 * strength)),
+            lambda img: colors.saturation(img, strength),
+            lambda img: colors.contrast(img, strength),
+            lambda img: colors.brightness(img, strength),
+            lambda img: colors.sharpness(img, strength),
         ]
         return T.ColorTransform(operations[np.random.randint(len(operations))])
 
@@ -143,7 +143,7 @@ class ColorJitter(T.Augmentation):
         """
         Args:
             strength: brightness, contrast and saturation change by up to this share.
-            hue: shift of the hue by up to this share of the colour circle.
+            hue: shift of the hue by up to this share of the color circle.
         """
         super().__init__()
         self._init(locals())
@@ -152,20 +152,20 @@ class ColorJitter(T.Augmentation):
         factors = np.random.uniform(1 - self.strength, 1 + self.strength, size=3)
         shift = np.random.uniform(-self.hue, self.hue)
         operations = [
-            lambda img: colours.brightness(img, factors[0]),
-            lambda img: colours.contrast(img, factors[1]),
-            lambda img: colours.saturation(img, factors[2]),
-            lambda img: colours.hue(img, shift),
+            lambda img: colors.brightness(img, factors[0]),
+            lambda img: colors.contrast(img, factors[1]),
+            lambda img: colors.saturation(img, factors[2]),
+            lambda img: colors.hue(img, shift),
         ]
         order = np.random.permutation(len(operations))
         return T.TransformList([T.ColorTransform(operations[i]) for i in order])
 
 
 class Grayscale(T.Augmentation):
-    """The image without colour, still with three channels."""
+    """The image without color, still with three channels."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        return T.ColorTransform(colours.grayscale)
+        return T.ColorTransform(colors.grayscale)
 
 
 class GaussianBlur(T.Augmentation):
@@ -191,7 +191,7 @@ class EraseTransform(T.Transform):
         """
         Args:
             patches: xyxy in whole pixels.
-            fill: RGB colour of the patches.
+            fill: RGB color of the patches.
         """
         super().__init__()
         self.patches = patches
@@ -222,7 +222,7 @@ class RandomErasing(T.Augmentation):
     ) -> None:
         """
         Args:
-            fill: RGB colour of the patches.
+            fill: RGB color of the patches.
             patches: least and greatest number of them.
             area: range of the share of the image that one covers.
             aspect_ratio: range of their height over width.

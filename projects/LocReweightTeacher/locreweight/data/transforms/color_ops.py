@@ -1,4 +1,4 @@
-"""Pillow's colour operations, on arrays and at a fraction of their time.
+"""Pillow's color operations, on arrays and at a fraction of their time.
 
 All take and give ``(H, W, 3)`` uint8 images in RGB. Pillow brings an image into a memory layout of
 its own and back, which costs more than most of its operations. Where an operation gives each of the
@@ -27,14 +27,14 @@ def brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is the mean grey, 1 the image itself. Within 1 of Pillow's, as the mean may be."""
+    """0 is the mean gray, 1 the image itself. Within 1 of Pillow's, as the mean may be."""
     mean = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    grey = Image.new("L", (256, 1), mean)
-    return _by_table(image, lambda values: Image.blend(grey, values, factor))
+    gray = Image.new("L", (256, 1), mean)
+    return _by_table(image, lambda values: Image.blend(gray, values, factor))
 
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is grey, 1 the image itself. Within 1 of Pillow's, as the grey is."""
+    """0 is gray, 1 the image itself. Within 1 of Pillow's, as the gray is."""
     return cv2.addWeighted(image, factor, grayscale(image), 1 - factor, CUT_OFF)
 
 
@@ -76,7 +76,7 @@ def grayscale(image: np.ndarray) -> np.ndarray:
 
 
 def hue(image: np.ndarray, shift: float) -> np.ndarray:
-    """Turns the colour circle by a share of it. Pillow's own: OpenCV has another circle."""
+    """Turns the color circle by a share of it. Pillow's own: OpenCV has another circle."""
     return np.asarray(TF.adjust_hue(Image.fromarray(image), shift))
 
 

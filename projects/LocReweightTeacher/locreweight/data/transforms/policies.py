@@ -1,7 +1,7 @@
-"""How the views of an image are augmented. ``INPUT.RECIPE`` names one of these, or your own:
+"""How the views of an image are augmented. ``INPUT.AUGMENTATION_POLICY`` names one of these, or your own:
 
-    @RECIPE_REGISTRY.register()
-    def MyRecipe(cfg) -> Recipe: ...
+    @AUGMENTATION_POLICY_REGISTRY.register()
+    def MyRecipe(cfg) -> AugmentationPolicy: ...
 
 Sizes and flips follow Detectron2's ``INPUT.MIN_SIZE_TRAIN``, ``INPUT.MAX_SIZE_TRAIN`` and
 ``INPUT.RANDOM_FLIP``. Images are RGB while they are augmented. Views share what they begin with: an
@@ -28,12 +28,12 @@ from .augmentations import (
     resize_and_flip,
 )
 
-RECIPE_REGISTRY = Registry("RECIPE")
-RECIPE_REGISTRY.__doc__ = "Functions from a config to a :class:`Recipe`."
+AUGMENTATION_POLICY_REGISTRY = Registry("RECIPE")
+AUGMENTATION_POLICY_REGISTRY.__doc__ = "Functions from a config to a :class:`AugmentationPolicy`."
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AugmentationPolicy:
     """The augmentations of one training run.
 
     Attributes:
@@ -50,26 +50,26 @@ class Recipe:
     strong_on_weak: bool = False
 
 
-def build_recipe(cfg: CfgNode) -> Recipe:
-    """The recipe that ``INPUT.RECIPE`` names.
+def build_augmentation_policy(cfg: CfgNode) -> AugmentationPolicy:
+    """The recipe that ``INPUT.AUGMENTATION_POLICY`` names.
 
     Raises:
         UsageError: for an unknown name.
     """
-    known = [name for name, _ in RECIPE_REGISTRY]
-    if cfg.INPUT.RECIPE not in known:
+    known = [name for name, _ in AUGMENTATION_POLICY_REGISTRY]
+    if cfg.INPUT.AUGMENTATION_POLICY not in known:
         raise UsageError(
-            f"unknown INPUT.RECIPE {cfg.INPUT.RECIPE!r}; known are {', '.join(known)}, and what "
-            "you register in RECIPE_REGISTRY"
+            f"unknown INPUT.AUGMENTATION_POLICY {cfg.INPUT.AUGMENTATION_POLICY!r}; known are {', '.join(known)}, and what "
+            "you register in AUGMENTATION_POLICY_REGISTRY"
         )
-    return RECIPE_REGISTRY.get(cfg.INPUT.RECIPE)(cfg)
+    return AUGMENTATION_POLICY_REGISTRY.get(cfg.INPUT.AUGMENTATION_POLICY)(cfg)
 
 
-@RECIPE_REGISTRY.register()
-def SoftTeacherRecipe(cfg: CfgNode) -> Recipe:
-    """Each view has its own size and flip; the strong one colour, geometry and erasing as well."""
+@AUGMENTATION_POLICY_REGISTRY.register()
+def SoftTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
+    """Each view has its own size and flip; the strong one color, geometry and erasing as well."""
     fill = _mean_rgb(cfg)
-    return Recipe(
+    return AugmentationPolicy(
         labeled=[[*resize_and_flip(cfg, is_train=True), OneColorOperation()]],
         weak=resize_and_flip(cfg, is_train=True),
         strong=[
@@ -81,14 +81,14 @@ def SoftTeacherRecipe(cfg: CfgNode) -> Recipe:
     )
 
 
-@RECIPE_REGISTRY.register()
-def StacRecipe(cfg: CfgNode) -> Recipe:
-    """As SoftTeacherRecipe, but the weak view is always the same: the image as in testing."""
-    return replace(SoftTeacherRecipe(cfg), weak=resize_and_flip(cfg, is_train=False))
+@AUGMENTATION_POLICY_REGISTRY.register()
+def StacPolicy(cfg: CfgNode) -> AugmentationPolicy:
+    """As SoftTeacherPolicy, but the weak view is always the same: the image as in testing."""
+    return replace(SoftTeacherPolicy(cfg), weak=resize_and_flip(cfg, is_train=False))
 
 
-@RECIPE_REGISTRY.register()
-def UnbiasedTeacherRecipe(cfg: CfgNode) -> Recipe:
+@AUGMENTATION_POLICY_REGISTRY.register()
+def UnbiasedTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
     """The strong view has the geometry of the weak one; labeled images are shown in both ways."""
     fill = _mean_rgb(cfg)
     appearance = [
@@ -100,13 +100,13 @@ def UnbiasedTeacherRecipe(cfg: CfgNode) -> Recipe:
         T.RandomApply(RandomErasing(fill, (1, 1), (0.02, 0.2), (0.05, 8.0)), prob=0.3),
     ]
     weak = resize_and_flip(cfg, is_train=True)
-    return Recipe(
+    return AugmentationPolicy(
         labeled=[weak, [*weak, *appearance]], weak=weak, strong=appearance, strong_on_weak=True
     )
 
 
 def _mean_rgb(cfg: CfgNode) -> Fill:
-    """The model's mean colour: after normalization it is zero, as the padding is."""
+    """The model's mean color: after normalization it is zero, as the padding is."""
     mean = [float(value) for value in cfg.MODEL.PIXEL_MEAN]
     first, second, third = mean if cfg.INPUT.FORMAT == "RGB" else mean[::-1]
     return first, second, third

@@ -1,0 +1,30 @@
+"""How much memory training needs, before it is started."""
+
+import torch
+from detectron2.modeling import build_model
+
+from locreweight.engine.memory_estimate import estimate_memory
+from tests.modeling.tiny_model import tiny_config
+
+
+def test_memory_of_the_models_is_counted_exactly():
+    cfg = tiny_config()
+    torch.manual_seed(0)
+    bytes_of_one = sum(p.numel() * 4 for p in build_model(cfg).parameters())
+    one = estimate_memory(cfg, [(64, 64)], num_gpus=1)
+    assert one.models == 4 * bytes_of_one  # student, teacher, gradients, momentum
+    assert estimate_memory(cfg, [(64, 64)], num_gpus=2).models == 5 * bytes_of_one
+    stac = tiny_config({"SEMI.METHOD": "Stac"})
+    assert estimate_memory(stac, [(64, 64)], num_gpus=1).models == 5 * bytes_of_one
+
+
+def test_memory_grows_with_batch_views_and_size():
+    settings = {"SOLVER.IMS_PER_BATCH": 2, "SOLVER.IMS_PER_BATCH_UNLABELED": 6}
+    plain = estimate_memory(tiny_config(settings), [(64, 64)], num_gpus=1)
+    assert plain.images == 8
+    assert estimate_memory(tiny_config(settings), [(64, 64)], num_gpus=2).images == 4
+    two_views = tiny_config(settings | {"INPUT.AUGMENTATION_POLICY": "UnbiasedTeacherPolicy"})
+    assert estimate_memory(two_views, [(64, 64)], num_gpus=1).images == 10
+    large = {"INPUT.MIN_SIZE_TRAIN": [128, 128], "INPUT.MAX_SIZE_TRAIN": 128}
+    larger = estimate_memory(tiny_config(settings | large), [(64, 64)], num_gpus=1)
+    assert 2 < larger.per_image / plain.per_image < 5  # four times the pixels, the same proposals

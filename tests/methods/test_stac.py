@@ -1,0 +1,49 @@
+"""A method whose pseudo-labels come from a teacher that stays as it was after burn-in (STAC)."""
+
+import torch
+
+from tests.engine.tiny_training import copy_of, recorded_training, same
+
+STAC = {
+    "SEMI.METHOD": "Stac",
+    "SEMI.EMA_KEEP_RATE": 0.0,
+    "INPUT.AUGMENTATION_POLICY": "StacPolicy",
+    "SEMI.BURN_IN_ITERS": 2,
+    "SOLVER.MAX_ITER": 5,
+    "SOLVER.CHECKPOINT_PERIOD": 4,
+}
+
+
+def test_the_labeler_is_the_student_at_the_end_of_burn_in_and_stays(make_trainer):
+    trainer = make_trainer(STAC)
+    record = recorded_training(trainer)
+    assert same(copy_of(trainer.pseudo_labeler), record.students[1])
+    assert not same(record.students[1], record.students[2])
+    # With a keep rate of 0 the student is the result.
+    assert all(same(a, b) for a, b in zip(record.students, record.teachers, strict=True))
+
+
+def test_a_resumed_run_has_the_same_labeler(make_trainer):
+    trainer = make_trainer(STAC)
+    recorded_training(trainer)
+    resumed = make_trainer(STAC | {"SOLVER.MAX_ITER": 6}, resume=True)
+    assert same(copy_of(resumed.pseudo_labeler), copy_of(trainer.pseudo_labeler))
+    assert not same(copy_of(resumed.pseudo_labeler), copy_of(resumed.student))
+
+
+def test_without_burn_in_the_labeler_has_the_weights_that_training_starts_from(
+    make_trainer, tmp_path
+):
+    source = recorded_training(make_trainer({"SEMI.BURN_IN_ITERS": 4})).students[-1]
+    torch.save({"model": source}, tmp_path / "start.pth")
+    trainer = make_trainer(
+        STAC | {"SEMI.BURN_IN_ITERS": 0, "MODEL.WEIGHTS": str(tmp_path / "start.pth")}
+    )
+    record = recorded_training(trainer)
+    assert same(copy_of(trainer.pseudo_labeler), source)
+    assert not same(record.students[-1], source)
+
+
+def test_other_methods_have_no_second_model(make_trainer):
+    trainer = make_trainer({})
+    assert trainer.pseudo_labeler is trainer.teacher
