@@ -28,7 +28,7 @@ def project(tmp_path):
         ),
         ({"SEMI.METHOD": "Nobody"}, "unknown SEMI.METHOD 'Nobody'"),
         ({"INPUT.AUGMENTATION_POLICY": "Nobody"}, "unknown INPUT.AUGMENTATION_POLICY 'Nobody'"),
-        ({"SOLVER.REFERENCE_WORLD_SIZE": 3}, "SOLVER.IMS_PER_BATCH = 4 cannot be shared equally"),
+        ({"SOLVER.REFERENCE_WORLD_SIZE": 3}, "SOLVER.IMS_PER_BATCH = 4 cannot be divided equally"),
     ],
     ids=str,
 )

@@ -1,5 +1,9 @@
-"""The one exception for everything that a user can put right: data, config, command line."""
+"""The error type for mistakes that the user can fix."""
 
 
 class UsageError(ValueError):
-    """Says which file, key or image is at fault and the way out; the command line shows just it."""
+    """Error with a message for the user, such as a wrong config key or a damaged file.
+
+    The message names the file, key or image and says how to fix it. The command line prints the
+    message without a traceback.
+    """
