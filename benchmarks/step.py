@@ -57,7 +57,7 @@ def break_down(size: Size, repeats: int, options: list[str]) -> None:
         (trainer.model, "forward", "student: forward"),
         (torch.Tensor, "backward", "student: backward"),
         (trainer.optimizer.grad_scaler, "unscale_", "optimizer: check of gradients"),
-        (trainer.optimizer.optimizer, "step", "optimizer: update"),
+        (trainer.optimizer.torch_optimizer, "step", "optimizer: update"),
         (trainer._average, "update", "teacher: moving average"),
     ]
     for owner, attribute, name in monitored:

@@ -54,7 +54,7 @@ def uninterrupted(datasets, settings, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "PERIOD", 3)
         trainer = build_trainer(training_config(datasets, folder, settings))
-        return folder, recorded_training(trainer), trainer.optimizer.optimizer.state_dict()
+        return folder, recorded_training(trainer), trainer.optimizer.torch_optimizer.state_dict()
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         assert all(same(a, b) for a, b in zip(mine, reference[iterations:], strict=True))
     momenta, expected = (
         {n: s["momentum_buffer"] for n, s in state["state"].items()}
-        for state in (trainer.optimizer.optimizer.state_dict(), optimizer)
+        for state in (trainer.optimizer.torch_optimizer.state_dict(), optimizer)
     )
     assert same(momenta, expected)
     assert metrics_of(tmp_path) == metrics_of(folder)
@@ -230,7 +230,7 @@ def test_resuming_restores_both_models_and_the_optimizer(
     assert same(copy_of(trainer.teacher), whole.teachers[4])
     assert not same(whole.students[4], whole.teachers[4])
     momenta = [
-        s["momentum_buffer"] for s in trainer.optimizer.optimizer.state_dict()["state"].values()
+        s["momentum_buffer"] for s in trainer.optimizer.torch_optimizer.state_dict()["state"].values()
     ]
     assert momenta and all(m.any() for m in momenta[:1])
 

@@ -140,7 +140,7 @@ class Recorder(HookBase):
         self.trainer.student.register_forward_pre_hook(note)
 
     def before_step(self) -> None:
-        self.rates.append(self.trainer.optimizer.optimizer.param_groups[0]["lr"])
+        self.rates.append(self.trainer.optimizer.torch_optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:
         self.students.append(copy_of(self.trainer.student))
