@@ -147,8 +147,8 @@ def result_of(folder: Path) -> dict[str, object]:
         result[f"{name} teacher"] = content["model"]
         result[f"{name} student"] = content["student"]
         result[f"{name} momentum"] = {str(i): s["momentum_buffer"] for i, s in optimizer.items()}
-        hooks = {k: v for k, v in trainer["hooks"].items() if k != "ResumableWriter"}
-        result[f"{name} history"] = trainer["hooks"]["ResumableWriter"]["history"]
+        hooks = {k: v for k, v in trainer["hooks"].items() if k != "metrics"}
+        result[f"{name} history"] = trainer["hooks"]["metrics"]["history"]
         result[f"{name} rest"] = [trainer["optimizer"]["param_groups"], hooks] + [
             trainer[key] for key in ("iteration", "seed", "grad_scaler", "skipped_steps")
         ]

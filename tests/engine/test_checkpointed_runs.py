@@ -241,7 +241,7 @@ def test_scores_of_numpy_do_not_keep_a_checkpoint_from_being_read(
     make_trainer(settings | {"SOLVER.MAX_ITER": 2}).train()
     content = torch.load(tmp_path / "model_best.pth", weights_only=True)
     hooks = content["trainer"]["hooks"]
-    assert hooks["ResumableBestCheckpointer"]["best_metric"] == 12.5
+    assert hooks["best_model"]["best_metric"] == 12.5
 
 
 def test_a_run_keeps_as_many_as_configured_also_when_resumed(make_trainer, tmp_path):

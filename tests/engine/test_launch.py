@@ -50,7 +50,7 @@ def test_devices_that_can_be(machine, device, gpus, processes):
 
 def test_more_processes_than_gpus_are_an_error_of_one_line(machine):
     machine(gpus=2)
-    with pytest.raises(SystemExit, match="error: 3 processes.*there are 2: --num-gpus 2"):
+    with pytest.raises(SystemExit, match="error: 3 processes.*there are 2: use --num-gpus 2"):
         launch(print, argument_parser().parse_args(["--num-gpus", "3"]))
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from locreweight.engine.output_lock import lock_output_dir
+from locreweight.engine.startup_checks import lock_output_dir
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import TRAINING, make_datasets
 from tests.modeling.tiny_model import ROOT, TINY, as_options
@@ -13,7 +13,7 @@ from tests.modeling.tiny_model import ROOT, TINY, as_options
 HOLD = """
 import multiprocessing, sys, time
 from pathlib import Path
-from locreweight.engine.output_lock import lock_output_dir
+from locreweight.engine.startup_checks import lock_output_dir
 lock_output_dir(Path(sys.argv[1]))
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
 worker.start()
@@ -61,7 +61,7 @@ def test_the_holder_may_claim_again_and_still_holds(tmp_path):
     for _ in range(2):
         lock_output_dir(tmp_path / "new/folder")
     other = "import sys; from pathlib import Path\n"
-    other += "from locreweight.engine.output_lock import lock_output_dir; lock_output_dir(Path(sys.argv[1]))"
+    other += "from locreweight.engine.startup_checks import lock_output_dir; lock_output_dir(Path(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", other, str(tmp_path / "new/folder")], capture_output=True, text=True
     )

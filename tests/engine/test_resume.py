@@ -172,7 +172,7 @@ def assert_ends_alike(folder, reference):
         assert same(mine["model"], theirs["model"]), name
         assert same(mine["student"], theirs["student"]), name
         hooks, expected = (x["trainer"]["hooks"] for x in (mine, theirs))
-        assert hooks["ResumableBestCheckpointer"] == expected["ResumableBestCheckpointer"]
+        assert hooks["best_model"] == expected["best_model"]
 
 
 @pytest.mark.parametrize("evaluation", [1, 2])
