@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.tiny_training import TRAINING, logging_of_its_own, make_datasets
+from tests.engine.tiny_training import TRAINING, restored_loggers_and_signals, make_datasets
 from tests.modeling.tiny_model import TINY, as_options
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def error_of(*arguments: str) -> str:
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(SystemExit) as exit_,
-        logging_of_its_own(),
+        restored_loggers_and_signals(),
     ):
         patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import soak
-from tests.engine.tiny_training import build_trainer, logging_of_its_own, training_config
+from tests.engine.tiny_training import build_trainer, restored_loggers_and_signals, training_config
 
 LAUNCHED = ([], "--num-gpus", "2", "--dist-url", "auto")
 TORCHRUN = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],)
@@ -54,7 +54,7 @@ def test_a_process_that_is_killed_loses_nothing(run, datasets, tmp_path):
     """In training, while it writes a checkpoint, and in its last evaluation."""
     whole = tmp_path / "whole"
     settings = soak.SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]}
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         build_trainer(training_config(datasets, whole, settings)).train()
 
     process, trains = run(), soak.said(tmp_path, "iter: 19")

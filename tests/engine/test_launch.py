@@ -8,7 +8,7 @@ from torch import distributed
 
 from locreweight.engine import argument_parser, check_device, launch
 from locreweight.errors import UsageError
-from tests.engine.tiny_training import logging_of_its_own
+from tests.engine.tiny_training import restored_loggers_and_signals
 
 
 @pytest.fixture
@@ -62,5 +62,5 @@ def test_torchruns_processes_are_counted_too(machine, monkeypatch):
     monkeypatch.setattr(module, "_prctl_pr_set_pdeathsig", lambda _: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     told = pytest.raises(SystemExit, match="error: 2 processes.*there are 1")
-    with logging_of_its_own(), told:
+    with restored_loggers_and_signals(), told:
         launch(print, argument_parser().parse_args([]))

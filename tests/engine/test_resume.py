@@ -17,7 +17,7 @@ from locreweight.engine.evaluation import evaluate_teacher_and_student
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
-    logging_of_its_own,
+    restored_loggers_and_signals,
     recorded_training,
     same,
     training_config,
@@ -137,7 +137,7 @@ def stop_request(monkeypatch):
     request = preemption.StopRequest()
     for module in (resumable, trainer_module):
         monkeypatch.setattr(module, "STOP_REQUEST", request)
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         request.listen()
         yield request
 

@@ -28,15 +28,15 @@ def of_this_package(waits):
 
 
 @pytest.mark.parametrize("name", ["LocReweight", "ShuffledLocReweight", "SoftTeacher", "float16"])
-def test_a_step_waits_for_what_it_has_to_know(on_a_device, name):
+def test_a_step_waits_for_what_it_has_to_know(device_results, name):
     """Of both streams in mutual learning; and for what was measured where the log is written."""
-    found = on_a_device[name]
+    found = device_results[name]
     assert of_this_package(found["burn_in"]) == {FOREGROUND: 1}
     assert of_this_package(found["mutual"]) == LOG | PSEUDO_LABELS | {FOREGROUND: 2}
 
 
-def test_nobody_waits_for_boxes_that_are_not_regressed(on_a_device):
-    mutual = of_this_package(on_a_device["UnbiasedTeacher"]["mutual"])
+def test_nobody_waits_for_boxes_that_are_not_regressed(device_results):
+    mutual = of_this_package(device_results["UnbiasedTeacher"]["mutual"])
     assert mutual == LOG | PSEUDO_LABELS | {FOREGROUND: 1}
 
 

@@ -17,7 +17,7 @@ from locreweight.methods.base import AboveThreshold
 from tests.engine.tiny_training import (
     Recorder,
     copy_of,
-    found_as_truth,
+    detections_as_ground_truth,
     training_config,
 )
 
@@ -67,7 +67,7 @@ def train(datasets: dict, folder: Path) -> None:
 
     solved = folder / "solved.json"
     if comm.is_main_process():
-        found_as_truth(trainer.teacher, datasets["DATASETS.TEST"][0], solved)
+        detections_as_ground_truth(trainer.teacher, datasets["DATASETS.TEST"][0], solved)
     comm.synchronize()
     images = datasets["DATASETS.TEST"][0].rpartition(":")[2]
     test_cfg = training_config(datasets, folder, {"DATASETS.TEST": [f"coco:{solved}:{images}"]})
