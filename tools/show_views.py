@@ -127,8 +127,8 @@ def show_views(
     samples = {}
     for index in tqdm(range(len(monitored)), desc="views", disable=None):
         sample = monitored[index].views
-        if sample.unread:
-            raise UnreadableImage(sample.unread[0])
+        if sample.read_errors:
+            raise UnreadableImage(sample.read_errors[0])
         samples[sample.file_name] = sample
     rows = []
     for record in {record["file_name"]: record for record in records}.values():

@@ -33,13 +33,13 @@ class UnlabeledSample:
     """The two views of one unlabeled image.
 
     Attributes:
-        unread: for each image that was drawn before but could not be read, why.
+        read_errors: one message for each image that was drawn first but could not be read.
     """
 
     file_name: str
     weak: View
     strong: View
-    unread: tuple[str, ...] = ()
+    read_errors: tuple[str, ...] = ()
 
 
 def matrix_of(transforms: T.TransformList, image_size: tuple[int, int]) -> Tensor:
