@@ -45,9 +45,9 @@ def records_of(folder):
     return [{**record, "annotations": [dict(box)]} for record in load_folder(str(folder))]
 
 
-def config(recipe="SoftTeacherPolicy"):
+def config(policy="SoftTeacherPolicy"):
     sizes = ["INPUT.MIN_SIZE_TRAIN", "(24, 48)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"]
-    return load_config("", ["INPUT.AUGMENTATION_POLICY", recipe, *sizes])
+    return load_config("", ["INPUT.AUGMENTATION_POLICY", policy, *sizes])
 
 
 def dataset_of(records, labeled=3, seed=7, mapper=None):
@@ -200,7 +200,7 @@ class TestDraws:
     def test_weak_and_strong_are_drawn_independently(self, folder):
         recipe = build_augmentation_policy(config())
         mapper = ViewMapper(
-            recipe=dataclasses.replace(recipe, strong=recipe.weak), image_format="BGR"
+            policy=dataclasses.replace(recipe, strong=recipe.weak), image_format="BGR"
         )
         samples = self.matrices(dataset_of(records_of(folder), mapper=mapper), 16)
         scales = [[abs(v.matrix[0, 0].item()) for v in (s.weak, s.strong)] for s in samples]
@@ -217,7 +217,7 @@ class TestDraws:
     def test_streams_differ(self, folder):
         records = records_of(folder)[:1]
         weak = build_augmentation_policy(config()).weak
-        mapper = ViewMapper(recipe=AugmentationPolicy([weak], weak, []), image_format="BGR")
+        mapper = ViewMapper(policy=AugmentationPolicy([weak], weak, []), image_format="BGR")
         dataset = StreamDataset(records, records, mapper, seed=7)
         shapes = [
             (
@@ -251,7 +251,7 @@ class TestDraws:
 
         recipe = AugmentationPolicy([[]], [Draw()], [])
         dataset = dataset_of(
-            records_of(folder), mapper=ViewMapper(recipe=recipe, image_format="RGB")
+            records_of(folder), mapper=ViewMapper(policy=recipe, image_format="RGB")
         )
         drawn = []
         for index in (0, 1, 0):

@@ -17,7 +17,7 @@ _MAX_NAMED = 1000  # log at most this many files by name
 
 
 class UnreadableImageCounter:
-    """Count unreadable unlabeled images, log each file once, and stop training if there are too many.
+    """Count unreadable unlabeled images, log each file once, and raise if there are too many.
 
     Counts start at zero when the process starts. A single file never stops training, and neither
     does any share of the first :data:`MIN_DRAWN` images, unless ``max_share`` is 0.
