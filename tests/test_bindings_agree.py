@@ -166,7 +166,7 @@ def reference_step(case, threshold, literal, beta, monkeypatch):
     )
     models = []
     for layers, calls in zip(case.layers, (case.student, case.teacher), strict=True):
-        model = reference.Predictor(NUM_CLASSES, settings).to(reference.DEVICE)
+        model = reference.Detector(NUM_CLASSES, settings).to(reference.DEVICE)
         model.rpn = ReferenceProposer(calls)
         model.roi_heads.box_roi_pool, model.roi_heads.box_head = case.pooler, nn.Identity()
         for name in BRANCHES:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.engine.tiny_training import build_trainer, make_datasets, training_config
+from tests.tools.conftest import run  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="session")

@@ -234,7 +234,9 @@ def test_scores_of_numpy_do_not_keep_a_checkpoint_from_being_read(
     def evaluate_teacher_and_student(*_, **__):
         return {"bbox": {"AP": np.float64(12.5)}, "student": {"bbox": {"AP": np.float32(10)}}}
 
-    monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
+    monkeypatch.setattr(
+        trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student
+    )
     settings = {"DATASETS.TEST": datasets["DATASETS.TEST"], "TEST.EVAL_PERIOD": 1}
     make_trainer(settings | {"SOLVER.MAX_ITER": 2}).train()
     content = torch.load(tmp_path / "model_best.pth", weights_only=True)

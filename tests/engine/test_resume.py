@@ -136,7 +136,7 @@ def stop_request(monkeypatch):
     """A new one, which listens."""
     request = preemption.StopRequest()
     for module in (resumable, trainer_module):
-        monkeypatch.setattr(module, "STOP", request)
+        monkeypatch.setattr(module, "STOP_REQUEST", request)
     with logging_of_its_own():
         request.listen()
         yield request
@@ -155,7 +155,7 @@ def test_a_signal_lets_the_step_end_and_loses_nothing(
     assert stopped.value.code == 75
     assert (tmp_path / "last_checkpoint").read_text() == "model_resume.pth"
     for module in (resumable, trainer_module):
-        monkeypatch.setattr(module, "STOP", preemption.StopRequest())
+        monkeypatch.setattr(module, "STOP_REQUEST", preemption.StopRequest())
     resumed = make_trainer(settings, resume=True)
     assert resumed.start_iter == at + 1
     resumed.train()
@@ -192,7 +192,7 @@ def test_an_evaluation_that_was_stopped_is_done_after_all(
 
     settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 1000}
     with monkeypatch.context() as patch, pytest.raises(how):
-        patch.setattr(trainer_module, "evaluate_both", stopped)
+        patch.setattr(trainer_module, "evaluate_teacher_and_student", stopped)
         make_trainer(settings).train()
     resumed = make_trainer(settings, resume=True)
     assert resumed.start_iter == 4 * evaluation
@@ -322,7 +322,9 @@ def scripted(datasets, make_trainer, monkeypatch):
             result = {"bbox": {"AP": next(remaining)}}
             return {**result, "student": result}
 
-        monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
+        monkeypatch.setattr(
+            trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student
+        )
         trainer = make_trainer(
             {
                 "DATASETS.TEST": datasets["DATASETS.TEST"],

@@ -198,7 +198,9 @@ def test_while_both_models_are_alike_they_are_evaluated_once(
         alike_each_time.append(alike)
         return {"bbox": {"AP": 1.0}}
 
-    monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
+    monkeypatch.setattr(
+        trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student
+    )
     make_trainer(
         {
             "DATASETS.TEST": datasets["DATASETS.TEST"],

@@ -17,7 +17,7 @@ PSEUDO_LABELS = {
     "inference: index": 2,
     # which detections are pseudo-labels, and which of them are in sight.
     "select_pseudo_labels: nonzero": 2,
-    "to_strong_view: nonzero": 2,
+    "project_to_strong_view: nonzero": 2,
 }
 
 

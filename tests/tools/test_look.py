@@ -181,7 +181,7 @@ def test_exported_pseudo_labels_are_a_coco_data_set(run, call, tmp_path):
     assert len(annotations) == sum(len(record["annotations"]) for record in records)
 
 
-@pytest.mark.parametrize(("measures_quality", "expected"), [(True, 0.25), (False, None)])
+@pytest.mark.parametrize(("has_localization_quality", "expected"), [(True, 0.25), (False, None)])
 def test_a_quality_that_no_detector_learned_is_not_exported(
     tmp_path, has_localization_quality, expected
 ):
