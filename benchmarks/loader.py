@@ -30,11 +30,15 @@ from tabulate import tabulate
 from benchmarks.plain_pillow import MAX_SIZE, PILLOW_COLOURS, PlainPillow, Stopwatch
 from benchmarks.timing import environment
 from locreweight.config import load_config
-from locreweight.data.image_io import SPARE, SizeLimit, read_for_training
+from locreweight.data.image_io import MIN_OVERSAMPLING, SizeLimit, read_for_training
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.transforms import color_ops as colors
-from locreweight.data.transforms.fast_transforms import FastInput, channels_first, resized
-from locreweight.data.transforms.views import matrix_of
+from locreweight.data.transforms.fast_transforms import (
+    FastAugInput,
+    channels_first,
+    resize_bilinear,
+)
+from locreweight.data.transforms.views import affine_matrix
 
 # (name, height and width of the files, range of the short side of a view)
 SETTINGS = [
@@ -69,8 +73,8 @@ COLOUR_NAMES = (
 STAGES = {
     "ResizeShortestEdge": "resize",
     "RandomFlip": "flip",
-    "OneColorOperation": "color",
-    "RandomGeometry": "geometry",
+    "RandomColorOperation": "color",
+    "RandomGeometricOperation": "geometry",
     "RandomErasing": "erase",
 }
 
@@ -86,15 +90,15 @@ class OursByStage:
         with watch("decode"):
             source = read_for_training(file, self.limit)
         shared: dict = {}
-        for view in (self.mapper.recipe.weak, self.mapper.recipe.strong):
-            given, transforms = FastInput(source.pixels, shared), []
+        for view in (self.mapper.policy.weak, self.mapper.policy.strong):
+            given, transforms = FastAugInput(source.pixels, shared), []
             for augmentation in view:
                 with watch(STAGES[type(augmentation).__name__]):
                     transforms.append(augmentation(given))
             with watch("to tensor"):
                 channels_first(given.image, "BGR")
             with watch("matrix"):
-                matrix_of(source.scaling + T.TransformList(transforms), source.shape)
+                affine_matrix(source.scaling + T.TransformList(transforms), source.shape)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -108,7 +112,7 @@ def compare(files: list[str], short_sides: tuple[int, int], rounds: int) -> tupl
     options = ["INPUT.MIN_SIZE_TRAIN", str(short_sides), "INPUT.MAX_SIZE_TRAIN", str(MAX_SIZE)]
     options += ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.REDUCED_DECODING"]
     whole, reduced = (ViewMapper(load_config("", [*options, on])) for on in ("False", "True"))
-    plain = PlainPillow(short_sides, whole.recipe.strong[-1].fill)
+    plain = PlainPillow(short_sides, whole.policy.strong[-1].fill)
     staged = OursByStage(whole, SizeLimit())
     contestants: dict[str, Callable[[str], object]] = {
         "plain": lambda file: plain.two_views(file, Stopwatch()),
@@ -171,7 +175,7 @@ def color_rows(image: np.ndarray, rounds: int) -> list[list]:
 def reduction_rows(files: list[str]) -> list[list]:
     """What decoding at a reduced scale changes in a view, and what other filters would change.
 
-    The least favourable size of view is taken: ``SPARE`` pixels are decoded for one.
+    The least favourable size of view is taken: ``MIN_OVERSAMPLING`` pixels are decoded for one.
     """
     rows = []
     for reduction in (2, 4, 8):
@@ -181,13 +185,13 @@ def reduction_rows(files: list[str]) -> list[list]:
             # Only images that reduce without a remainder.
             if whole.shape[0] % reduction or whole.shape[1] % reduction:
                 continue
-            height, width = (int(side / reduction / SPARE) for side in whole.shape[:2])
+            height, width = (int(side / reduction / MIN_OVERSAMPLING) for side in whole.shape[:2])
             short, long = min(height, width), max(height, width)
             small = read_for_training(file, SizeLimit(short, long)).pixels
             assert small.shape[0] == whole.shape[0] // reduction
             expected = pillow_resize(whole, height, width, Image.Resampling.BILINEAR)
             others = {
-                "reduced decoding": resized(small, height, width),
+                "reduced decoding": resize_bilinear(small, height, width),
                 "bicubic": pillow_resize(whole, height, width, Image.Resampling.BICUBIC),
                 "area": cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA),
                 "no smoothing": cv2.resize(whole, (width, height)),
@@ -281,12 +285,12 @@ def run(folder: Path, images: Path | None, count: int, rounds: int) -> None:
         table = [[s, stages.get(("plain", s)), stages.get(("ours", s))] for s in order]
         print(f"\nBy stage, in milliseconds, {name}")
         print(tabulate(table, ["stage", "Pillow", "ours"], floatfmt=".2f"))
-    image = resized(read_image(small[0], "RGB"), 800, 1066)
+    image = resize_bilinear(read_image(small[0], "RGB"), 800, 1066)
     print("\nColor operations on 1066x800, in milliseconds")
     print(tabulate(color_rows(image, 5 * rounds), ["operation", "Pillow", "ours"], floatfmt=".2f"))
     print("\nDifference of a view to whole decoding and Pillow's bilinear, in levels of 255")
     for kind, files in (("small", small), ("large", large)):
-        print(f"\n{kind} images, {SPARE} decoded pixels for one of the view")
+        print(f"\n{kind} images, {MIN_OVERSAMPLING} decoded pixels for one of the view")
         headers = ["decoded", "what else", "mean", "PSNR, dB"]
         print(tabulate(reduction_rows(files), headers, floatfmt=".2f"))
 

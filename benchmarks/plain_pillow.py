@@ -12,7 +12,7 @@ import torch
 from detectron2.data import transforms as T
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from locreweight.data.transforms.augmentations import RandomErasing, RandomGeometry
+from locreweight.data.transforms.augmentations import RandomErasing, RandomGeometricOperation
 
 MAX_SIZE = 1333  # of a view's long side
 PILLOW_COLOURS: list[Callable[[Image.Image, float], Image.Image]] = [
@@ -47,7 +47,7 @@ class PlainPillow:
     def __init__(self, short_sides: tuple[int, int], fill: tuple[float, float, float]) -> None:
         self.short_sides = short_sides
         self.fill = fill
-        self.geometry = RandomGeometry(fill)
+        self.geometry = RandomGeometricOperation(fill)
         self.erasing = RandomErasing(fill)
 
     def two_views(self, file: str, watch: Stopwatch) -> list[torch.Tensor]:

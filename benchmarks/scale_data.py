@@ -16,7 +16,7 @@ from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 from locreweight.config import load_config
-from locreweight.data.loader import Position, Stream, StreamDataset
+from locreweight.data.loader import Stream, StreamDataset, StreamPosition
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.training_sets import load_training_sets, register_datasets
 
@@ -64,8 +64,8 @@ def of_stream(cfg: CfgNode, stream: Stream) -> Source:
     size = len(sets.labeled if stream is Stream.LABELED else sets.unlabeled)
     return Source(
         size,
-        lambda number: dataset[Position(stream, number)],
-        lambda number: dataset.record(Position(stream, number)),
+        lambda number: dataset[StreamPosition(stream, number)],
+        lambda number: dataset.record(StreamPosition(stream, number)),
     )
 
 
