@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
 
-from ...errors import UsageError
+from ...errors import get_registered
 from .augmentations import (
     ColorJitter,
     Fill,
@@ -28,7 +28,7 @@ from .augmentations import (
     resize_and_flip,
 )
 
-AUGMENTATION_POLICY_REGISTRY = Registry("RECIPE")
+AUGMENTATION_POLICY_REGISTRY = Registry("AUGMENTATION_POLICY")
 AUGMENTATION_POLICY_REGISTRY.__doc__ = "Functions from a config to a :class:`AugmentationPolicy`."
 
 
@@ -56,13 +56,8 @@ def build_augmentation_policy(cfg: CfgNode) -> AugmentationPolicy:
     Raises:
         UsageError: for an unknown name.
     """
-    known = [name for name, _ in AUGMENTATION_POLICY_REGISTRY]
-    if cfg.INPUT.AUGMENTATION_POLICY not in known:
-        raise UsageError(
-            f"unknown INPUT.AUGMENTATION_POLICY {cfg.INPUT.AUGMENTATION_POLICY!r}; known are {', '.join(known)}, and what "
-            "you register in AUGMENTATION_POLICY_REGISTRY"
-        )
-    return AUGMENTATION_POLICY_REGISTRY.get(cfg.INPUT.AUGMENTATION_POLICY)(cfg)
+    key, name = "INPUT.AUGMENTATION_POLICY", cfg.INPUT.AUGMENTATION_POLICY
+    return get_registered(AUGMENTATION_POLICY_REGISTRY, key, name)(cfg)
 
 
 @AUGMENTATION_POLICY_REGISTRY.register()
