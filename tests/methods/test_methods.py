@@ -24,6 +24,7 @@ from locreweight.methods import (
     SemiSupervisedMethod,
     build_method,
 )
+from locreweight.methods.base import to_pseudo_labels
 from locreweight.methods.loc_reweight import LocReweight
 from locreweight.methods.shuffled_loc_reweight import shuffle_within_groups
 from locreweight.methods.soft_teacher import SoftTeacher, regress_boxes
@@ -85,6 +86,46 @@ def expected_box_losses(proposals, coding, class_agnostic, beta):
             expected = coded(coding, proposal, target)
             pairs = zip(predicted, expected, strict=True)
             yield row, sum(smooth_l1(a - b, beta) for a, b in pairs)
+
+
+# Parts that methods share
+
+
+def detections_with(scores):
+    count = len(scores)
+    boxes = [[float(i), 0, i + 10, 10] for i in range(count)]
+    return Instances(
+        (64, 64),
+        pred_boxes=Boxes(torch.tensor(boxes).reshape(-1, 4)),
+        scores=torch.tensor(scores),
+        pred_classes=torch.arange(count) % K,
+        localization_quality=torch.arange(count) / 100,
+    )
+
+
+def test_pseudo_labels_have_scores_above_the_threshold_and_not_equal_to_it():
+    labels = to_pseudo_labels(detections_with([0.81, 0.8, 0.79, 0.9]), 0.8)
+    assert labels.gt_classes.tolist() == [0, 0]
+    assert labels.gt_boxes.tensor[:, 0].tolist() == [0.0, 3.0]
+    assert_close(labels.gt_localization_quality, torch.tensor([0.0, 0.03]))
+    assert_close(labels.gt_score, torch.tensor([0.81, 0.9]))
+    assert labels.get_fields().keys() == {
+        *("gt_boxes", "gt_classes", "gt_localization_quality", "gt_score")
+    }
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.2], []])
+def test_pseudo_labels_can_be_empty(scores):
+    assert len(to_pseudo_labels(detections_with(scores), 0.8)) == 0
+
+
+def test_matched_gt_field_is_zero_in_an_image_without_pseudo_labels():
+    with_labels = Instances((8, 8), gt_classes=torch.tensor([0, 1]))
+    with_labels.gt_localization_quality = torch.tensor([0.1, 0.4])
+    without = Instances((8, 8), gt_classes=torch.tensor([K]))
+    proposals = SampledProposals([with_labels, without], None, None, None)
+    quality = proposals.matched_gt_field("gt_localization_quality")
+    assert_close(quality, torch.tensor([0.1, 0.4, 0.0]))
 
 
 # LER and PRC
@@ -344,11 +385,7 @@ def test_build_method_lists_the_known_names():
 
 @pytest.mark.parametrize("name", ["LocReweight", "Stac", "UnbiasedTeacher"])
 def test_pseudo_labels_are_the_detections_above_the_threshold(name):
-    detections = Instances(
-        (8, 8), pred_boxes=Boxes(torch.rand(3, 4)), scores=torch.tensor([0.9, 0.7, 0.6])
-    )
-    detections.pred_classes = torch.arange(3)
-    detections.localization_quality = torch.rand(3)
+    detections = detections_with([0.9, 0.7, 0.6])
     method = make_method(name, **{"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
     (labels,) = method.select_pseudo_labels(None, SimpleNamespace(detections=[detections]))
     assert labels.gt_score.tolist() == pytest.approx([0.9, 0.7])

@@ -9,7 +9,8 @@ Differences from the paper:
 
 - STAC trains its teacher to the end of a separate schedule. Here burn-in trains the teacher, so
   ``SEMI.BURN_IN_ITERS`` has to be long enough.
-- The student continues from the weights at the end of burn-in. STAC starts it from ImageNet weights.
+- The student continues from the weights at the end of burn-in. STAC starts it from ImageNet
+  weights.
 - Boxes are not augmented one by one. The strong view uses Soft Teacher's operations.
 - Labeled images get one color operation, as in all methods here. STAC only resizes and flips them.
   Image sizes are those of the config, not 500 to 800 pixels.

@@ -1,9 +1,9 @@
 """Unbiased Teacher: no box loss on pseudo-labels, because scores do not measure localization.
 
 Liu et al., "Unbiased Teacher for Semi-Supervised Object Detection" (2021). Set
-``SEMI.RPN_BOX_LOSS False`` as well: the RPN has no box loss on pseudo-labels either. The focal loss,
-which also applies to labeled images, is ``MODEL.ROI_BOX_HEAD.FOCAL_GAMMA``. The augmentations are
-``INPUT.AUGMENTATION_POLICY UnbiasedTeacherPolicy``.
+``SEMI.RPN_BOX_LOSS False`` as well: the RPN has no box loss on pseudo-labels either. The focal
+loss, which also applies to labeled images, is ``MODEL.ROI_BOX_HEAD.FOCAL_GAMMA``. The augmentations
+are ``INPUT.AUGMENTATION_POLICY UnbiasedTeacherPolicy``.
 
 Differences from the paper. All but the last keep the comparison with the other methods fair:
 
