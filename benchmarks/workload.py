@@ -11,7 +11,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -192,10 +192,8 @@ class Step:
         self.trainer = trainer = SemiSupervisedTrainer(cfg)
         for model in (trainer.student, trainer.teacher):
             model.load_state_dict(weights, strict=False)
-        strategy = trainer.settings.strategy
-        given = Given(strategy.choose_pseudo_labels, size, trainer.device)
-        strategy = replace(strategy, choose_pseudo_labels=given)
-        trainer.settings = replace(trainer.settings, strategy=strategy)
+        method = trainer.settings.method
+        method.select_pseudo_labels = Given(method.select_pseudo_labels, size, trainer.device)
         trainer._batches = itertools.repeat(make_batch(size))
         trainer.storage = EventStorage()
         trainer.iter = 0

@@ -42,7 +42,7 @@ class StreamPosition(NamedTuple):
     """A position in a stream. Together with the seed, it determines the sample."""
 
     stream: Stream
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._average = MovingAverage(self.teacher, self.student)
         self._average.update(keep_rate=0.0)
         self.pseudo_labeler, frozen = self.teacher, {}
-        if self.settings.strategy.frozen_pseudo_labeler:
+        if self.settings.method.frozen_pseudo_labeler:
             self.pseudo_labeler = build_model(cfg).eval()
             frozen = {"pseudo_labeler": self.pseudo_labeler}
 
