@@ -86,9 +86,6 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # MODEL.WEIGHTS are read as numbers only. True: unpickle whatever the file holds, which can run
     # any code; for files of people you trust.
     cfg.MODEL.TRUST_WEIGHTS = False
-    # Frozen batch norm of the backbone becomes part of the convolution before it: the same numbers
-    # but for rounding, in less time. False: two operations, as Detectron2.
-    cfg.MODEL.FOLD_FROZEN_NORM = True
     # What the box branch predicts and Eq. 4 models: True: offsets of the two corners over the
     # proposal's width and height; False: Detectron2's (dx, dy, dw, dh). Both are multiplied with
     # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS (corners: with its first two numbers).
