@@ -28,7 +28,9 @@ def between_views(source: Tensor, target: Tensor) -> Tensor:
         try:
             return target @ torch.linalg.inv(source)
         except torch.linalg.LinAlgError as error:
-            raise ValueError(f"the matrix of the source view cannot be inverted: {source.tolist()}") from error
+            raise ValueError(
+                f"the matrix of the source view cannot be inverted: {source.tolist()}"
+            ) from error
 
 
 def warp_boxes(boxes: Tensor, matrix: Tensor, image_size: tuple[int, int]) -> Tensor:

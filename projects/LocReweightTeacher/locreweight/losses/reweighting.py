@@ -104,7 +104,7 @@ def quality_weighted_box_loss(
     Args:
         loss: ``(N, 4)`` unreduced box losses of the foreground proposals.
         quality: ``(N,)`` localization quality of the pseudo-label matched to each proposal.
-        num_foreground: number of foreground proposals; the sum is divided by it, or by 1 if it is 0.
+        num_foreground: number of foreground proposals. The sum is divided by it, at least by 1.
 
     Returns:
         Scalar; an exact zero that keeps the graph if there are no foreground proposals.

@@ -48,8 +48,8 @@ class FoldedConv2d(nn.Module):
 def fold_frozen_batchnorm(backbone: nn.Module) -> None:
     """Replace convolutions with frozen batch norm by :class:`FoldedConv2d`, in place.
 
-    Only the blocks of ResNets and similar networks are changed (``CNNBlockBase``). Other modules can
-    hold further references to their layers, such as the lists in Detectron2's ``FPN``.
+    Only the blocks of ResNets and similar networks (``CNNBlockBase``) are changed. Other modules
+    may hold further references to their layers, such as the lists in Detectron2's ``FPN``.
     """
     for block in backbone.modules():
         if isinstance(block, CNNBlockBase):
@@ -96,7 +96,9 @@ class ParallelROIAlign(ROIAlign):
 def parallelize_roi_align(level_poolers: nn.ModuleList) -> nn.ModuleList:
     """Convert the ``ROIAlign`` layers of a ``ROIPooler`` to :class:`ParallelROIAlign`."""
     return nn.ModuleList(
-        ParallelROIAlign(layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned)
+        ParallelROIAlign(
+            layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
+        )
         if type(layer) is ROIAlign
         else layer
         for layer in level_poolers
