@@ -33,7 +33,6 @@ def main() -> None:
         for name, floor, options in (
             ("floor: bare Detectron2", True, ()),
             ("step", False, tuple(args.opts)),
-            ("step, norms not folded", False, (*args.opts, "MODEL.FOLD_FROZEN_NORM", "False")),
         )
     }
     least = next(iter(costs.values()))

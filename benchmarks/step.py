@@ -3,7 +3,7 @@
 
     python -m benchmarks.step                          # R50-FPN, short side 640, 2 + 2 images
     python -m benchmarks.step --short-side 320 --repeats 7
-    python -m benchmarks.step MODEL.FOLD_FROZEN_NORM False
+    python -m benchmarks.step SEMI.METHOD SoftTeacher
 
 The floor is a student's forward and backward pass and a teacher's forward pass, and no more: no
 optimizer, no moving average, no second look. Beside it stand the passes over the detector that
@@ -52,7 +52,7 @@ def break_down(size: Size, repeats: int, options: list[str]) -> None:
     trainer = step.trainer
     clock = Clock(floor.device)
     monitored = [
-        (trainer.teacher, "look", "teacher: backbone, proposals, detections"),
+        (trainer.teacher, "detect", "teacher: backbone, proposals, detections"),
         (trainer.teacher, "predict_rois", "teacher: second look, for PRC"),
         (trainer.model, "forward", "student: forward"),
         (torch.Tensor, "backward", "student: backward"),

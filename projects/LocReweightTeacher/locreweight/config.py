@@ -115,9 +115,6 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Only numbers are read from MODEL.WEIGHTS. True: unpickle the whole file, which can run
     # arbitrary code; only for files from people you trust.
     cfg.MODEL.TRUST_WEIGHTS = False
-    # Fold the backbone's frozen batch norm into the convolution before it. The results are equal up
-    # to rounding, and a step takes less time. False: two operations, as in Detectron2.
-    cfg.MODEL.FOLD_FROZEN_NORM = True
     # Box coordinates that the box branch predicts and Eq. 4 models. True: corner offsets over the
     # proposal's width and height. False: Detectron2's (dx, dy, dw, dh). Both are multiplied by
     # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS; corners use its first two numbers.

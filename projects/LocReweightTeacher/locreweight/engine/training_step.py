@@ -2,8 +2,8 @@
 
 The teacher detects objects in the *weak* view of each unlabeled image. The method selects
 pseudo-labels from these detections, which are projected to the *strong* view. The student is
-trained on the labeled images and on the strong views. Some losses need the teacher's predictions for
-the student's proposals; for these, the proposals are projected back to the weak view.
+trained on the labeled images and on the strong views. Some losses need the teacher's predictions
+for the student's proposals; for these, the proposals are projected back to the weak view.
 
 All boxes are xyxy in absolute pixels of the view that is named.
 """

@@ -11,9 +11,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from .frozen_norm import fold_frozen_norms
+from .layers import fold_frozen_batchnorm
 from .output_layers import BoxPredictions
-from .roi_align import parallelize_roi_align
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         parts = super().from_config(cfg)
-        parallelize_roi_align(parts["roi_heads"])
-        if cfg.MODEL.FOLD_FROZEN_NORM:
-            fold_frozen_norms(parts["backbone"])
+        fold_frozen_batchnorm(parts["backbone"])
         return parts
 
     def forward(

@@ -8,6 +8,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor
 
+from .layers import parallelize_roi_align
 from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
 
 
@@ -18,6 +19,8 @@ class LocalizationAwareROIHeads(StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         parts = super()._init_box_head(cfg, input_shape)
+        pooler = parts["box_pooler"]
+        pooler.level_poolers = parallelize_roi_align(pooler.level_poolers)
         box_features = parts["box_head"].output_shape
         return parts | {"box_predictor": LocalizationAwareOutputLayers(cfg, box_features)}
 
