@@ -19,8 +19,8 @@ def datasets(tmp_path_factory):
 def make_trainer(datasets, tmp_path):
     """Builds trainers that share the test's output folder; ``resume`` continues an earlier one."""
 
-    def make(settings=None, resume=False):
-        return build_trainer(training_config(datasets, tmp_path, settings), resume=resume)
+    def make(settings=None, **how):
+        return build_trainer(training_config(datasets, tmp_path, settings), **how)
 
     return make
 

@@ -159,7 +159,9 @@ def main(folder: Path) -> None:
     results["everything"] = compare_everything(datasets, folder / "everything")
     answers = {name: answer(operation) for name, operation in OPERATIONS.items()}
     (folder / "answers.json").write_text(json.dumps(answers))
-    (folder / "results.json").write_text(json.dumps({name: asdict(r) for name, r in results.items()}))
+    (folder / "results.json").write_text(
+        json.dumps({name: asdict(r) for name, r in results.items()})
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from tests.checkpoint.test_files import full_disk, truncated_to
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
-    restored_loggers_and_signals,
     recorded_training,
+    restored_loggers_and_signals,
     same,
     training_config,
 )

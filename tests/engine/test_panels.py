@@ -85,7 +85,9 @@ def test_what_the_teacher_finds_is_measured_against_the_truth(make_trainer, tmp_
     json_file, images = make_coco(tmp_path / "unlabeled", images=4, seed=9)
     settings["DATASETS.UNLABELED"] = [f"folder:{images}"]
     teacher = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": ()}).teacher
-    truth = detections_as_ground_truth(teacher, f"coco:{json_file}:{images}", tmp_path / "truth.json")
+    truth = detections_as_ground_truth(
+        teacher, f"coco:{json_file}:{images}", tmp_path / "truth.json"
+    )
     trainer = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": [truth]})
     assert same(copy_of(trainer.teacher), copy_of(teacher))
     (hook,) = [h for h in trainer._hooks if isinstance(h, PseudoLabelPanels)]

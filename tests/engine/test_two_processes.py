@@ -157,5 +157,7 @@ def test_checkpoint_has_the_fields_of_one_process(folder, one_process):
             return type(value)
         return {key: fields(x) for key, x in value.items() if key != "history"}
 
-    one, two = (torch.load(f / "model_final.pth", weights_only=True) for f in (one_process[0], folder))
+    one, two = (
+        torch.load(f / "model_final.pth", weights_only=True) for f in (one_process[0], folder)
+    )
     assert fields(one) == fields(two)

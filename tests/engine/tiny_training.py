@@ -91,10 +91,12 @@ def detections_as_ground_truth(model, test_set: str, json_file: Path) -> str:
     return f"coco:{json_file}:{images}"
 
 
-def build_trainer(cfg, resume: bool = False) -> SemiSupervisedTrainer:
+def build_trainer(
+    cfg, resume: bool = False, trainer_class: type[SemiSupervisedTrainer] = SemiSupervisedTrainer
+) -> SemiSupervisedTrainer:
     register_datasets(cfg)
     torch.manual_seed(cfg.SEED)
-    trainer = SemiSupervisedTrainer(cfg)
+    trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
 

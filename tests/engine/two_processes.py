@@ -36,7 +36,7 @@ NAN_LOSS, NAN_GRADIENT = (0, 3), (1, 5)
 
 
 def train(datasets: dict, folder: Path) -> None:
-    """Train, evaluate on a test set that the teacher solves, and write the state of this process."""
+    """Train, evaluate on a test set that the teacher solves, and save this process's state."""
     rank = comm.get_rank()
     cfg = training_config(datasets, folder, SETTINGS)
     register_datasets(cfg)
