@@ -38,6 +38,9 @@ _RENAMED_VALUES = {
     },
 }
 
+# Former keys without a successor.
+_REMOVED_KEYS = ("MODEL.FOLD_FROZEN_NORM",)
+
 # A config of someone else must not decide which files this machine trusts.
 _UNTRUSTED = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", False]
 # A config file has at most this many values, where each alias counts as the values that it stands
@@ -301,13 +304,18 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
     key = error.strip("'\"").rsplit(": ", 1)[-1]
     if key in _RENAMED_KEYS:
         return f"the config key {key} was renamed: use {_RENAMED_KEYS[key]}"
+    if key in _REMOVED_KEYS:
+        return f"the config key {key} was removed: leave it out"
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"unknown config key {key}{hint}"
 
 
 def _translate_renamed_keys(cfg: CfgNode) -> None:
-    """Replace former keys and values by today's, in place."""
+    """Replace former keys and values by today's and drop removed keys, in place."""
+    for key in _REMOVED_KEYS:
+        section, name = key.rsplit(".", 1)
+        cfg.get(section, {}).pop(name, None)
     for old, new in _RENAMED_KEYS.items():
         old_section, old_name = old.rsplit(".", 1)
         if old_name not in cfg.get(old_section, {}):
