@@ -40,6 +40,7 @@ from locreweight.engine import (
 from locreweight.engine.folder_lock import claim
 from locreweight.engine.run_record import write_run_record
 from locreweight.errors import UsageError
+from locreweight.installed_detectron2 import describe_detectron2
 from locreweight.world_size import scale_to_world_size
 
 
@@ -57,6 +58,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             claim(Path(cfg.OUTPUT_DIR))
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
+        logging.getLogger("locreweight").info("Detectron2 %s", describe_detectron2())
     except OSError as error:
         raise UsageError(f"cannot write into OUTPUT_DIR {cfg.OUTPUT_DIR!r}: {error}") from error
     return cfg

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import detectron2
 import pytest
 
+from locreweight.engine.run_record import read_run_records
+from locreweight.installed_detectron2 import describe_detectron2
 from tests.engine.tiny_training import TRAINING, logging_of_its_own, make_datasets
 from tests.modeling.tiny_model import TINY, as_options
 
@@ -41,11 +46,11 @@ def arguments(datasets, folder):
     return make
 
 
-def run(*arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -65,13 +70,25 @@ def test_it_trains(arguments, folder):
     assert {"model_final.pth", "config.yaml", "log.txt", "metrics.json"} <= set(os.listdir(folder))
     (results,) = [line for line in metrics_of(folder) if "bbox/AP" in line]
     assert "student/bbox/AP" in results
-    assert "Effective values on 1 process(es)" in (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "Effective values on 1 process(es)" in log
+    assert f"Detectron2 {describe_detectron2()}" in log
 
 
-def test_it_resumes(arguments, folder):
-    done = run(*arguments("--resume", **{"SOLVER.MAX_ITER": 5}))
+def test_it_resumes_with_another_copy_of_detectron2(arguments, folder, tmp_path):
+    """A checkpoint depends neither on Detectron2's version nor on its folder."""
+    copy = tmp_path / "detectron2"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(detectron2.__file__).parent, copy, ignore=ignored)
+    text = (copy / "__init__.py").read_text()
+    (copy / "__init__.py").write_text(re.sub('__version__ = ".*"', '__version__ = "9.8"', text))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run(*arguments("--resume", **{"SOLVER.MAX_ITER": 5}), PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed after iteration 2" in done.stdout
+    starts = read_run_records(folder)
+    assert starts[0].versions["Detectron2"] == describe_detectron2()
+    assert starts[1].versions["Detectron2"].startswith("9.8 (a folder on the Python path")
     assert metrics_of(folder)[-1]["iteration"] == 4
 
 

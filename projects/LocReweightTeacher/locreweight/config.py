@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from .bounded_config import BoundedConfig
 from .errors import UsageError
+from .installed_detectron2 import check_compiled_kernels
 from .zoo.address import PREFIX as ZOO
 
 # Not text, not YAML, YAML that would run Python, not a mapping, made for another version, its
@@ -242,11 +243,12 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
 
 
 def check_supported(cfg: CfgNode) -> None:
-    """Keys of Detectron2 that training here would silently ignore, and a run without a folder.
+    """Check for keys of Detectron2 that have no effect here or that this installation lacks.
 
     Raises:
-        UsageError: names the first one that is set.
+        UsageError: names the first such key, or OUTPUT_DIR if it is empty.
     """
+    check_compiled_kernels(cfg)
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty: a run needs a folder for its checkpoints")
     box_head = cfg.MODEL.ROI_BOX_HEAD

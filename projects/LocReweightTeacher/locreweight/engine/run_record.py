@@ -11,10 +11,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import detectron2
 import torch
 import torchvision
 
+from ..installed_detectron2 import describe_detectron2
 from .checkpoint_files import write_whole_bytes
 
 RUN_FILE = "run.json"  # in OUTPUT_DIR
@@ -86,7 +86,7 @@ def _versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "Detectron2": detectron2.__version__,
+        "Detectron2": describe_detectron2(),
     }
     return versions | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
 

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from ..installed_detectron2 import check_compiled_kernels, missing_kernels
 from .frozen_norm import fold_frozen_norms
 from .parallel_roi_align import parallelize_roi_align
 from .predictor import BoxPredictions
@@ -42,7 +43,14 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        parts = super().from_config(cfg)
+        check_compiled_kernels(cfg)
+        try:
+            parts = super().from_config(cfg)
+        except ImportError as error:
+            if "detectron2._C" not in str(error):
+                raise
+            # What Detectron2 raises when other code, such as a new backbone, uses such a kernel.
+            raise missing_kernels(f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}") from error
         parallelize_roi_align(parts["roi_heads"])
         if cfg.MODEL.FOLD_FROZEN_NORM:
             fold_frozen_norms(parts["backbone"])
