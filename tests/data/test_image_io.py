@@ -171,7 +171,7 @@ def mapper_of(view, reduced=True):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
+def reductions(monkeypatch):
     """The reductions at which JPEGs are decoded."""
     reductions = []
 
@@ -202,14 +202,16 @@ class TestMapper:
             (T.RandomFlip(), 1),
         ],
     )
-    def test_reduction_depends_on_the_first_augmentation(self, first, reduction, tmp_path, decoded):
+    def test_reduction_depends_on_the_first_augmentation(
+        self, first, reduction, tmp_path, reductions
+    ):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         mapper = mapper_of([first, T.RandomFlip()])
         mapper.unlabeled({"file_name": file})
         mapper.labeled(self.record(file))
-        assert decoded == [reduction, reduction]
+        assert reductions == [reduction, reduction]
 
-    def test_reduction_depends_on_the_largest_view(self, tmp_path, decoded):
+    def test_reduction_depends_on_the_largest_view(self, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         small, large = [T.ResizeShortestEdge(50)], [T.ResizeShortestEdge(200)]
         for policy, expected in (
@@ -219,25 +221,25 @@ class TestMapper:
             # The strong view is made from the weak view.
             (AugmentationPolicy([small], small, [T.RandomFlip()], strong_on_weak=True), [4, 4]),
         ):
-            decoded.clear()
+            reductions.clear()
             mapper = ViewMapper(policy=policy, image_format="RGB", reduced_decoding=True)
             mapper.unlabeled({"file_name": file})
             mapper.labeled(self.record(file))
-            assert decoded == expected
+            assert reductions == expected
 
     @pytest.mark.parametrize(("option", "reduction"), [("True", 2), ("False", 1)])
-    def test_config_switches_reduced_decoding(self, option, reduction, tmp_path, decoded):
+    def test_config_switches_reduced_decoding(self, option, reduction, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         options = ["INPUT.MIN_SIZE_TRAIN", "(100,)", "INPUT.REDUCED_DECODING", option]
         ViewMapper(load_config("", options)).unlabeled({"file_name": file})
-        assert decoded == [reduction]
+        assert reductions == [reduction]
 
-    def test_labeled_boxes_are_scaled_from_the_full_size(self, tmp_path, decoded):
+    def test_labeled_boxes_are_scaled_from_the_full_size(self, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         mapper = mapper_of([T.ResizeShortestEdge(120), T.RandomFlip(1.0)])
         record = self.record(file)
         (sample,) = mapper.labeled(record)
-        assert decoded == [2]
+        assert reductions == [2]
         assert (sample["height"], sample["width"]) == (480, 640)
         # Scaled by 1/4 and mirrored in 160 pixels.
         assert sample["instances"].gt_boxes.tensor.tolist() == [[80, 12, 144, 60]]
@@ -246,14 +248,14 @@ class TestMapper:
             mapper.labeled(self.record(file, 240, 320))
         assert isinstance(caught.value.__cause__, SizeMismatchError)
 
-    def test_labeled_views_share_one_decoding(self, tmp_path, decoded):
+    def test_labeled_views_share_one_decoding(self, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         policy = AugmentationPolicy([[T.ResizeShortestEdge(300)]] * 3, [], [])
         samples = ViewMapper(policy=policy, image_format="RGB").labeled(self.record(file))
-        assert (len(samples), decoded) == (3, [1])
+        assert (len(samples), reductions) == (3, [1])
 
     @pytest.mark.parametrize("order", ["RGB", "BGR"])
-    def test_evaluation_pixels_equal_detectron2s(self, order, tmp_path, decoded):
+    def test_evaluation_pixels_equal_detectron2s(self, order, tmp_path, reductions):
         noise = np.random.default_rng(0).integers(0, 256, (120, 90, 3), dtype=np.uint8)
         file = jpeg(tmp_path / "a.jpg", noise)
         cfg = load_config("", ["INPUT.MIN_SIZE_TEST", "50", "INPUT.FORMAT", order])
@@ -261,4 +263,4 @@ class TestMapper:
         pixels = read_rgb(file) if order == "RGB" else read_rgb(file)[:, :, ::-1]
         expected = T.ResizeTransform(120, 90, 67, 50).apply_image(pixels)
         assert_array_equal(image.numpy().transpose(1, 2, 0), expected)
-        assert decoded == []
+        assert reductions == []
