@@ -247,11 +247,10 @@ def color_rows(image: np.ndarray, rounds: int) -> list[list]:
     """Measure each color operation from array to array, by Pillow and ours."""
     rows = []
     for name, (pillow, ours) in COLOR_OPERATIONS.items():
-        milliseconds: tuple[list[float], list[float]] = ([], [])
+        operations: list[ArrayOperation] = [partial(apply_pillow, pillow), ours]
+        milliseconds: list[list[float]] = [[], []]
         for _ in range(rounds):
-            for times, operation in zip(
-                milliseconds, (partial(apply_pillow, pillow), ours), strict=True
-            ):
+            for times, operation in zip(milliseconds, operations, strict=True):
                 times.append(1e3 * cpu_seconds(partial(operation, image, 1.3)))
         rows.append([name, *(statistics.median(times) for times in milliseconds)])
     return rows

@@ -96,7 +96,6 @@ def main() -> None:
         for name, baseline, options in (
             ("plain Detectron2", True, []),
             ("step", False, args.opts),
-            ("step, norms not folded", False, [*args.opts, "MODEL.FOLD_FROZEN_NORM", "False"]),
         )
     }
     reference = costs["plain Detectron2"].peak_mib

@@ -3,7 +3,7 @@
 
     python -m benchmarks.step                          # R50-FPN, short side 640, 2 + 2 images
     python -m benchmarks.step --short-side 320 --repeats 7
-    python -m benchmarks.step MODEL.FOLD_FROZEN_NORM False
+    python -m benchmarks.step SEMI.METHOD SoftTeacher
 
 The baseline is a forward and backward pass of the student and a forward pass of the teacher,
 without optimizer, EMA update and the teacher's predictions for the student's proposals. The passes
@@ -70,7 +70,7 @@ def break_down(workload: Workload, repeats: int, options: list[str]) -> None:
         (trainer.model, "forward", "student: forward"),
         (torch.Tensor, "backward", "student: backward"),
         (trainer.optimizer.grad_scaler, "unscale_", "optimizer: gradient check"),
-        (trainer.optimizer.optimizer, "step", "optimizer: update"),
+        (trainer.optimizer.torch_optimizer, "step", "optimizer: update"),
         (trainer._average, "update", "teacher: EMA update"),
     ):
         clock.time_calls(owner, attribute, name)

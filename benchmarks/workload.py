@@ -11,7 +11,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -202,10 +202,9 @@ class TrainerStep:
         self.trainer = trainer = SemiSupervisedTrainer(cfg)
         for model in (trainer.student, trainer.teacher):
             model.load_state_dict(weights, strict=False)
-        strategy = trainer.settings.strategy
-        fixed = FixedPseudoLabels(strategy.choose_pseudo_labels, workload, trainer.device)
-        strategy = replace(strategy, choose_pseudo_labels=fixed)
-        trainer.settings = replace(trainer.settings, strategy=strategy)
+        method = trainer.settings.method
+        fixed = FixedPseudoLabels(method.select_pseudo_labels, workload, trainer.device)
+        method.select_pseudo_labels = fixed  # type: ignore[method-assign]
         trainer._batches = itertools.repeat(make_batch(workload))
         trainer.storage = EventStorage()
         trainer.iter = 0

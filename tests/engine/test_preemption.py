@@ -10,14 +10,14 @@ import torch
 
 from locreweight.engine import preemption
 from locreweight.engine.preemption import Stopped, StopRequest
-from tests.engine.tiny_training import logging_of_its_own
+from tests.engine.tiny_training import restored_loggers_and_signals
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 
 
 @pytest.fixture
 def request_(monkeypatch):
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         request = StopRequest()
         request.listen()
         yield request

@@ -20,7 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
 
-from ...errors import UsageError
+from ...errors import get_registered
 from .augmentations import (
     Color,
     ColorJitter,
@@ -62,14 +62,8 @@ def build_augmentation_policy(cfg: CfgNode) -> AugmentationPolicy:
     Raises:
         UsageError: if no policy of that name is registered.
     """
-    name = cfg.INPUT.AUGMENTATION_POLICY
-    if name not in AUGMENTATION_POLICY_REGISTRY:
-        registered = ", ".join(key for key, _ in AUGMENTATION_POLICY_REGISTRY)
-        raise UsageError(
-            f"unknown INPUT.AUGMENTATION_POLICY {name!r}. Choose one of {registered}, or register "
-            "your own in AUGMENTATION_POLICY_REGISTRY"
-        )
-    return AUGMENTATION_POLICY_REGISTRY.get(name)(cfg)
+    key, name = "INPUT.AUGMENTATION_POLICY", cfg.INPUT.AUGMENTATION_POLICY
+    return get_registered(AUGMENTATION_POLICY_REGISTRY, key, name)(cfg)
 
 
 @AUGMENTATION_POLICY_REGISTRY.register()
