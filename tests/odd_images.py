@@ -1,6 +1,6 @@
 """Unusual and broken image files.
 
-``SOUND`` has files that must be read: functions that write a file to a path and return its expected
+``VALID`` has files that must be read: functions that write a file to a path and return its expected
 pixels, ``(H, W, 3)`` uint8 RGB. ``BROKEN`` has the contents of files that must be refused.
 """
 
@@ -131,7 +131,7 @@ def _sized(height: int, width: int) -> Callable:
     return _saved("PNG", picture(height, width))
 
 
-SOUND: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
+VALID: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
     # name of the case: (file name, function that writes the file, tolerance)
     "PNG called jpg": ("a.jpg", _saved("PNG"), 0),
     "JPEG called png": ("a.png", _saved("JPEG", quality=95), LOSSY),

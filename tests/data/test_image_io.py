@@ -17,7 +17,7 @@ from locreweight.data.image_io import SizeLimit, UnreadableImage, read_for_train
 from locreweight.data.mapper import RecordMapper, ViewMapper
 from locreweight.data.transforms.policies import AugmentationPolicy
 from tests.data.transforms.test_color_ops import smooth
-from tests.odd_images import BROKEN, SOUND
+from tests.odd_images import BROKEN, VALID
 
 FULL_SIZE = SizeLimit()
 
@@ -33,9 +33,9 @@ def jpeg_with_orientation(path, orientation, image):
     return jpeg(path, image, exif=exif, quality=95)
 
 
-@pytest.mark.parametrize("case", SOUND)
+@pytest.mark.parametrize("case", VALID)
 def test_read_for_training_equals_read_rgb(case, tmp_path):
-    name, make, _ = SOUND[case]
+    name, make, _ = VALID[case]
     make(tmp_path / name)
     read = read_for_training(str(tmp_path / name), FULL_SIZE)
     assert_array_equal(read.pixels, read_rgb(str(tmp_path / name)))

@@ -10,7 +10,7 @@ from locreweight.data import checks
 from locreweight.data.image_io import UnreadableImage, read_rgb
 from locreweight.data.loader import Stream, StreamPosition
 from locreweight.errors import UsageError
-from tests.odd_images import BROKEN, SOUND
+from tests.odd_images import BROKEN, VALID
 from tests.tiny_data import edit_json
 from tests.tiny_project import Project
 
@@ -54,9 +54,9 @@ def assert_pixels(image, expected, tolerance):
     assert np.abs(pixels.astype(int) - expected).mean() <= tolerance
 
 
-@pytest.mark.parametrize("case", SOUND)
+@pytest.mark.parametrize("case", VALID)
 def test_labeled_image_is_read_correctly(project, case):
-    name, make, tolerance = SOUND[case]
+    name, make, tolerance = VALID[case]
     expected = make(project.images / name)
     set_image(project.json, name, *expected.shape[:2])
     sets, dataset = project.read()
@@ -67,9 +67,9 @@ def test_labeled_image_is_read_correctly(project, case):
     assert view["instances"].gt_boxes.tensor.tolist() == [[0, 0, width, height]]
 
 
-@pytest.mark.parametrize("case", SOUND)
+@pytest.mark.parametrize("case", VALID)
 def test_unlabeled_image_is_read_correctly(project, case):
-    name, make, tolerance = SOUND[case]
+    name, make, tolerance = VALID[case]
     folder = project.folder / "alone"
     folder.mkdir()
     expected = make(folder / name)
@@ -85,7 +85,7 @@ def test_unlabeled_image_is_read_correctly(project, case):
 @pytest.mark.parametrize("sizes", [("(800,)", 1333), ("(48,)", 64)])
 @pytest.mark.parametrize("case", ["1x1", "20000x10", "10x20000"])
 def test_policies_accept_extreme_shapes(project, case, sizes, policy):
-    name, make, _ = SOUND[case]
+    name, make, _ = VALID[case]
     expected = make(project.images / name)
     set_image(project.json, name, *expected.shape[:2])
     folder = project.folder / "alone"
@@ -142,7 +142,7 @@ def test_images_up_to_twice_pillows_limit_are_read(project, monkeypatch, limit, 
     """The image has 2400 pixels. Between the limit and twice the limit, Pillow only warns."""
     folder = project.folder / "alone"
     folder.mkdir()
-    SOUND["gray"][1](folder / "a.png")
+    VALID["gray"][1](folder / "a.png")
     project.set("DATASETS.UNLABELED", [f"folder:{folder}"])
     project.set("DATASETS.CHECKS.DECODE_IMAGES", False)  # the others are larger
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", limit)
@@ -190,7 +190,7 @@ class TestSizes:
     def test_wrong_size_is_an_error_before_training(self, project, role, size):
         json_file = project.json if role == "labeled" else project.test_json
         folder = project.images if role == "labeled" else project.test_images
-        SOUND["gray"][1](folder / "a.png")
+        VALID["gray"][1](folder / "a.png")
         set_image(json_file, "a.png", *size)
         words = rf"a\.png is 60 x 40 pixels .* its annotation says {size[1]} x {size[0]}"
         with pytest.raises(UsageError, match=words):
@@ -198,13 +198,13 @@ class TestSizes:
 
     @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
     def test_size_before_rotation_is_an_error(self, project, orientation):
-        SOUND[f"EXIF orientation {orientation}"][1](project.images / "a.png")
+        VALID[f"EXIF orientation {orientation}"][1](project.images / "a.png")
         set_image(project.json, "a.png", 40, 60)
         with pytest.raises(UsageError, match=r"40 x 60 pixels \(as its EXIF rotates it\)"):
             project.read()
 
     def test_wrong_size_of_an_unlabeled_image_is_ignored(self, project):
-        SOUND["gray"][1](project.test_images / "a.png")
+        VALID["gray"][1](project.test_images / "a.png")
         other = project.folder / "other.json"
         other.write_text(project.test_json.read_text())
         set_image(other, "a.png", 1, 1)
