@@ -1,16 +1,15 @@
 #!/usr/bin/env python
-"""Train a detector from few labeled and many unlabeled images, resume, or evaluate.
+"""Train a detector on labeled and unlabeled images, resume training, or evaluate a checkpoint.
 
-The command line is Detectron2's own (``--help`` shows it), and ``--method``:
+The command line is Detectron2's (see ``--help``) plus ``--method`` and ``--timeout``:
 
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml
-    python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml \\
-        --method configs/methods/soft_teacher.yaml
+    python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --method soft_teacher
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --resume
     python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 
-torchrun starts it as well, without ``--num-gpus``. Stops and restarts:
-docs/reliability.md.
+It can also be started by torchrun, without ``--num-gpus``. docs/reliability.md describes stops and
+restarts.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from locreweight.engine import (
     launch,
     load_for_evaluation,
 )
-from locreweight.engine.output_lock import lock_output_dir
 from locreweight.engine.run_record import write_run_record
+from locreweight.engine.startup_checks import lock_output_dir
 from locreweight.errors import UsageError
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The frozen config, with loggers, seeds and data sets ready."""
-    # Programs that come with Detectron2's own arguments have no method.
+    """Load the config and set up loggers, seeds and data sets; returns the frozen config."""
+    # Other programs may use Detectron2's argument parser, which has no --method.
     cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
     if not args.eval_only:
         cfg = scale_to_world_size(cfg, comm.get_world_size())
@@ -57,17 +56,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
     except OSError as error:
-        raise UsageError(f"cannot write into OUTPUT_DIR {cfg.OUTPUT_DIR!r}: {error}") from error
+        raise UsageError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR!r}: {error}") from error
     return cfg
 
 
 def main(args: argparse.Namespace) -> dict:
-    """One process of the run."""
+    """Train or evaluate in one process; returns the results."""
     cfg = setup(args)
     if args.eval_only:
         model = build_model(cfg)
-        held = load_for_evaluation(cfg, model)
-        logging.getLogger("locreweight").info("evaluating %s of %s", held, cfg.MODEL.WEIGHTS)
+        contents = load_for_evaluation(cfg, model)
+        logging.getLogger("locreweight").info("evaluating %s of %s", contents, cfg.MODEL.WEIGHTS)
         return evaluate(cfg, model)
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -1,11 +1,11 @@
-"""Kill trainings at random moments, many times over, and see whether anything is lost.
+"""Kill small trainings many times at random moments, and check that nothing is lost.
 
     python -m tests.soak --kills 50
 
-Small runs of ``train_net.py --resume`` are killed (SIGKILL, now and then SIGTERM or SIGUSR1) and
-started again until they are done: anywhere between start and end, while a checkpoint is written,
-in evaluation. After each kill every checkpoint must be readable; in the end weights, optimizer and
-metrics must be, bit for bit, those of a run that nothing happened to.
+Runs of ``train_net.py --resume`` are killed (by SIGKILL, sometimes SIGTERM or SIGUSR1) and started
+again until they finish: at any time, while a checkpoint is written, and in evaluation. After each
+kill every checkpoint must be readable. In the end, weights, optimizer and metrics must equal those
+of an uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTINGS = {
     "SOLVER.KEEP_CHECKPOINTS": 2,
     "TEST.EVAL_PERIOD": 20,
 }
-EXIT_CODE = 75  # of a run that was asked to stop
+EXIT_CODE = 75  # of a run that was stopped by a signal
 
 
 # -- one process -----------------------------------------------------------------------------------
@@ -51,13 +51,13 @@ EXIT_CODE = 75  # of a run that was asked to stop
 def start(
     folder: Path, datasets: dict, settings: dict, launcher: Sequence[str] = (), *flags: str
 ) -> subprocess.Popen:
-    """A process that begins, or goes on with, the run in a folder; its own process group.
+    """Start a process, in its own process group, that starts or resumes the run in a folder.
 
     Args:
         folder: of the run.
         datasets, settings: config keys and values.
-        launcher: what is to start the script, after ``python``.
-        flags: of the command line.
+        launcher: arguments of ``python`` before the script.
+        flags: further arguments of the script.
     """
     options = TINY | TRAINING | datasets | SETTINGS | {"OUTPUT_DIR": folder} | settings
     config = ["--config-file", str(ROOT / "configs/Base-LocReweight.yaml"), *as_options(options)]
@@ -73,18 +73,18 @@ def start(
 
 
 def wait_for(process: subprocess.Popen, moment: Callable[[], bool], seconds: float = 300) -> bool:
-    """Whether the moment came before the process ended."""
+    """Wait for a moment; returns False if the process ends first."""
     end = time.monotonic() + seconds
     while process.poll() is None:
         if moment():
             return True
-        assert time.monotonic() < end, "neither did the moment come nor did the process end"
+        assert time.monotonic() < end, "the moment did not come and the process did not end"
         time.sleep(0.001)
     return False
 
 
 def end_by(process: subprocess.Popen, number: signal.Signals, seconds: float = 120) -> int:
-    """Signals the whole process group, as terminals and schedulers do; the exit code."""
+    """Signal the process group, as terminals and schedulers do; returns the exit code."""
     if process.poll() is None:
         os.killpg(process.pid, number)
     return process.wait(timeout=seconds)
@@ -94,12 +94,12 @@ def end_by(process: subprocess.Popen, number: signal.Signals, seconds: float = 1
 
 
 def writing(folder: Path) -> Callable[[], bool]:
-    """While a checkpoint is written."""
+    """The moment while a checkpoint is written."""
     return lambda: any(name.endswith(".partial") for name in os.listdir(folder))
 
 
 def said(folder: Path, text: str) -> Callable[[], bool]:
-    """Once a process that starts now has said something."""
+    """The moment when the process that is started next has printed a text."""
     file = folder / "output.txt"
     begin = file.stat().st_size if file.exists() else 0
 
@@ -116,11 +116,11 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-# -- what must be so -------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------
 
 
 def check_files(folder: Path) -> int:
-    """Every checkpoint can be read, and so can the one that is named the last; their number."""
+    """Check that all checkpoints can be read and the last one exists; returns their number."""
     files = list(folder.glob("*.pth"))
     for file in files:
         content = torch.load(file, weights_only=True)
@@ -131,13 +131,13 @@ def check_files(folder: Path) -> int:
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    """All lines, without times."""
+    """All lines of metrics.json, without times."""
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
 
 
 def result_of(folder: Path) -> dict[str, object]:
-    """All that a run leaves behind, for :func:`differences`."""
+    """The results of a run, for :func:`differences`."""
     result: dict[str, object] = {"metrics": metrics_of(folder)}
     result["files"] = sorted(f.name for f in folder.glob("*.pth") if f.stem != "model_resume")
     for name in ("model_final", "model_best"):
@@ -147,8 +147,8 @@ def result_of(folder: Path) -> dict[str, object]:
         result[f"{name} teacher"] = content["model"]
         result[f"{name} student"] = content["student"]
         result[f"{name} momentum"] = {str(i): s["momentum_buffer"] for i, s in optimizer.items()}
-        hooks = {k: v for k, v in trainer["hooks"].items() if k != "ResumableWriter"}
-        result[f"{name} history"] = trainer["hooks"]["ResumableWriter"]["history"]
+        hooks = {k: v for k, v in trainer["hooks"].items() if k != "metrics"}
+        result[f"{name} history"] = trainer["hooks"]["metrics"]["history"]
         result[f"{name} rest"] = [trainer["optimizer"]["param_groups"], hooks] + [
             trainer[key] for key in ("iteration", "seed", "grad_scaler", "skipped_steps")
         ]
@@ -156,22 +156,22 @@ def result_of(folder: Path) -> dict[str, object]:
 
 
 def differences(first: dict[str, object], second: dict[str, object]) -> list[str]:
-    """Names of what is not bit for bit the same."""
+    """Names of the results that are not equal bit for bit."""
     assert first.keys() == second.keys()
-    return [name for name in first if not _alike(first[name], second[name])]
+    return [name for name in first if not _equal(first[name], second[name])]
 
 
-def _alike(first: object, second: object) -> bool:
+def _equal(first: object, second: object) -> bool:
     if isinstance(first, dict) and isinstance(next(iter(first.values())), torch.Tensor):
         return same(first, second)
-    return repr(first) == repr(second)  # NaN is like NaN
+    return repr(first) == repr(second)  # NaN equals NaN
 
 
 # -- many kills ------------------------------------------------------------------------------------
 
 
 def uninterrupted(folder: Path, datasets: dict) -> tuple[dict[str, object], float]:
-    """The result of a whole run, and the seconds that it took."""
+    """The result of an uninterrupted run, and its duration in seconds."""
     folder.mkdir()
     begin = time.monotonic()
     assert start(folder, datasets, {}).wait() == 0, (folder / "output.txt").read_text()[-2000:]
@@ -179,64 +179,66 @@ def uninterrupted(folder: Path, datasets: dict) -> tuple[dict[str, object], floa
 
 
 def killed_run(
-    folder: Path, datasets: dict, whole: float, rng: random.Random, kills: int
+    folder: Path, datasets: dict, duration: float, rng: random.Random, kills: int
 ) -> Counter[str]:
-    """A run that is killed up to so many times; when and how it was."""
+    """Kill a run up to ``kills`` times until it finishes; counts moments and signals."""
     folder.mkdir()
-    seen: Counter[str] = Counter()
+    stops: Counter[str] = Counter()
     while True:
         workers = rng.choice([0, 1, 2])
         when = rng.choice(["any time", "any time", "training", "writing", "evaluation"])
         how = rng.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGUSR1])
         moments = {
-            "any time": [after(rng.uniform(0, whole))],
+            "any time": [after(rng.uniform(0, duration))],
             "training": [said(folder, "Starting training"), lambda: after(rng.uniform(0, 5))],
             "writing": [said(folder, "Starting training"), lambda: after(rng.uniform(0, 5))],
             "evaluation": [said(folder, "Start inference"), lambda: after(rng.uniform(0, 0.5))],
         }[when]
         process = start(folder, datasets, {"DATALOADER.NUM_WORKERS": workers})
-        came = seen.total() < kills and all(
+        reached = stops.total() < kills and all(
             wait_for(process, moment() if i else moment) for i, moment in enumerate(moments)
         )
-        if came and when == "writing":
-            came = wait_for(process, writing(folder))
-        if not came:
+        if reached and when == "writing":
+            reached = wait_for(process, writing(folder))
+        if not reached:
             assert process.wait() == 0, (folder / "output.txt").read_text()[-3000:]
-            return seen
+            return stops
         code = end_by(process, how)
         if how is signal.SIGKILL:
             assert code in (-how, 0), code
         else:
-            # Before Python listens to it, a signal ends it the hard way.
+            # Before the handlers are installed, the signal itself ends the process.
             assert code in (EXIT_CODE, -how, 0), (code, (folder / "output.txt").read_text()[-3000:])
         check_files(folder)
-        seen[f"{how.name}, {when}" + (f", exit code {code}" if code != -how else "")] += 1
+        stops[f"{how.name}, {when}" + (f", exit code {code}" if code != -how else "")] += 1
         print(f"{folder.name}: {how.name}, {when}, exit code {code}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="number of SIGKILLs, at least")
+    parser.add_argument("--kills", type=int, default=50, help="minimum number of SIGKILLs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--per-run", type=int, default=12, help="stops of one run, at most")
+    parser.add_argument(
+        "--per-run", type=int, default=12, help="maximum number of stops of one run"
+    )
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    seen: Counter[str] = Counter()
+    stops: Counter[str] = Counter()
     runs, begin = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         datasets = make_datasets(Path(temporary, "datasets"))
-        reference, whole = uninterrupted(Path(temporary, "whole"), datasets)
-        print(f"a run without a stop takes {whole:.0f} s", flush=True)
-        while sum(n for name, n in seen.items() if name.startswith("SIGKILL")) < args.kills:
+        reference, duration = uninterrupted(Path(temporary, "uninterrupted"), datasets)
+        print(f"an uninterrupted run takes {duration:.0f} s", flush=True)
+        while sum(n for name, n in stops.items() if name.startswith("SIGKILL")) < args.kills:
             runs += 1
             folder = Path(temporary, f"run {runs}")
-            seen += killed_run(folder, datasets, whole, rng, args.per_run)
+            stops += killed_run(folder, datasets, duration, rng, args.per_run)
             different = differences(reference, result_of(folder))
             assert not different, f"{folder.name} differs in {different}"
-            print(f"{folder.name}: as the run without a stop, bit for bit", flush=True)
-    for name, count in sorted(seen.items()):
+            print(f"{folder.name}: equal to the uninterrupted run bit for bit", flush=True)
+    for name, count in sorted(stops.items()):
         print(f"{count:4d} {name}")
-    print(f"{seen.total()} stops in {runs} runs, {time.monotonic() - begin:.0f} s: nothing lost")
+    print(f"{stops.total()} stops in {runs} runs, {time.monotonic() - begin:.0f} s: nothing lost")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 import train_net
 from locreweight.config import load_config
 from locreweight.data.training_sets import load_training_sets, register_datasets
-from tests.engine.tiny_training import logging_of_its_own
+from tests.engine.tiny_training import restored_loggers_and_signals
 from tests.modeling.tiny_model import TINY, as_options
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_training_with_a_tenth_of_the_labels(small_test_set, tmp_path):
     args = train_net.argument_parser().parse_args(
         ["--config-file", str(CONFIG), *as_options(settings)]
     )
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         results = train_net.main(args)
     assert {"bbox/AP", "bbox/AP50", "student/bbox/AP"} <= set(results)
     lines = (tmp_path / "output/metrics.json").read_text().splitlines()

@@ -1,6 +1,7 @@
-"""Config keys are explained and read, config files load, and batches scale with the GPUs."""
+"""Config keys, config files, methods, and scaling to the number of GPUs."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from detectron2.config import CfgNode, get_cfg
 from locreweight.config import (
     add_locreweight_config,
     check_supported,
+    config_from_text,
+    find_method_file,
     load_config,
     scale_to_world_size,
 )
@@ -30,13 +33,21 @@ QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 BASE = str(ROOT / "configs/Base-LocReweight.yaml")
 
 
+@cache
+def load(file, method=""):
+    """A config file without options, as a frozen config."""
+    cfg = load_config(str(file), [], method)
+    cfg.freeze()
+    return cfg
+
+
 def flatten_config(node, prefix=""):
     """Dotted path -> value of all keys below a node."""
-    found = {}
+    flat = {}
     for key, value in node.items():
         inner = isinstance(value, CfgNode)
-        found |= flatten_config(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return found
+        flat |= flatten_config(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
 
 
 def new_keys():
@@ -55,7 +66,7 @@ def reads(source, key):
     )
 
 
-def test_there_are_keys_to_check():
+def test_helpers_find_keys_and_their_use():
     assert {"SEMI.LER", "DATASETS.UNLABELED", "SOLVER.IMS_PER_BATCH_UNLABELED"} <= set(new_keys())
     assert not reads("semi = cfg.SEMI\nother.LER", "SEMI.LER")
 
@@ -70,7 +81,7 @@ def test_every_new_key_is_read(key):
 def test_every_new_key_has_a_comment_above_it(key):
     lines = [line.strip() for line in CONFIG.read_text().splitlines()]
     (line,) = [i for i, text in enumerate(lines) if text.startswith(f"cfg.{key} = ")]
-    # Keys that belong together may share a comment.
+    # Consecutive keys may share a comment.
     while lines[line].startswith("cfg."):
         line -= 1
     assert lines[line].startswith("#")
@@ -82,7 +93,7 @@ def name_of(file):
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name_of)
 def test_every_config_file_loads(file):
-    cfg = load_config(str(file), [])
+    cfg = load(file)
     assert cfg.MODEL.META_ARCHITECTURE == "SemiSupervisedRCNN"
     assert cfg.VERSION == 2
     check_supported(cfg)
@@ -95,36 +106,36 @@ def differences(first, second):
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name_of)
-def test_a_config_file_differs_from_its_base_in_all_that_it_says(file, tmp_path):
+def test_config_file_changes_every_key_that_it_sets(file, tmp_path):
     content = yaml.safe_load(file.read_text())
     bases = content.pop("_BASE_", None)
     if bases is None:
         assert str(file) == BASE
         return
-    named = [bases] if isinstance(bases, str) else bases
+    files = [bases] if isinstance(bases, str) else bases
     alone = tmp_path / "bases.yaml"
-    alone.write_text(yaml.dump({"_BASE_": [str(file.parent / base) for base in named]}))
-    changed = differences(load_config(str(file), []), load_config(str(alone), []))
+    alone.write_text(yaml.dump({"_BASE_": [str(file.parent / base) for base in files]}))
+    changed = differences(load(file), load(alone))
     assert set(flatten_config(CfgNode(content))) == changed
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name_of)
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_every_config_file_can_be_scaled(file, world_size):
-    cfg = load_config(str(file), [])
+def test_every_config_file_can_be_scaled(file):
+    cfg = load(file)
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    scaled = scale_to_world_size(cfg, world_size)
-    for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED"):
-        assert scaled.SOLVER[key] / world_size == cfg.SOLVER[key] / reference
+    for world_size in (1, 2, 4, 8):
+        scaled = scale_to_world_size(cfg, world_size)
+        for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED"):
+            assert scaled.SOLVER[key] / world_size == cfg.SOLVER[key] / reference
 
 
-def test_options_go_over_the_file_and_the_file_over_the_defaults():
+def test_options_override_the_file_and_the_file_overrides_the_defaults():
     assert load_config("", []).SOLVER.BASE_LR != 0.005
     assert load_config(BASE, []).SOLVER.BASE_LR == 0.005
     assert load_config(BASE, ["SOLVER.BASE_LR", "0.1"]).SOLVER.BASE_LR == 0.1
 
 
-def test_a_config_without_a_file_has_the_defaults():
+def test_config_without_a_file_has_the_defaults():
     ours = get_cfg()
     add_locreweight_config(ours)
     assert load_config("", []) == ours
@@ -141,7 +152,7 @@ WRITTEN = {
     "SEMI.BURN_IN_ITERS": 80,
     "TEST.EVAL_PERIOD": 120,
     "VIS_PERIOD": 40,
-    "SEMI.EMA_KEEP_RATE": 0.25,  # two updates of half the batch keep as much as one: 0.5 * 0.5
+    "SEMI.EMA_KEEP_RATE": 0.25,  # one update replaces two with half the batch: 0.5 * 0.5
 }
 SCALED = {
     1: (2, 8, 0.0025, 3600, (2400, 3200), 800, 400, 160, 240, 80, 0.5),
@@ -157,7 +168,7 @@ def written(reference):
 
 
 @pytest.mark.parametrize("world_size", SCALED)
-def test_batches_and_rate_grow_and_iterations_shrink_with_the_gpus(world_size):
+def test_scaling_changes_batch_rate_and_iterations(world_size):
     cfg = written(reference=2)
     scaled = flatten_config(scale_to_world_size(cfg, world_size))
     assert tuple(scaled[key] for key in WRITTEN) == SCALED[world_size]
@@ -167,40 +178,40 @@ def test_batches_and_rate_grow_and_iterations_shrink_with_the_gpus(world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_without_a_reference_the_config_holds_as_written(world_size):
+def test_without_reference_nothing_is_scaled(world_size):
     assert scale_to_world_size(written(reference=0), world_size) == written(reference=0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_scaling_twice_is_scaling_once(world_size):
+def test_scaling_twice_equals_scaling_once(world_size):
     once = scale_to_world_size(written(reference=2), world_size)
     assert scale_to_world_size(once, world_size) == once
 
 
 @pytest.mark.parametrize(("period", "scaled"), [(0, 0), (1, 1), (9, 3)])
-def test_pictures_are_never_switched_off_or_on_by_scaling(period, scaled):
+def test_scaling_does_not_turn_monitoring_on_or_off(period, scaled):
     cfg = load_config(BASE, ["VIS_PERIOD", str(period)])
     assert scale_to_world_size(cfg, 8).VIS_PERIOD == scaled
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_config_stays_frozen(frozen):
+def test_scaling_keeps_a_config_frozen(frozen):
     cfg = written(reference=2)
     if frozen:
         cfg.freeze()
     assert scale_to_world_size(cfg, 4).is_frozen() == frozen
 
 
-def test_supervised_training_can_be_scaled():
+def test_config_without_unlabeled_images_can_be_scaled():
     cfg = load_config("", ["SOLVER.IMS_PER_BATCH_UNLABELED", "0"])
     assert scale_to_world_size(cfg, 2).SOLVER.IMS_PER_BATCH_UNLABELED == 0
 
 
-# --- the paper's experiments, and the methods that it is compared with ----------------------------
+# --- experiments of the paper ---------------------------------------------------------------------
 
 
 def setting(config, keys):
-    cfg = load_config(str(ROOT / "configs" / config), [])
+    cfg = load(ROOT / "configs" / config)
     values = flatten_config(cfg)
     return tuple(values[key] for key in keys)
 
@@ -230,7 +241,7 @@ PAPER = (
         ),
     ],
 )
-def test_settings_of_the_paper(config, values):
+def test_configs_have_the_settings_of_the_paper(config, values):
     assert setting(config, PAPER) == values
     assert setting(config, ["SOLVER.REFERENCE_WORLD_SIZE", "SEMI.LER", "SEMI.PRC"]) == (
         2,
@@ -248,11 +259,11 @@ def test_settings_of_the_paper(config, values):
         ("4-both", (True, True)),
     ],
 )
-def test_rows_of_table_3_differ_in_ler_and_prc_alone(config, parts):
+def test_rows_of_table_3_differ_only_in_ler_and_prc(config, parts):
     keys = ["SEMI.LER", "SEMI.PRC"]
     assert setting(f"table3/{config}.yaml", keys) == parts
-    row = load_config(str(ROOT / f"configs/table3/{config}.yaml"), [])
-    whole = load_config(str(ROOT / "configs/coco/standard-10.yaml"), [])
+    row = load(ROOT / f"configs/table3/{config}.yaml")
+    whole = load(ROOT / "configs/coco/standard-10.yaml")
     assert differences(row, whole) <= {*keys, "OUTPUT_DIR"}
 
 
@@ -264,30 +275,33 @@ def test_rows_of_table_3_differ_in_ler_and_prc_alone(config, parts):
         ("voc/supervised", "voc/voc07_voc12"),
     ],
 )
-def test_a_supervised_baseline_differs_in_nothing_but_that_it_is_supervised(supervised, config):
-    baseline = load_config(str(ROOT / f"configs/{supervised}.yaml"), [])
-    other = load_config(str(ROOT / f"configs/{config}.yaml"), [])
+def test_supervised_baselines_differ_only_in_being_supervised(supervised, config):
+    baseline = load(ROOT / f"configs/{supervised}.yaml")
+    other = load(ROOT / f"configs/{config}.yaml")
     assert differences(baseline, other) - {"DATASETS.UNLABELED"} == {
         "SEMI.BURN_IN_ITERS",
         "SEMI.NORMALIZE_BY_SAMPLED",
         "MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES",
         "OUTPUT_DIR",
     }
-    assert not baseline.DATASETS.UNLABELED  # nobody has to fetch what is never drawn
+    assert not baseline.DATASETS.UNLABELED  # so the unlabeled images need not be downloaded
     for gpus in (1, 2, 8):
         scaled = scale_to_world_size(baseline, gpus)
         assert scaled.SEMI.BURN_IN_ITERS >= scaled.SOLVER.MAX_ITER
 
 
+# --- methods --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("file", METHODS, ids=name_of)
-def test_a_method_goes_over_any_config(file):
+def test_method_can_be_merged_into_any_config(file):
     for config in (QUICKSTART, str(ROOT / "configs/voc/voc07_voc12.yaml")):
-        data = load_config(config, [])
-        cfg = load_config(config, [], str(file))
+        data = load(config)
+        cfg = load(config, str(file))
         check_supported(cfg)
         build_method(cfg)
         build_augmentation_policy(cfg)
-        # What a method may decide; data, detector and schedule are the config's.
+        # A method must not change data, detector and schedule.
         assert {key.split(".")[0] for key in differences(cfg, data)} <= {
             "SEMI",
             "MODEL",
@@ -319,33 +333,92 @@ VALUES = ("PSEUDO_LABEL_THRESHOLD", "UNSUPERVISED_WEIGHT", "EMA_KEEP_RATE", "BUR
         ("soft_teacher", (0.6, 2.0, 0.99, 300), {"soft_teacher-coco": (0.9, 4.0, 0.999, 0)}),
     ],
 )
-def test_a_method_keeps_the_values_of_the_config_or_brings_its_published_ones(
-    method, kept, published
-):
-    found = {method: kept} | {f"published/{file}": values for file, values in published.items()}
-    for file, expected in found.items():
-        cfg = load_config(QUICKSTART, [], str(ROOT / f"configs/methods/{file}.yaml"))
+def test_method_keeps_the_values_of_the_config_unless_published(method, kept, published):
+    methods = {method: kept} | {f"published/{file}": values for file, values in published.items()}
+    for name, expected in methods.items():
+        cfg = load(QUICKSTART, name)
         assert tuple(cfg.SEMI[key] for key in VALUES) == expected
 
 
-def test_a_method_writes_into_a_folder_of_its_own_unless_one_is_named():
-    method = str(ROOT / "configs/methods/stac.yaml")
-    assert load_config(QUICKSTART, [], method).OUTPUT_DIR == "output/quickstart-stac"
-    assert load_config(QUICKSTART, ["OUTPUT_DIR", "here"], method).OUTPUT_DIR == "here"
+@pytest.mark.parametrize(
+    "method", ["stac", "published/stac-coco", ROOT / "configs/methods/stac.yaml"]
+)
+def test_method_has_its_own_output_folder_unless_one_is_given(method):
+    stem = Path(method).stem
+    cfg = load_config(QUICKSTART, [], str(method))
+    assert cfg.OUTPUT_DIR == f"output/quickstart-{stem}"
+    assert load_config(QUICKSTART, ["OUTPUT_DIR", "here"], str(method)).OUTPUT_DIR == "here"
 
 
-def test_options_go_over_the_method():
-    method = str(ROOT / "configs/methods/stac.yaml")
-    cfg = load_config(QUICKSTART, ["SEMI.EMA_KEEP_RATE", "0.5"], method)
+def test_options_override_the_method():
+    cfg = load_config(QUICKSTART, ["SEMI.EMA_KEEP_RATE", "0.5"], "stac")
     assert cfg.SEMI.EMA_KEEP_RATE == 0.5
     assert cfg.SEMI.METHOD == "Stac"
 
 
-def test_a_method_that_is_not_there_is_named():
-    with pytest.raises(UsageError, match=r"'none\.yaml' does not exist"):
-        load_config(QUICKSTART, [], "none.yaml")
+def test_find_method_file_accepts_all_names_and_paths(tmp_path):
+    for file in METHODS:
+        name = name_of(file).removeprefix("methods/").removesuffix(".yaml")
+        assert find_method_file(name) == find_method_file(str(file)) == file
+    own = tmp_path / "own.yaml"
+    own.touch()
+    assert find_method_file(str(own)) == own
+
+
+@pytest.mark.parametrize("method", ["none.yaml", "ler", "published", "../quickstart", ""])
+def test_find_method_file_lists_the_names(method):
+    with pytest.raises(UsageError, match=rf"'{method}' does not exist.* ablation/ler, .*stac"):
+        find_method_file(method)
+
+
+# --- renamed keys ---------------------------------------------------------------------------------
+
+RENAMED = {  # former key: former value, today's key, today's value
+    "SEMI.STRATEGY": ("SoftTeacher", "SEMI.METHOD", "SoftTeacher"),
+    "INPUT.RECIPE": ("StacRecipe", "INPUT.AUGMENTATION_POLICY", "StacPolicy"),
+    "TEST.WATCHED_IMAGES": (7, "TEST.MONITORED_IMAGES", 7),
+    "DATASETS.DROP_BAD_BOXES": (True, "DATASETS.CHECKS.DROP_BAD_BOXES", True),
+    "DATASETS.CHECK_IMAGES": (False, "DATASETS.CHECKS.DECODE_IMAGES", False),
+    "DATASETS.MAX_UNREADABLE_SHARE": (0.3, "DATASETS.CHECKS.MAX_UNREADABLE_SHARE", 0.3),
+    "DATASETS.ALLOW_CHANGED": (True, "DATASETS.CHECKS.ALLOW_CHANGED", True),
+    # A checkpoint must not decide which files are trusted.
+    "DATASETS.ALLOW_OUTSIDE_PATHS": (True, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", False),
+}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_renamed_key_is_an_error_that_names_the_new_key(tmp_path, old):
+    value, new, _ = RENAMED[old]
+    section, name = old.split(".")
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.dump({section: {name: value}}))
+    for arguments in ((str(file), []), ("", [old, str(value)])):
+        with pytest.raises(UsageError, match=f"{old} was renamed: use {new}$"):
+            load_config(*arguments)
+
+
+def test_config_of_an_older_checkpoint_is_translated():
+    content = yaml.safe_load(load_config(QUICKSTART, []).dump())
+    del content["DATASETS"]["CHECKS"]
+    for old, (value, new, _) in RENAMED.items():
+        section, name = old.split(".")
+        content[section].pop(new.split(".")[1], None)
+        content[section][name] = value
+    values = flatten_config(config_from_text(yaml.dump(content), ["SOLVER.MAX_ITER", "9"]))
+    assert {new: values[new] for _, new, _ in RENAMED.values()} == {
+        new: expected for _, new, expected in RENAMED.values()
+    }
+    assert values["SOLVER.MAX_ITER"] == 9
+    assert values["SEMI.BURN_IN_ITERS"] == 300
+
+
+@pytest.mark.parametrize("name", ["SoftTeacher", "UnbiasedTeacher", "Stac"])
+def test_renamed_policies_exist(name):
+    cfg = config_from_text(f"INPUT: {{RECIPE: {name}Recipe}}", [])
+    assert cfg.INPUT.AUGMENTATION_POLICY == f"{name}Policy"
+    build_augmentation_policy(cfg)
 
 
 def test_output_folders_of_all_experiments_differ():
-    folders = [load_config(str(file), []).OUTPUT_DIR for file in EXPERIMENTS if str(file) != BASE]
+    folders = [load(file).OUTPUT_DIR for file in EXPERIMENTS if str(file) != BASE]
     assert len(set(folders)) == len(folders)

@@ -23,9 +23,8 @@ MAY_IMPORT = {
     "visualization.drawing": set(),
     "engine": TORCH_ONLY
     | {"modeling", "data", "methods", "checkpoint", "config", "visualization.drawing"},
-    "visualization": {
-        *("data", "engine", "checkpoint", "config", "model_zoo", "visualization.drawing")
-    },
+    "visualization": TORCH_ONLY
+    | {"modeling", "data", "engine", "checkpoint", "config", "model_zoo", "visualization.drawing"},
 }
 TORCH_ONLY_NEEDS = {"torch", "math", "__future__"}
 

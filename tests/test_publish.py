@@ -32,8 +32,8 @@ from tests.checkpoint.serving import serving
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
-    found_as_truth,
-    logging_of_its_own,
+    detections_as_ground_truth,
+    restored_loggers_and_signals,
     make_datasets,
     same,
     training_config,
@@ -47,7 +47,7 @@ LICENSE = "cc-by-4.0"
 def command_line(config_file, *flags, **settings):
     """What train_net.py does, in this process."""
     arguments = ["--config-file", str(config_file), *flags, *as_options(settings)]
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         return train_net.main(default_argument_parser().parse_args(arguments))
 
 
@@ -62,7 +62,7 @@ def datasets(tmp_path_factory):
     names = make_datasets(folder)
     earlier = build_trainer(training_config(names, folder / "earlier", {"SOLVER.MAX_ITER": 2}))
     earlier.train()
-    test_set = found_as_truth(earlier.teacher, names["DATASETS.TEST"][0], folder / "truth.json")
+    test_set = detections_as_ground_truth(earlier.teacher, names["DATASETS.TEST"][0], folder / "truth.json")
     return names | {"DATASETS.TEST": [test_set]}
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user runs it."""
+"""The command line of train_net.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.tiny_training import TRAINING, logging_of_its_own, make_datasets
+from tests.engine.tiny_training import TRAINING, make_datasets, restored_loggers_and_signals
 from tests.modeling.tiny_model import TINY, as_options
 
 ROOT = Path(__file__).parents[1]
@@ -24,16 +24,10 @@ def datasets(tmp_path_factory):
     return make_datasets(tmp_path_factory.mktemp("datasets"))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The output of one run that all tests share, in order: trained, resumed, evaluated."""
-    return tmp_path_factory.mktemp("output")
-
-
 @pytest.fixture
-def arguments(datasets, folder):
-    """Of a command line that trains the tiny detector; further ones may follow."""
-    settings = TINY | TRAINING | datasets | {"OUTPUT_DIR": folder, "SOLVER.MAX_ITER": 3}
+def make_arguments(datasets, tmp_path):
+    """Builds a command line that trains the tiny detector into the test's folder."""
+    settings = TINY | TRAINING | datasets | {"OUTPUT_DIR": tmp_path, "SOLVER.MAX_ITER": 3}
 
     def make(*flags, **changed):
         return ["--config-file", str(BASE), *flags, *as_options(settings | changed)]
@@ -41,61 +35,47 @@ def arguments(datasets, folder):
     return make
 
 
-def run(*arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
-# --- train, resume, evaluate ----------------------------------------------------------------------
-
-
-def test_it_trains(arguments, folder):
-    done = run(*arguments())
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {"model_final.pth", "config.yaml", "log.txt", "metrics.json"} <= set(os.listdir(folder))
-    (results,) = [line for line in metrics_of(folder) if "bbox/AP" in line]
-    assert "student/bbox/AP" in results
-    assert "Effective values on 1 process(es)" in (folder / "log.txt").read_text()
-
-
-def test_it_resumes(arguments, folder):
-    done = run(*arguments("--resume", **{"SOLVER.MAX_ITER": 5}))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "resumed after iteration 2" in done.stdout
-    assert metrics_of(folder)[-1]["iteration"] == 4
-
-
-def test_it_evaluates_the_teacher_of_its_output(arguments, folder):
-    weights = {"MODEL.WEIGHTS": folder / "model_final.pth"}
-    done = run(*arguments("--eval-only", **weights))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "evaluating the teacher" in done.stdout
-    assert "copypaste: AP,AP50,AP75" in done.stdout
-
-
-# --- what the user has to put right ---------------------------------------------------------------
+def run_script(*arguments: str) -> None:
+    """Run the script in this process, as ``python train_net.py`` does."""
+    with pytest.MonkeyPatch.context() as patch, restored_loggers_and_signals():
+        patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def error_of(*arguments: str) -> str:
-    """What Python prints when the command line exits, with code 1, for being given a text."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(SystemExit) as exit_,
-        logging_of_its_own(),
-    ):
-        patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    """The message that the script exits with. Python prints it and exits with code 1."""
+    with pytest.raises(SystemExit) as exit_:
+        run_script(*arguments)
+    assert isinstance(exit_.value.code, str)
     return exit_.value.code
+
+
+def test_train_resume_and_evaluate(make_arguments, tmp_path):
+    log = tmp_path / "log.txt"
+
+    def metrics():
+        return [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+
+    run_script(*make_arguments())
+    files = {"model_final.pth", "config.yaml", "log.txt", "metrics.json", "run.json"}
+    assert files <= set(os.listdir(tmp_path))
+    (results,) = [line for line in metrics() if "bbox/AP" in line]
+    assert "student/bbox/AP" in results
+    assert "Effective values on 1 process(es)" in log.read_text()
+
+    run_script(*make_arguments("--resume", **{"SOLVER.MAX_ITER": 5}))
+    assert "resumed after iteration 2" in log.read_text()
+    assert metrics()[-1]["iteration"] == 4
+
+    weights = {"MODEL.WEIGHTS": tmp_path / "model_final.pth"}
+    run_script(*make_arguments("--eval-only", **weights))
+    assert "evaluating the teacher" in log.read_text()
+    assert "copypaste: AP,AP50,AP75" in log.read_text()
+
+
+def test_method_is_found_by_its_short_name(make_arguments, tmp_path):
+    run_script(*make_arguments("--method", "published/stac-coco", **{"SOLVER.MAX_ITER": 1}))
+    assert "AUGMENTATION_POLICY: StacPolicy" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -108,26 +88,34 @@ def error_of(*arguments: str) -> str:
         ([], {"MODEL.ROI_HEADS.NUM_CLASSES": 4}, "MODEL.ROI_HEADS.NUM_CLASSES 3"),
         ([], {"MODEL.WEIGHTS": "none.pth"}, "'none.pth' does not exist"),
         (["--eval-only"], {"MODEL.WEIGHTS": "none.pth"}, "'none.pth' does not exist"),
-        ([], {"OUTPUT_DIR": "/dev/null/run"}, "cannot write into OUTPUT_DIR '/dev/null/run'"),
+        ([], {"OUTPUT_DIR": "/dev/null/run"}, "cannot write to OUTPUT_DIR '/dev/null/run'"),
         (["--eval-only"], {"MODEL.WEIGHTS": ""}, "--eval-only needs MODEL.WEIGHTS"),
+        (["--method", "stca"], {}, "method 'stca' does not exist"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(arguments, tmp_path, capfd, flags, changed, message):
-    error = error_of(*arguments(*flags, **{"OUTPUT_DIR": tmp_path, **changed}))
+def test_mistakes_end_with_one_line(make_arguments, capfd, flags, changed, message):
+    error = error_of(*make_arguments(*flags, **changed))
     assert error.startswith("error: ")
     assert message in error
     assert "\n" not in error
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_a_config_file_that_is_not_there_is_told():
+def test_missing_config_file_is_named():
     error = error_of("--config-file", "none.yaml")
     assert error == "error: config file 'none.yaml' does not exist"
 
 
-def test_a_mistake_is_told_in_two_processes_too(arguments, tmp_path):
-    changed = {"OUTPUT_DIR": tmp_path, "DATASETS.UNLABELED": ()}
-    done = run(*arguments("--num-gpus", "2", "--dist-url", "auto", **changed))
+@pytest.mark.slow
+def test_mistakes_end_with_one_line_and_code_1_in_two_processes(make_arguments):
+    flags = ("--num-gpus", "2", "--dist-url", "auto")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *make_arguments(*flags, **{"DATASETS.UNLABELED": ()})],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 1
     assert "error: there are no unlabeled images" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""A config file from somebody else cannot run anything."""
+"""Config files cannot run code or exhaust the memory."""
 
 import os
 
@@ -16,7 +16,7 @@ ATTACKS = {
     "a call by its name": "SEED: !!python/object/apply:os.system ['mkdir {target}']",
     "a new object": "SEED: !!python/object/new:os.mkdir ['{target}']",
     "a process": "SEED: !!python/object/apply:subprocess.call [[mkdir, '{target}']]",
-    "text that is evaluated": (
+    "evaluated text": (
         "SEED: !!python/object/apply:builtins.eval [\"__import__('os').mkdir('{target}')\"]"
     ),
     "as a key": "? !!python/object/apply:os.mkdir ['{target}']\n: 1",
@@ -24,7 +24,7 @@ ATTACKS = {
     "behind an alias": "A: &a !!python/object/apply:os.mkdir ['{target}']\nSEED: *a",
     "in a list": "DATASETS:\n  TRAIN:\n  - !!python/object/apply:os.mkdir ['{target}']",
 }
-# How a file may be reached from the one that is given.
+# How the given file refers to the file with the attack.
 BASES = {
     "itself": None,
     "base": "_BASE_: attack.yaml",
@@ -34,7 +34,7 @@ BASES = {
 
 
 def write(folder, attack):
-    """The attack, and the files that lead to it; what it would make if it were run."""
+    """Write the attack and files that refer to it; returns the folder that it would create."""
     target = folder / "ran"
     (folder / "attack.yaml").write_text(attack.format(target=target))
     (folder / "fine.yaml").write_text("SEED: 3")
@@ -44,7 +44,7 @@ def write(folder, attack):
 
 @pytest.mark.parametrize("way", BASES)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_runs(tmp_path, attack, way):
+def test_config_file_runs_no_code(tmp_path, attack, way):
     target = write(tmp_path, ATTACKS[attack])
     file = tmp_path / "attack.yaml"
     if BASES[way]:
@@ -57,16 +57,16 @@ def test_nothing_runs(tmp_path, attack, way):
 
 
 @pytest.mark.parametrize("attack", ["a call", "a new object", "a process", "behind an alias"])
-def test_the_attacks_are_real(tmp_path, attack):
-    """Detectron2 alone runs them, as it says itself."""
+def test_attacks_work_with_detectron2_alone(tmp_path, attack):
+    """Its documentation says so."""
     target = write(tmp_path, ATTACKS[attack])
-    with pytest.raises(Exception):  # noqa: B017  (what a folder that was made is no value for)
+    with pytest.raises(Exception):  # noqa: B017  (the result may not be a valid value)
         get_cfg().merge_from_file(str(tmp_path / "attack.yaml"))
-        raise ValueError("it ran and was a value")
+        raise ValueError("the result was a valid value")
     assert target.exists()
 
 
-def test_values_on_the_command_line_are_not_run_either(tmp_path, monkeypatch):
+def test_options_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in ("__import__('os').mkdir('ran')", "!!python/object/apply:os.mkdir ['ran']"):
         with pytest.raises(UsageError):
@@ -88,7 +88,7 @@ def test_values_on_the_command_line_are_not_run_either(tmp_path, monkeypatch):
         (b"3", "given.yaml"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path, text, words):
+def test_unreadable_config_file_is_named(tmp_path, text, words):
     file = tmp_path / "given.yaml"
     file.write_bytes(text)
     with pytest.raises(UsageError, match=words) as caught:
@@ -98,8 +98,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text, words):
 
 @pytest.mark.parametrize("way", BASES)
 @pytest.mark.parametrize("kind", ["mappings", "lists", "a circle"])
-def test_aliases_cannot_make_a_file_explode(tmp_path, kind, way):
-    """Twelve lines that stand for 9 ** 12 values."""
+def test_exploding_aliases_are_rejected(tmp_path, kind, way):
+    """Twelve lines that expand to 9 ** 12 values."""
     nested = "{%s}" if kind == "mappings" else "[%s]"
     lines = ["SEED: &a0 " + nested % ("k: 1" if kind == "mappings" else "1")]
     for i in range(12):

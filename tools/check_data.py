@@ -41,12 +41,12 @@ from locreweight.data.inspection.duplicates import copy_findings, same_file_find
 from locreweight.data.inspection.findings import DataSets, Finding, Severity, read_data_sets
 from locreweight.data.inspection.images import ImageFacts, survey
 from locreweight.data.training_sets import TrainingSets
-from locreweight.engine.effective_values import untrained_random_layers
 from locreweight.engine.memory_estimate import GIB, estimate_memory
 from locreweight.engine.startup_checks import (
     config_findings,
     read_for_training,
     unreadable_findings,
+    untrained_random_layers,
 )
 from locreweight.errors import UsageError
 

@@ -1,6 +1,7 @@
 import pytest
 
 from locreweight.checkpoint.zoo import VARIABLE
+from tests.engine.conftest import datasets, make_trainer  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(autouse=True)

@@ -25,9 +25,9 @@ from locreweight.modeling import CornerBoxTransform
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
-    found_as_truth,
+    detections_as_ground_truth,
     image_tensor,
-    logging_of_its_own,
+    restored_loggers_and_signals,
     same,
     training_config,
 )
@@ -122,14 +122,14 @@ def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_p
         "MODEL.WEIGHTS": tmp_path / "model.pth",
         "OUTPUT_DIR": tmp_path,
         "DATASETS.TEST": [
-            found_as_truth(trained.teacher, datasets["DATASETS.TEST"][0], tmp_path / "found.json")
+            detections_as_ground_truth(trained.teacher, datasets["DATASETS.TEST"][0], tmp_path / "found.json")
         ],
     }
     (tmp_path / "config.yaml").write_text(trained.cfg.dump())
     args = train_net.argument_parser().parse_args(
         ["--config-file", str(tmp_path / "config.yaml"), "--eval-only", *as_options(settings)]
     )
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         average_precision = train_net.main(args)["bbox"]["AP"]
     assert average_precision < 50 if swapped else average_precision == pytest.approx(100)
     assert "evaluating the teacher" in (tmp_path / "log.txt").read_text()

@@ -17,7 +17,7 @@ from locreweight.checkpoint.checkpointer import TeacherCheckpointer
 from locreweight.checkpoint.safe_loading import read_weights
 from locreweight.engine import load_for_evaluation
 from locreweight.errors import UsageError
-from tests.engine.tiny_training import build_trainer, logging_of_its_own, training_config
+from tests.engine.tiny_training import build_trainer, restored_loggers_and_signals, training_config
 from tests.modeling.tiny_model import as_options, plain_config, tiny_config, tiny_model
 from tests.tiny_data import make_folder
 
@@ -124,7 +124,7 @@ def test_the_command_line_runs_nothing(datasets, tmp_path, hostile, marker, flag
     args = train_net.argument_parser().parse_args(
         ["--config-file", str(tmp_path / "config.yaml"), *flags]
     )
-    with logging_of_its_own(), pytest.raises(UsageError, match=r"posix\.system"):
+    with restored_loggers_and_signals(), pytest.raises(UsageError, match=r"posix\.system"):
         train_net.main(args)
     assert not marker.exists()
 

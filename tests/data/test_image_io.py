@@ -136,7 +136,7 @@ class TestReduction:
         self, reduction, orientation, tmp_path
     ):
         file = jpeg_turned(tmp_path / "a.jpg", orientation, smooth(192, 256))
-        side = 192 / reduction / training_images.SPARE
+        side = 192 / reduction / training_images.MIN_OVERSAMPLING
         read = read_for_training(file, SizeLimit(side, math.inf))
         whole = read_rgb(file)
         height, width = whole.shape[:2]
@@ -167,7 +167,7 @@ class TestReduction:
 
 def mapper_of(view, reduced=True):
     recipe = AugmentationPolicy(labeled=[view], weak=view, strong=view)
-    return ViewMapper(recipe=recipe, image_format="RGB", reduced_decoding=reduced)
+    return ViewMapper(policy=recipe, image_format="RGB", reduced_decoding=reduced)
 
 
 @pytest.fixture
@@ -180,7 +180,9 @@ def decoded(monkeypatch):
             found.append(reduction)
             return super().__getitem__(reduction)
 
-    monkeypatch.setattr(training_images, "DECODED_AT", Recorded(training_images.DECODED_AT))
+    monkeypatch.setattr(
+        training_images, "JPEG_DECODE_FLAGS", Recorded(training_images.JPEG_DECODE_FLAGS)
+    )
     return found
 
 
@@ -220,7 +222,7 @@ class TestMapper:
             (AugmentationPolicy([small], small, [T.RandomFlip()], strong_on_weak=True), [4, 4]),
         ):
             decoded.clear()
-            mapper = ViewMapper(recipe=recipe, image_format="RGB", reduced_decoding=True)
+            mapper = ViewMapper(policy=recipe, image_format="RGB", reduced_decoding=True)
             mapper.unlabeled({"file_name": file})
             mapper.labeled(self.record(file))
             assert decoded == expected
@@ -249,7 +251,7 @@ class TestMapper:
     def test_one_file_is_decoded_once_for_all_its_labeled_views(self, tmp_path, decoded):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         recipe = AugmentationPolicy([[T.ResizeShortestEdge(300)]] * 3, [], [])
-        samples = ViewMapper(recipe=recipe, image_format="RGB").labeled(self.record(file))
+        samples = ViewMapper(policy=recipe, image_format="RGB").labeled(self.record(file))
         assert (len(samples), decoded) == (3, [1])
 
     @pytest.mark.parametrize("order", ["RGB", "BGR"])

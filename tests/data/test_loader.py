@@ -17,10 +17,16 @@ from detectron2.structures import BoxMode
 from tiny_data import make_folder
 
 from locreweight.config import load_config
-from locreweight.data import loader as streams
+from locreweight.data import loader as loader_module
 from locreweight.data.datasets.image_folders import load_folder
 from locreweight.data.image_io import UnreadableImage
-from locreweight.data.loader import BatchSchedule, Position, Stream, StreamDataset, build_loader
+from locreweight.data.loader import (
+    Stream,
+    StreamDataset,
+    StreamPosition,
+    TwoStreamBatchSampler,
+    build_loader,
+)
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.transforms.policies import AugmentationPolicy, build_augmentation_policy
 
@@ -39,9 +45,9 @@ def records_of(folder):
     return [{**record, "annotations": [dict(box)]} for record in load_folder(str(folder))]
 
 
-def config(recipe="SoftTeacherPolicy"):
+def config(policy="SoftTeacherPolicy"):
     sizes = ["INPUT.MIN_SIZE_TRAIN", "(24, 48)", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"]
-    return load_config("", ["INPUT.AUGMENTATION_POLICY", recipe, *sizes])
+    return load_config("", ["INPUT.AUGMENTATION_POLICY", policy, *sizes])
 
 
 def dataset_of(records, labeled=3, seed=7, mapper=None):
@@ -51,7 +57,7 @@ def dataset_of(records, labeled=3, seed=7, mapper=None):
 
 
 def batches(dataset, count, num_workers=0, **schedule):
-    loader = build_loader(dataset, BatchSchedule(**SCHEDULE | schedule), num_workers)
+    loader = build_loader(dataset, TwoStreamBatchSampler(**SCHEDULE | schedule), num_workers)
     return list(islice(loader, count))
 
 
@@ -86,7 +92,7 @@ def test_workers_come_up_whatever_opencv_did_before(folder):
     image = np.zeros((2000, 2000, 3), np.uint8)
     cv2.warpAffine(image, np.eye(2, 3), (2000, 2000))  # starts them
     dataset = dataset_of(records_of(folder))
-    loader = build_loader(dataset, BatchSchedule(**SCHEDULE), num_workers=2)
+    loader = build_loader(dataset, TwoStreamBatchSampler(**SCHEDULE), num_workers=2)
     loader.timeout = 60
     assert same(list(islice(loader, 3)), batches(dataset, 3))
     assert cv2.getNumThreads() == 1
@@ -111,10 +117,10 @@ def test_starting_later_is_skipping(folder, start, num_workers):
 
 def test_a_sample_does_not_depend_on_what_was_made_before(folder):
     dataset = dataset_of(records_of(folder))
-    once = content(dataset[Position(UNLABELED, 3)])
-    dataset[Position(LABELED, 1)]
+    once = content(dataset[StreamPosition(UNLABELED, 3)])
+    dataset[StreamPosition(LABELED, 1)]
     np.random.rand(5)
-    assert content(dataset[Position(UNLABELED, 3)]) == once
+    assert content(dataset[StreamPosition(UNLABELED, 3)]) == once
 
 
 @pytest.mark.parametrize("labeled", [1, 3, 8])
@@ -122,7 +128,7 @@ def test_every_epoch_shows_every_image_once(folder, labeled):
     records = records_of(folder)
     dataset = dataset_of(records, labeled)
     for stream, size in ((LABELED, labeled), (UNLABELED, len(records) - labeled)):
-        names = [dataset.record(Position(stream, i))["file_name"] for i in range(5 * size)]
+        names = [dataset.record(StreamPosition(stream, i))["file_name"] for i in range(5 * size)]
         epochs = [names[i : i + size] for i in range(0, len(names), size)]
         assert all(len(set(epoch)) == size for epoch in epochs)
         assert len(set(names)) == size
@@ -134,10 +140,10 @@ def test_the_order_of_an_epoch_is_that_of_runs_before():
     """Runs that are resumed go on in it."""
     for size in (1, 2, 9, 1000, 70_000):
         for key in ((7, LABELED, 0), (7, UNLABELED, 3)):
-            order = streams._epoch_order(*key, size)
+            order = loader_module._epoch_order(*key, size)
             assert order.dtype == np.int32
             assert (order == np.random.default_rng(key).permutation(size)).all()
-    assert streams._epoch_order(1, UNLABELED, 2, 9).tolist() == [0, 2, 6, 5, 3, 1, 4, 8, 7]
+    assert loader_module._epoch_order(1, UNLABELED, 2, 9).tolist() == [0, 2, 6, 5, 3, 1, 4, 8, 7]
 
 
 @pytest.mark.parametrize("size", [(24, 40), (40, 24)])
@@ -189,12 +195,12 @@ def test_supervised_training_needs_no_unlabeled_image(folder):
 
 class TestDraws:
     def matrices(self, dataset, count=8):
-        return [dataset[Position(UNLABELED, i)] for i in range(count)]
+        return [dataset[StreamPosition(UNLABELED, i)] for i in range(count)]
 
     def test_weak_and_strong_are_drawn_independently(self, folder):
         recipe = build_augmentation_policy(config())
         mapper = ViewMapper(
-            recipe=dataclasses.replace(recipe, strong=recipe.weak), image_format="BGR"
+            policy=dataclasses.replace(recipe, strong=recipe.weak), image_format="BGR"
         )
         samples = self.matrices(dataset_of(records_of(folder), mapper=mapper), 16)
         scales = [[abs(v.matrix[0, 0].item()) for v in (s.weak, s.strong)] for s in samples]
@@ -211,12 +217,12 @@ class TestDraws:
     def test_streams_differ(self, folder):
         records = records_of(folder)[:1]
         weak = build_augmentation_policy(config()).weak
-        mapper = ViewMapper(recipe=AugmentationPolicy([weak], weak, []), image_format="BGR")
+        mapper = ViewMapper(policy=AugmentationPolicy([weak], weak, []), image_format="BGR")
         dataset = StreamDataset(records, records, mapper, seed=7)
         shapes = [
             (
-                dataset[Position(LABELED, i)][0]["image"].shape,
-                dataset[Position(UNLABELED, i)].weak.image.shape,
+                dataset[StreamPosition(LABELED, i)][0]["image"].shape,
+                dataset[StreamPosition(UNLABELED, i)].weak.image.shape,
             )
             for i in range(8)
         ]
@@ -225,12 +231,14 @@ class TestDraws:
     def test_seeds_differ_in_order_and_in_views(self, folder):
         ours, theirs = (dataset_of(records_of(folder), seed=seed) for seed in (7, 8))
         orders = [
-            [d.record(Position(UNLABELED, i))["file_name"] for i in range(12)]
+            [d.record(StreamPosition(UNLABELED, i))["file_name"] for i in range(12)]
             for d in (ours, theirs)
         ]
         assert orders[0] != orders[1]
         one = records_of(folder)[:2]
-        views = {str(content(dataset_of(one, 1, seed)[Position(UNLABELED, 0)])) for seed in (7, 8)}
+        views = {
+            str(content(dataset_of(one, 1, seed)[StreamPosition(UNLABELED, 0)])) for seed in (7, 8)
+        }
         assert len(views) == 2
 
     def test_all_three_generators_follow_from_the_position(self, folder):
@@ -243,11 +251,11 @@ class TestDraws:
 
         recipe = AugmentationPolicy([[]], [Draw()], [])
         dataset = dataset_of(
-            records_of(folder), mapper=ViewMapper(recipe=recipe, image_format="RGB")
+            records_of(folder), mapper=ViewMapper(policy=recipe, image_format="RGB")
         )
         drawn = []
         for index in (0, 1, 0):
-            dataset[Position(UNLABELED, index)]
+            dataset[StreamPosition(UNLABELED, index)]
             drawn.append(Draw.seen)
         assert drawn[0] == drawn[2]
         assert all(first != second for first, second in zip(drawn[0], drawn[1], strict=True))
@@ -262,7 +270,7 @@ def generator_states():
 def test_making_a_sample_leaves_the_global_generators_alone(folder, stream):
     dataset = dataset_of(records_of(folder))
     before = generator_states()
-    dataset[Position(stream, 0)]
+    dataset[StreamPosition(stream, 0)]
     assert generator_states() == before
 
 
@@ -271,13 +279,13 @@ def test_so_does_failing_to_make_one(folder):
     records[0]["file_name"] = "nowhere.png"
     before = generator_states()
     with pytest.raises(UnreadableImage):
-        dataset_of(records, labeled=1)[Position(LABELED, 0)]
+        dataset_of(records, labeled=1)[StreamPosition(LABELED, 0)]
     assert generator_states() == before
 
 
 class TestSchedule:
     def positions(self, count, **schedule):
-        return list(islice(BatchSchedule(**SCHEDULE | schedule), count))
+        return list(islice(TwoStreamBatchSampler(**SCHEDULE | schedule), count))
 
     def test_burn_in_has_labeled_images_only(self, folder):
         made = batches(dataset_of(records_of(folder)), 4)
@@ -315,14 +323,14 @@ class TestUnreadable:
         index = next(
             i
             for i in range(6)
-            if datasets[0].record(Position(UNLABELED, i))["file_name"] == str(broken)
+            if datasets[0].record(StreamPosition(UNLABELED, i))["file_name"] == str(broken)
         )
-        first, second = (d[Position(UNLABELED, index)] for d in datasets)
+        first, second = (d[StreamPosition(UNLABELED, index)] for d in datasets)
         assert first.file_name != str(broken)
         assert first.file_name in {r["file_name"] for r in records[3:]}
         assert content(first) == content(second)
-        assert {str(broken) in message for message in first.unread} == {True}
-        assert first.unread == second.unread
+        assert {str(broken) in message for message in first.read_errors} == {True}
+        assert first.read_errors == second.read_errors
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_so_are_all_batches_with_it(self, folder, num_workers):
@@ -333,7 +341,7 @@ class TestUnreadable:
         assert [len(batch.unlabeled) for batch in made] == [4] * 3
         assert missing["file_name"] not in {n for batch in made for n in batch.file_names}
         # Twelve samples of seven images, of which one is missing.
-        skipped = [message for batch in made for message in batch.unread]
+        skipped = [message for batch in made for message in batch.read_errors]
         assert skipped
         assert all(missing["file_name"] in message for message in skipped)
 
@@ -342,16 +350,16 @@ class TestUnreadable:
             file.write_bytes(b"")
         dataset = dataset_of(records_of(folder))
         with pytest.raises(
-            UnreadableImage, match=rf"{streams.MAX_REPLACEMENTS} .* in a row.*\.png"
+            UnreadableImage, match=rf"{loader_module.MAX_REPLACEMENTS} .* in a row.*\.png"
         ):
-            dataset[Position(UNLABELED, 0)]
+            dataset[StreamPosition(UNLABELED, 0)]
 
     def test_the_last_readable_one_is_found(self, folder):
         files = sorted(folder.iterdir())
         for file in files[3:-1]:
             file.write_bytes(b"")
         dataset = dataset_of(records_of(folder))
-        samples = [dataset[Position(UNLABELED, i)] for i in range(6)]
+        samples = [dataset[StreamPosition(UNLABELED, i)] for i in range(6)]
         assert {sample.file_name for sample in samples} == {str(files[-1])}
 
     @pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "absurd size"])
@@ -371,13 +379,13 @@ class TestUnreadable:
             file.write_bytes(damaged[damage])
         dataset = dataset_of(records, labeled=1)
         with pytest.raises(UnreadableImage, match=r"0000\.png.*repair or remove"):
-            dataset[Position(LABELED, 0)]
+            dataset[StreamPosition(LABELED, 0)]
 
     def test_an_image_of_another_size_than_its_record_is_an_error(self, folder):
         records = records_of(folder)
         records[0] |= {"height": 99, "width": 32}
         with pytest.raises(UnreadableImage, match=r"0000\.png.*99"):
-            dataset_of(records, labeled=1)[Position(LABELED, 0)]
+            dataset_of(records, labeled=1)[StreamPosition(LABELED, 0)]
 
 
 def reachable_records(root):
@@ -401,4 +409,4 @@ def test_records_are_held_in_one_block_and_not_as_python_objects():
     dataset = dataset_of(records, labeled=200)
     assert reachable_records(dataset) == 0
     assert reachable_records(pickle.loads(pickle.dumps(dataset))) == 0  # as a worker gets it
-    assert dataset.record(Position(LABELED, 0))["file_name"].endswith(".png")
+    assert dataset.record(StreamPosition(LABELED, 0))["file_name"].endswith(".png")

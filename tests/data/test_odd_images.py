@@ -8,7 +8,7 @@ from PIL import Image
 
 from locreweight.data import checks as image_checks
 from locreweight.data.image_io import UnreadableImage, read_rgb
-from locreweight.data.loader import Position, Stream
+from locreweight.data.loader import Stream, StreamPosition
 from locreweight.errors import UsageError
 from tests.odd_images import BROKEN, SOUND
 from tests.tiny_data import edit_json
@@ -61,7 +61,7 @@ def test_a_sound_image_with_labels(project, case):
     name_labeled(project.json, name, *expected.shape[:2])
     sets, dataset = project.read()
     assert [os.path.basename(r["file_name"]) for r in sets.labeled] == [name]
-    view = dataset[Position(Stream.LABELED, 0)][0]
+    view = dataset[StreamPosition(Stream.LABELED, 0)][0]
     assert_shows(view["image"], expected, tolerance)
     height, width = expected.shape[:2]
     assert view["instances"].gt_boxes.tensor.tolist() == [[0, 0, width, height]]
@@ -75,8 +75,8 @@ def test_a_sound_image_without_labels(project, case):
     expected = make(folder / name)
     project.set("DATASETS.UNLABELED", [f"folder:{folder}"])
     _, dataset = project.read()
-    sample = dataset[Position(Stream.UNLABELED, 0)]
-    assert (os.path.basename(sample.file_name), sample.unread) == (name, ())
+    sample = dataset[StreamPosition(Stream.UNLABELED, 0)]
+    assert (os.path.basename(sample.file_name), sample.read_errors) == (name, ())
     assert_shows(sample.weak.image, expected, tolerance)
     assert sample.weak.matrix.tolist() == np.eye(3).tolist()
 
@@ -96,8 +96,8 @@ def test_no_shape_is_too_odd_for_a_recipe(project, case, sizes, recipe):
     project.set("INPUT.MIN_SIZE_TRAIN", sizes[0])
     project.set("INPUT.MAX_SIZE_TRAIN", sizes[1])
     _, dataset = project.read()
-    labeled = dataset[Position(Stream.LABELED, 0)]
-    sample = dataset[Position(Stream.UNLABELED, 0)]
+    labeled = dataset[StreamPosition(Stream.LABELED, 0)]
+    sample = dataset[StreamPosition(Stream.UNLABELED, 0)]
     for image in (*(x["image"] for x in labeled), sample.weak.image, sample.strong.image):
         assert 1 <= min(image.shape[1:]) <= max(image.shape[1:]) <= sizes[1]
     for view in (sample.weak, sample.strong):
@@ -129,9 +129,9 @@ def test_a_broken_unlabeled_image_is_skipped_with_its_name(project, case, monkey
     name, content = BROKEN[case]
     (project.unlabeled / name).write_bytes(content)
     sets, dataset = project.read()
-    samples = [dataset[Position(Stream.UNLABELED, i)] for i in range(len(sets.unlabeled))]
+    samples = [dataset[StreamPosition(Stream.UNLABELED, i)] for i in range(len(sets.unlabeled))]
     assert name not in {os.path.basename(sample.file_name) for sample in samples}
-    skipped = {message for sample in samples for message in sample.unread}
+    skipped = {message for sample in samples for message in sample.read_errors}
     assert len(skipped) == 1
     assert str(project.unlabeled / name) in skipped.pop()
     assert not (project.folder / "OUT").exists()
@@ -155,7 +155,7 @@ def test_images_of_twice_pillows_limit_are_read_and_larger_ones_refused(
         else pytest.raises(UnreadableImage, match=r"a\.png: DecompressionBombError")
     )
     with expected:
-        dataset[Position(Stream.UNLABELED, 0)]
+        dataset[StreamPosition(Stream.UNLABELED, 0)]
 
 
 @pytest.mark.parametrize("role", ["labeled", "test"])
@@ -212,7 +212,7 @@ class TestSizes:
         name_labeled(other, "a.png", 1, 1)
         project.set("DATASETS.UNLABELED", [f"coco:{other}:{project.test_images}"])
         _, dataset = project.read()
-        assert dataset[Position(Stream.UNLABELED, 0)].weak.image_size == (40, 60)
+        assert dataset[StreamPosition(Stream.UNLABELED, 0)].weak.image_size == (40, 60)
 
 
 class TestNoFile:
@@ -229,8 +229,8 @@ class TestNoFile:
     def test_an_unlabeled_link_that_leads_nowhere_is_skipped(self, project, name):
         NO_FILES[name](project.unlabeled / f"{name}.png")
         sets, dataset = project.read()
-        samples = [dataset[Position(Stream.UNLABELED, i)] for i in range(len(sets.unlabeled))]
-        assert any(f"{name}.png" in message for s in samples for message in s.unread)
+        samples = [dataset[StreamPosition(Stream.UNLABELED, i)] for i in range(len(sets.unlabeled))]
+        assert any(f"{name}.png" in message for s in samples for message in s.read_errors)
 
     @pytest.mark.parametrize("name", ["pipe", "folder"])
     def test_pipes_and_folders_are_no_unlabeled_images(self, project, name):

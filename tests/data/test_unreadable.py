@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from locreweight.data.loader import MIN_DRAWN, UnreadableImages
+from locreweight.data.unreadable import MIN_DRAWN, UnreadableImageCounter
 from locreweight.errors import UsageError
 
 ONE, TWO = "cannot read a.png: it is empty", "cannot read b.png: it is empty"
@@ -12,7 +12,7 @@ ONE, TWO = "cannot read a.png: it is empty", "cannot read b.png: it is empty"
 
 def after(max_share, *iterations):
     """Iterations are (messages of one process, number of images that it read)."""
-    images = UnreadableImages(max_share)
+    images = UnreadableImageCounter(max_share)
     for messages, read in iterations:
         images.update([messages], read)
     return images
@@ -42,7 +42,7 @@ def test_it_is_that_of_all_images_drawn():
 
 
 def test_all_processes_count():
-    images = UnreadableImages(0.1)
+    images = UnreadableImageCounter(0.1)
     images.update([[ONE], [TWO], [], []], read=4)
     assert images.files == 2
     images.update([[]] * 4, read=40)
@@ -79,5 +79,5 @@ def test_of_thousands_not_all_are_named(caplog):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_lies_between_nothing_and_all(share):
-    with pytest.raises(UsageError, match=r"MAX_UNREADABLE_SHARE must lie in \[0, 1\]"):
-        UnreadableImages(share)
+    with pytest.raises(UsageError, match=r"MAX_UNREADABLE_SHARE must be in \[0, 1\]"):
+        UnreadableImageCounter(share)

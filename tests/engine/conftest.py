@@ -1,4 +1,4 @@
-"""Data sets that all trainings of these tests share."""
+"""Fixtures for trainings of the tiny detector."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.engine.tiny_training import build_trainer, make_datasets, training_config
+from tests.tools.conftest import run  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="session")
@@ -16,18 +17,18 @@ def datasets(tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(datasets, tmp_path):
-    """A trainer with some settings, resumed or not; all of a test share an output folder."""
+    """Builds trainers that share the test's output folder; ``resume`` continues an earlier one."""
 
-    def make(settings=None, resume=False):
-        return build_trainer(training_config(datasets, tmp_path, settings), resume=resume)
+    def make(settings=None, **how):
+        return build_trainer(training_config(datasets, tmp_path, settings), **how)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def pretended(tmp_path_factory):
-    """Folder of what came of trainings on a device that is not the host."""
-    folder = tmp_path_factory.mktemp("pretended")
+def pretend_folder(tmp_path_factory):
+    """Output folder of the trainings on a pretend device."""
+    folder = tmp_path_factory.mktemp("pretend")
     program = [sys.executable, "-m", "tests.engine.pretend_trainings", str(folder)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,6 +36,6 @@ def pretended(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def on_a_device(pretended):
-    """Name of a training -> fields of ``Found``."""
-    return json.loads((pretended / "results.json").read_text())
+def device_results(pretend_folder):
+    """Name of a training -> fields of ``Result``."""
+    return json.loads((pretend_folder / "results.json").read_text())

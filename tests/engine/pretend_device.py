@@ -1,8 +1,8 @@
-"""A device that is none, to find on a CPU what else only a GPU would show.
+"""A pretend device that shows on a CPU the mistakes that would appear only on a GPU.
 
-Its tensors lie in host memory, but like a GPU's they do not mix with the host's, and whatever would
-make the host wait for a GPU is counted. Import it before anything has been differentiated: PyTorch
-looks for devices once. That is for good, so do it in a process of its own.
+Its tensors are in CPU memory, but cannot be mixed with CPU tensors, and operations that would make
+the CPU wait for a GPU are counted. Import this module before the first backward pass, because
+PyTorch looks for devices once. The import cannot be undone, so use a separate process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import locreweight
 
 NAME = "pretend"
 PACKAGES = [str(Path(package.__file__ or "").parent) + "/" for package in (locreweight, detectron2)]
-# What is asked of a tensor's shape, not of its numbers.
+# Operations that read the shape of a tensor, not its values.
 SHAPE = {
     "size", "stride", "dim", "numel", "storage_offset", "is_contiguous", "sym_size", "sym_stride",
     "sym_numel", "sym_storage_offset", "sym_is_contiguous", "is_strides_like_format",
@@ -45,17 +45,17 @@ class _Backend(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend(NAME, _Backend())
 DEVICE = torch.device(NAME, 0)
-# Autocast does nothing here; what it does to numbers, the CPU's own shows.
+# Autocast has no effect here; the CPU's tests cover mixed precision.
 _autocast = Library("_", "IMPL")
 _autocast.fallback(fallthrough_kernel, "AutocastPrivateUse1")
-# torch.tensor makes its numbers on the host and copies them, as it does for a GPU.
+# torch.tensor creates tensors on the CPU and copies them, as for a GPU.
 torch._C._set_only_lift_cpu_tensors(True)
-# The parameters of a module that is moved are other objects, and not other memory of the same ones.
+# Moving a module replaces its parameters instead of changing their memory.
 torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 class FarTensor(Tensor):
-    """A tensor on the device: ``near`` is what it holds."""
+    """A tensor on the device; ``near`` is the CPU tensor that holds its values."""
 
     near: Tensor
 
@@ -88,17 +88,17 @@ class FarTensor(Tensor):
     __array__ = numpy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.near.__reduce_ex__(protocol)  # as a file keeps it
+        return self.near.__reduce_ex__(protocol)  # saved as a CPU tensor
 
     def __deepcopy__(self, memo: dict) -> FarTensor:
         return FarTensor(self.near.clone())
 
 
 class PretendDevice(TorchDispatchMode):
-    """While it is entered, the device is there.
+    """Context in which the device exists.
 
     Attributes:
-        waits: ``package: function: operation`` -> how often the host would have waited there.
+        waits: ``package: function: operation`` -> how often the CPU would have waited there.
     """
 
     current: PretendDevice
@@ -109,7 +109,7 @@ class PretendDevice(TorchDispatchMode):
         PretendDevice.current = self
 
     def note(self, operation: str) -> None:
-        """Count a wait where it was asked for: in the innermost function of the packages."""
+        """Count a wait under the innermost function of the packages on the call stack."""
         frame = sys._getframe(1)
         while frame.f_back:
             code = frame.f_code
@@ -139,7 +139,7 @@ class PretendDevice(TorchDispatchMode):
         near_args, near_kwargs = structure.unflatten(t.near if is_far(t) else t for t in leaves)
         on_host = {"device": torch.device("cpu"), "pin_memory": False}
         result = func(*near_args, **{k: on_host.get(k, v) for k, v in near_kwargs.items()})
-        # What was changed in place is the same object afterwards.
+        # A tensor that was changed in place stays the same object.
         same = {id(t.near): t for t in tensors if is_far(t)}
 
         def far(x: Any) -> Any:
@@ -155,18 +155,18 @@ def is_far(x: Any) -> TypeGuard[FarTensor]:
 
 
 def is_asynchronous(args: tuple, kwargs: dict) -> bool:
-    """Of a copy: whether the host goes on at once."""
+    """Whether a copy does not make the CPU wait."""
     return bool(kwargs.get("non_blocking")) or args[2:3] == (True,)
 
 
 def check_devices(func: Any, args: tuple, tensors: list[Tensor]) -> None:
-    """Raises RuntimeError where PyTorch would for a GPU's and the host's tensors together."""
+    """Raise RuntimeError where PyTorch does for tensors on a GPU and on the CPU."""
     name = func.overloadpacket.__name__
     if name in COPIES:
         return
-    if name in INDEXING and is_far(args[0]):  # indices may lie on the host
+    if name in INDEXING and is_far(args[0]):  # indices may be on the CPU
         tensors = [args[0], *args[2:3]]
-    # Single numbers may be the host's where each number of the result has its own.
+    # Scalars may be on the CPU in elementwise operations.
     singles = torch.Tag.pointwise in func.tags or name in INDEXING
     for tensor in tensors:
         if not is_far(tensor) and not (singles and tensor.dim() == 0):
@@ -174,12 +174,12 @@ def check_devices(func: Any, args: tuple, tensors: list[Tensor]) -> None:
 
 
 def reads_numbers(func: Any, args: tuple) -> bool:
-    """Whether the host has to know numbers before it can go on, such as the size of the result."""
+    """Whether the CPU needs values of the tensor to continue, such as the size of the result."""
     if func.overloadpacket.__name__ in INDEXING:
         indices = [i for i in args[1] if i is not None]
         if not all(is_far(i) for i in indices):
             return True  # they are copied to the device
-        # The ones of a mask have to be counted, unless all get the same number.
+        # The ones of a mask must be counted, unless all elements get the same value.
         is_fill = len(args) > 2 and args[2].numel() == 1
         return not is_fill and any(i.dtype in (torch.bool, torch.uint8) for i in indices)
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})

@@ -1,11 +1,11 @@
-"""Trainings on a device that is none, and the same ones on the CPU; a program of its own.
+"""Program that trains on the pretend device and on the CPU, and compares the two.
 
     python -m tests.engine.pretend_trainings FOLDER
 
 Writes into the folder
 
-- results.json: name -> fields of :class:`Found`;
-- answers.json: name in ASKED -> what the device had to say.
+- results.json: name -> fields of :class:`Result`;
+- answers.json: name in OPERATIONS -> error or waits of the device.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from locreweight.engine import writers as metrics_module
 from tests.engine.pretend_device import DEVICE, NAME, PretendDevice
 from tests.engine.tiny_training import build_trainer, copy_of, make_datasets, training_config
 
-BURN_IN, ITERATIONS, PERIOD = 1, 2, 2  # a step of each phase; the log follows both
+BURN_IN, ITERATIONS, PERIOD = 1, 2, 2  # one step of each phase, and then a line of the log
 ON_THE_DEVICE = {"MODEL.DEVICE": NAME}
 SCHEDULE = {"SEMI.BURN_IN_ITERS": BURN_IN, "SOLVER.MAX_ITER": ITERATIONS}
 METHODS = ("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "Stac")
 
-ASKED: dict[str, Callable[[Tensor], Any]] = {
+OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "with the host's": lambda far: far + torch.ones(2),
     "stacked with the host's": lambda far: torch.stack([far.sum(), torch.ones(())]),
     "index into the host's": lambda far: torch.ones(2)[far.long()],
@@ -53,14 +53,15 @@ ASKED: dict[str, Callable[[Tensor], Any]] = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """What came of a training.
+class Result:
+    """Outcome of a training on the device.
 
     Attributes:
-        moved: how far the student's weights went in it, the largest absolute difference.
-        difference: the largest between its weights in the end and those of the CPU's student.
-        burn_in, mutual: waits in the steps of each phase, by place.
-        last_metrics: the log's last line.
+        moved: largest absolute change of the student's weights during training.
+        difference: largest absolute difference between its final weights and the CPU's.
+        burn_in: place -> number of waits in burn-in steps.
+        mutual: the same for steps after burn-in.
+        last_metrics: the last line of metrics.json.
     """
 
     moved: float
@@ -70,7 +71,7 @@ class Found:
     last_metrics: dict[str, float]
 
 
-def compare(datasets: dict, folder: Path, settings: dict) -> Found:
+def compare(datasets: dict, folder: Path, settings: dict) -> Result:
     """Train on the device and on the CPU."""
     waits: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     with PretendDevice() as device:
@@ -79,11 +80,11 @@ def compare(datasets: dict, folder: Path, settings: dict) -> Found:
         count_waits(trainer, device, waits)
         trainer.train()
         after = weights_of(trainer)
-    # Half precision is not compared: its numbers are what the CPU's tests are for.
+    # Compared in float32 only: autocast has no effect on the pretend device.
     exact = settings | {"SOLVER.AMP.ENABLED": False}
     reference = trainer_for(datasets, folder / "cpu", exact)
     reference.train()
-    return Found(
+    return Result(
         moved=largest_difference(before, after),
         difference=largest_difference(after, weights_of(reference)),
         burn_in=dict(waits[True]),
@@ -92,8 +93,8 @@ def compare(datasets: dict, folder: Path, settings: dict) -> Found:
     )
 
 
-def everything(datasets: dict, folder: Path) -> Found:
-    """Also what training does beside its steps, and resuming."""
+def compare_everything(datasets: dict, folder: Path) -> Result:
+    """Train with evaluation, checkpoints and panels, and resume on the device."""
     settings = {
         "DATASETS.TEST": datasets["DATASETS.TEST"],
         "TEST.EVAL_PERIOD": BURN_IN,
@@ -108,14 +109,14 @@ def everything(datasets: dict, folder: Path) -> Found:
 
 
 def trainer_for(datasets: dict, folder: Path, settings: dict) -> SemiSupervisedTrainer:
-    """One that goes on from what is in the folder, if there is anything."""
+    """A trainer that resumes from the folder if it has checkpoints."""
     return build_trainer(training_config(datasets, folder, SCHEDULE | settings), resume=True)
 
 
 def count_waits(
     trainer: SemiSupervisedTrainer, device: PretendDevice, waits: dict[bool, Counter[str]]
 ) -> None:
-    """Add the waits of each step that the trainer will do to those of its phase."""
+    """Count the waits of each step of the trainer by phase: key True is burn-in."""
     run_step = trainer.run_step
 
     def counted() -> None:
@@ -138,12 +139,12 @@ def last_line(folder: Path) -> dict[str, float]:
     return json.loads((folder / "metrics.json").read_text().splitlines()[-1])
 
 
-def answer(ask: Callable[[Tensor], Any]) -> str:
-    """The error, or where the host waits, or nothing."""
+def answer(operation: Callable[[Tensor], Any]) -> str:
+    """The error, the places where the CPU waits, or "nothing"."""
     with PretendDevice() as device:
         far = torch.ones(2, device=DEVICE)
         try:
-            ask(far)
+            operation(far)
         except (RuntimeError, TypeError) as error:
             return str(error)
         return ", ".join(device.waits) or "nothing"
@@ -152,14 +153,15 @@ def answer(ask: Callable[[Tensor], Any]) -> str:
 def main(folder: Path) -> None:
     metrics_module.PERIOD = PERIOD
     datasets = make_datasets(folder / "datasets")
-    found = {name: compare(datasets, folder / name, {"SEMI.METHOD": name}) for name in METHODS}
+    results = {name: compare(datasets, folder / name, {"SEMI.METHOD": name}) for name in METHODS}
     half = {"SOLVER.AMP.ENABLED": True}
-    found["float16"] = compare(datasets, folder / "float16", half)
-    found["everything"] = everything(datasets, folder / "everything")
-    results = {name: asdict(each) for name, each in found.items()}
-    answers = {name: answer(ask) for name, ask in ASKED.items()}
+    results["float16"] = compare(datasets, folder / "float16", half)
+    results["everything"] = compare_everything(datasets, folder / "everything")
+    answers = {name: answer(operation) for name, operation in OPERATIONS.items()}
     (folder / "answers.json").write_text(json.dumps(answers))
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(
+        json.dumps({name: asdict(r) for name, r in results.items()})
+    )
 
 
 if __name__ == "__main__":

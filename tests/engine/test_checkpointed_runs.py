@@ -20,8 +20,8 @@ from tests.checkpoint.test_files import full_disk, truncated_to
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
-    logging_of_its_own,
     recorded_training,
+    restored_loggers_and_signals,
     same,
     training_config,
 )
@@ -100,7 +100,7 @@ def arguments_of(cfg, folder, *flags):
 
 def test_the_exit_code_says_that_the_end_was_not_kept(datasets, tmp_path):
     cfg = training_config(datasets, tmp_path, {"SOLVER.MAX_ITER": 1})
-    with logging_of_its_own(), full_disk(CHECKPOINT), pytest.raises(SystemExit) as exit_:
+    with restored_loggers_and_signals(), full_disk(CHECKPOINT), pytest.raises(SystemExit) as exit_:
         train_net.launch(train_net.main, arguments_of(cfg, tmp_path))
     assert exit_.value.code.startswith("error: ")
     assert "model_final.pth could not be saved: File too large" in exit_.value.code
@@ -194,7 +194,7 @@ def test_the_command_line_resumes_from_the_file_before_a_damaged_one(datasets, t
         truncated_to(0.5)(tmp_path / name)
     if last == "missing":
         (tmp_path / "last_checkpoint").unlink()
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         train_net.main(arguments_of(cfg, tmp_path, "--resume"))
     log = (tmp_path / "log.txt").read_text()
     assert "resuming from model_0000001.pth" in log
@@ -234,12 +234,14 @@ def test_scores_of_numpy_do_not_keep_a_checkpoint_from_being_read(
     def evaluate_teacher_and_student(*_, **__):
         return {"bbox": {"AP": np.float64(12.5)}, "student": {"bbox": {"AP": np.float32(10)}}}
 
-    monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
+    monkeypatch.setattr(
+        trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student
+    )
     settings = {"DATASETS.TEST": datasets["DATASETS.TEST"], "TEST.EVAL_PERIOD": 1}
     make_trainer(settings | {"SOLVER.MAX_ITER": 2}).train()
     content = torch.load(tmp_path / "model_best.pth", weights_only=True)
     hooks = content["trainer"]["hooks"]
-    assert hooks["ResumableBestCheckpointer"]["best_metric"] == 12.5
+    assert hooks["best_model"]["best_metric"] == 12.5
 
 
 def test_a_run_keeps_as_many_as_configured_also_when_resumed(make_trainer, tmp_path):

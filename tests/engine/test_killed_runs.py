@@ -1,4 +1,4 @@
-"""Real processes that are killed. ``python -m tests.soak`` does it many more times."""
+"""Processes that are killed while they train. ``python -m tests.soak`` repeats it many times."""
 
 import os
 import signal
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests import soak
-from tests.engine.tiny_training import build_trainer, logging_of_its_own, training_config
+from tests.engine.tiny_training import build_trainer, restored_loggers_and_signals, training_config
+
+pytestmark = pytest.mark.slow
 
 LAUNCHED = ([], "--num-gpus", "2", "--dist-url", "auto")
 TORCHRUN = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],)
@@ -15,7 +17,7 @@ TORCHRUN = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 
 
 @pytest.fixture
 def run(datasets, tmp_path):
-    """Starts or resumes the run of a test; one that is left over is killed."""
+    """Starts or resumes the run of a test in a new process, which is killed after the test."""
     processes = []
 
     def begin(*how, **settings):
@@ -37,7 +39,7 @@ def children_of(pid):
 
 
 def processes_of(launcher):
-    """Its processes that train; it may have another one, which keeps count of their resources."""
+    """The training processes of a launcher, without the resource tracker of multiprocessing."""
     commands = {i: Path(f"/proc/{i}/cmdline").read_bytes() for i in children_of(launcher.pid)}
     return [i for i, command in commands.items() if b"resource_tracker" not in command]
 
@@ -50,12 +52,12 @@ def is_gone(pid):
     return state == "Z"
 
 
-def test_a_process_that_is_killed_loses_nothing(run, datasets, tmp_path):
-    """In training, while it writes a checkpoint, and in its last evaluation."""
-    whole = tmp_path / "whole"
+def test_killed_process_loses_nothing(run, datasets, tmp_path):
+    """Killed during training, and while it writes a checkpoint."""
+    uninterrupted = tmp_path / "uninterrupted"
     settings = soak.SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]}
-    with logging_of_its_own():
-        build_trainer(training_config(datasets, whole, settings)).train()
+    with restored_loggers_and_signals():
+        build_trainer(training_config(datasets, uninterrupted, settings)).train()
 
     process, trains = run(), soak.said(tmp_path, "iter: 19")
     assert soak.wait_for(process, trains)
@@ -68,11 +70,11 @@ def test_a_process_that_is_killed_loses_nothing(run, datasets, tmp_path):
     assert soak.end_by(process, signal.SIGKILL) == -signal.SIGKILL
     soak.check_files(tmp_path)
 
-    # Until all iterations are done.
+    # The third process finishes the run.
     process, trained = run(), soak.said(tmp_path, "iter: 69")
     assert process.wait() == 0, output_of(tmp_path)[-2000:]
     assert trained()
-    assert soak.differences(soak.result_of(whole), soak.result_of(tmp_path)) == []
+    assert soak.differences(soak.result_of(uninterrupted), soak.result_of(tmp_path)) == []
 
 
 SMALL = {
@@ -84,20 +86,20 @@ SMALL = {
 }
 
 
-def test_two_processes_are_stopped_and_killed_and_lose_nothing(run, datasets, tmp_path):
-    """Started by Detectron2 and by torchrun, which comes to the same bit for bit."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    reference = soak.start(whole, datasets, SMALL, *LAUNCHED)
-    assert reference.wait() == 0, output_of(whole)[-2000:]
-    # Each message comes once.
-    text = (whole / "log.txt").read_text()
+def test_two_processes_that_are_killed_or_stopped_lose_nothing(run, datasets, tmp_path):
+    """Detectron2's launcher and torchrun give the same result bit for bit."""
+    uninterrupted = tmp_path / "uninterrupted"
+    uninterrupted.mkdir()
+    reference = soak.start(uninterrupted, datasets, SMALL, *LAUNCHED)
+    assert reference.wait() == 0, output_of(uninterrupted)[-2000:]
+    # Each message is logged once.
+    text = (uninterrupted / "log.txt").read_text()
     assert text.count("Effective values on 2 process(es)") == 1
-    assert text.count("2 labeled + 2 unlabeled images an iteration (1 + 1 each)") == 1
-    (results,) = [line for line in soak.metrics_of(whole) if "bbox/AP" in line]
+    assert text.count("2 labeled + 2 unlabeled images per iteration (1 + 1 per process)") == 1
+    (results,) = [line for line in soak.metrics_of(uninterrupted) if "bbox/AP" in line]
     assert "student/bbox/AP" in results
 
-    # One is killed: the other ends as well, and so does what started them.
+    # One process is killed: the other process and the launcher end, too.
     launcher = run(*LAUNCHED, "--timeout", "60", **SMALL)
     assert soak.wait_for(launcher, soak.said(tmp_path, f"saved {tmp_path}"))
     first, second = processes_of(launcher)
@@ -106,7 +108,7 @@ def test_two_processes_are_stopped_and_killed_and_lose_nothing(run, datasets, tm
     assert is_gone(first)
     soak.check_files(tmp_path)
 
-    # One is asked to stop: both do.
+    # One process gets a signal: both stop.
     launcher, resumed = run(*TORCHRUN, **SMALL), soak.said(tmp_path, f"saved {tmp_path}")
     assert soak.wait_for(launcher, resumed)
     os.kill(processes_of(launcher)[1], signal.SIGUSR1)
@@ -114,11 +116,11 @@ def test_two_processes_are_stopped_and_killed_and_lose_nothing(run, datasets, tm
     assert "stopped by a signal, exit code 75" in output_of(tmp_path)
     assert (tmp_path / "last_checkpoint").read_text() == "model_resume.pth"
 
-    # What started them is asked: they do, and it says so.
+    # The launcher gets a signal: it forwards it and exits with the same code.
     launcher, resumed = run(*LAUNCHED, **SMALL), soak.said(tmp_path, f"saved {tmp_path}")
     assert soak.wait_for(launcher, resumed)
     os.kill(launcher.pid, signal.SIGTERM)
     assert launcher.wait(timeout=120) == soak.EXIT_CODE, output_of(tmp_path)[-2000:]
 
     assert run(*TORCHRUN, **SMALL).wait() == 0, output_of(tmp_path)[-2000:]
-    assert soak.differences(soak.result_of(whole), soak.result_of(tmp_path)) == []
+    assert soak.differences(soak.result_of(uninterrupted), soak.result_of(tmp_path)) == []

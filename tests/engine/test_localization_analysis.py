@@ -19,7 +19,7 @@ from locreweight.engine.localization_analysis import (
 )
 from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
-from tests.engine.tiny_training import found_as_truth
+from tests.engine.tiny_training import detections_as_ground_truth
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_truth_that_was_found_is_localized_without_error(run, tmp_path, side):
         return [{"instances": found} for found in detector.detect([image])]
 
     detect.eval = lambda: detect
-    name = found_as_truth(detect, run.test_set, tmp_path / "truth.json")
+    name = detections_as_ground_truth(detect, run.test_set, tmp_path / "truth.json")
     data = localize(detector, annotated_records(detector, name))
     assert len(data.iou) > 5 and data.iou.min() > 0.98
     assert data.variance.shape == data.error.shape == (len(data.iou), 4)

@@ -153,7 +153,7 @@ def run_of_one_iteration(datasets, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("lacking", ["at_hook", "seed", "optimizer", "skipped_steps"])
+@pytest.mark.parametrize("lacking", ["finished", "seed", "optimizer", "skipped_steps"])
 def test_a_checkpoint_of_another_version_is_told_in_one_line(
     run_of_one_iteration, datasets, tmp_path, lacking
 ):

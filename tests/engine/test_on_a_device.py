@@ -1,4 +1,4 @@
-"""Training where tensors do not lie in the host's memory, as on a GPU; see pretend_device.py."""
+"""Training on a device whose tensors do not mix with the CPU's; see pretend_device.py."""
 
 import json
 
@@ -16,23 +16,23 @@ TRAININGS = [
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_the_same_is_learned_as_on_the_cpu(on_a_device, name):
-    """No tensor of the host's is met on the device, and none of the device's on the host."""
-    found = on_a_device[name]
-    assert found["moved"] > 1e-3
-    assert found["difference"] < 1e-6
+def test_training_on_a_device_gives_the_weights_of_the_cpu(device_results, name):
+    """No operation mixes tensors of the device and the CPU."""
+    result = device_results[name]
+    assert result["moved"] > 1e-3
+    assert result["difference"] < 1e-6
 
 
-def test_all_methods_are_tried(on_a_device):
-    assert set(on_a_device) == set(TRAININGS)
+def test_all_methods_are_trained_on_the_device(device_results):
+    assert set(device_results) == set(TRAININGS)
 
 
-def test_evaluation_and_the_loss_scale_come_back_to_the_host(on_a_device):
-    assert "bbox/AP" in on_a_device["everything"]["last_metrics"]
-    assert on_a_device["float16"]["last_metrics"]["loss_scale"] > 1
+def test_results_and_loss_scale_are_logged_from_the_device(device_results):
+    assert "bbox/AP" in device_results["everything"]["last_metrics"]
+    assert device_results["float16"]["last_metrics"]["loss_scale"] > 1
 
 
-# The tests' own oracle: what a GPU refuses, what it does at once, what a host waits for.
+# What the pretend device must do, as a GPU does: refuse, continue at once, or wait.
 ANSWERS = {
     "with the host's": "aten.add.Tensor: one tensor is on pretend:0, one is on the cpu",
     "stacked with the host's": "aten.stack.default: one tensor is on pretend:0, one is on the cpu",
@@ -54,5 +54,5 @@ ANSWERS = {
 }
 
 
-def test_the_device_would_notice(pretended):
-    assert json.loads((pretended / "answers.json").read_text()) == ANSWERS
+def test_pretend_device_refuses_and_waits_as_a_gpu(pretend_folder):
+    assert json.loads((pretend_folder / "answers.json").read_text()) == ANSWERS

@@ -15,7 +15,7 @@ from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine.panels import PanelStyle, PseudoLabelPanels, draw_pseudo_labels
 from locreweight.modeling.meta_arch import TeacherOutput
 from locreweight.visualization.drawing import quality_colors
-from tests.engine.tiny_training import copy_of, found_as_truth, same, training_config
+from tests.engine.tiny_training import copy_of, detections_as_ground_truth, same, training_config
 from tests.tiny_data import make_coco
 
 STYLE = PanelStyle(["cat", "dog", "owl"], "RGB", 0.5)
@@ -85,7 +85,9 @@ def test_what_the_teacher_finds_is_measured_against_the_truth(make_trainer, tmp_
     json_file, images = make_coco(tmp_path / "unlabeled", images=4, seed=9)
     settings["DATASETS.UNLABELED"] = [f"folder:{images}"]
     teacher = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": ()}).teacher
-    truth = found_as_truth(teacher, f"coco:{json_file}:{images}", tmp_path / "truth.json")
+    truth = detections_as_ground_truth(
+        teacher, f"coco:{json_file}:{images}", tmp_path / "truth.json"
+    )
     trainer = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": [truth]})
     assert same(copy_of(trainer.teacher), copy_of(teacher))
     (hook,) = [h for h in trainer._hooks if isinstance(h, PseudoLabelPanels)]

@@ -10,14 +10,14 @@ import torch
 
 from locreweight.engine import preemption
 from locreweight.engine.preemption import Stopped, StopRequest
-from tests.engine.tiny_training import logging_of_its_own
+from tests.engine.tiny_training import restored_loggers_and_signals
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 
 
 @pytest.fixture
 def request_(monkeypatch):
-    with logging_of_its_own():
+    with restored_loggers_and_signals():
         request = StopRequest()
         request.listen()
         yield request
@@ -91,19 +91,19 @@ class Pids(torch.utils.data.Dataset):
 
 SCRIPT = """
 import os, signal, torch
-from locreweight.engine.preemption import STOP, leave_signals_to_trainer
+from locreweight.engine.preemption import STOP_REQUEST, leave_signals_to_trainer
 from tests.engine.test_preemption import Pids
 
-STOP.listen()
-with STOP.held():
+STOP_REQUEST.listen()
+with STOP_REQUEST.held():
     batches = iter(torch.utils.data.DataLoader(
         Pids(), num_workers=1, prefetch_factor=1, worker_init_fn=leave_signals_to_trainer))
     worker = int(next(batches))
     assert worker != os.getpid()
     os.kill(worker, signal.SIGUSR1)
-    assert int(next(batches)) == worker and not STOP.received
+    assert int(next(batches)) == worker and not STOP_REQUEST.received
     os.killpg(0, signal.SIGUSR1)
-    assert int(next(batches)) == worker and STOP.received
+    assert int(next(batches)) == worker and STOP_REQUEST.received
     os.killpg(0, signal.SIGTERM)
     assert [int(pid) for pid in batches] == [worker] * 5
 print("done")

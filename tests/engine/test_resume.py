@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if it had not been."""
+"""Resumed runs give the same results as uninterrupted ones, bit for bit."""
 
 import os
 import shutil
@@ -9,16 +9,14 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
-from locreweight.engine import preemption
-from locreweight.engine import resumable_trainer as resumable
+from locreweight.engine import SemiSupervisedTrainer, preemption, resumable_trainer, writers
 from locreweight.engine import trainer as trainer_module
-from locreweight.engine import writers as metrics
 from locreweight.engine.evaluation import evaluate_teacher_and_student
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
-    logging_of_its_own,
     recorded_training,
+    restored_loggers_and_signals,
     same,
     training_config,
 )
@@ -30,7 +28,7 @@ SETTINGS = {
     "SOLVER.MAX_ITER": MAX_ITER,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.KEEP_CHECKPOINTS": 0,
-    # The rate changes in every iteration, and jumps in the fifth.
+    # The learning rate changes in every iteration, and drops in the fifth.
     "SOLVER.WARMUP_ITERS": 4,
     "SOLVER.STEPS": (4,),
     "TEST.EVAL_PERIOD": 4,
@@ -38,8 +36,8 @@ SETTINGS = {
 
 
 @pytest.fixture(autouse=True)
-def _a_line_of_metrics_every_third_iteration(monkeypatch):
-    monkeypatch.setattr(metrics, "PERIOD", 3)
+def _metrics_every_third_iteration(monkeypatch):
+    monkeypatch.setattr(writers, "PERIOD", 3)
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +47,17 @@ def settings(datasets):
 
 @pytest.fixture(scope="module")
 def uninterrupted(datasets, settings, tmp_path_factory):
-    """The output folder of a whole run, with a checkpoint after each iteration; its record."""
+    """Output folder, record and optimizer state of a run with a checkpoint after each iteration."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "PERIOD", 3)
+        patch.setattr(writers, "PERIOD", 3)
         trainer = build_trainer(training_config(datasets, folder, settings))
-        return folder, recorded_training(trainer), trainer.optimizer.optimizer.state_dict()
+        return folder, recorded_training(trainer), trainer.optimizer.torch_optimizer.state_dict()
 
 
 @pytest.fixture
 def stopped_after(uninterrupted, tmp_path):
-    """Leaves an output folder as it was after so many iterations, or some time later."""
+    """Prepares the test's folder as if a run had been killed after some iterations."""
 
     def stop(iterations):
         name = f"model_{iterations - 1:07d}.pth"
@@ -73,12 +71,12 @@ def stopped_after(uninterrupted, tmp_path):
 STOPS = pytest.mark.parametrize(
     ("iterations", "workers"),
     [(2, 0), (BURN_IN, 1), (5, 2), (7, 0)],
-    ids=["in burn-in", "at its end", "after it", "before the last iteration"],
+    ids=["in_burn_in", "at_end_of_burn_in", "after_burn_in", "before_last_iteration"],
 )
 
 
 @STOPS
-def test_a_resumed_run_ends_as_the_uninterrupted_one(
+def test_resumed_run_equals_uninterrupted_run(
     uninterrupted, stopped_after, make_trainer, settings, iterations, workers, tmp_path
 ):
     """With any number of loader workers."""
@@ -99,29 +97,30 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         assert all(same(a, b) for a, b in zip(mine, reference[iterations:], strict=True))
     momenta, expected = (
         {n: s["momentum_buffer"] for n, s in state["state"].items()}
-        for state in (trainer.optimizer.optimizer.state_dict(), optimizer)
+        for state in (trainer.optimizer.torch_optimizer.state_dict(), optimizer)
     )
     assert same(momenta, expected)
     assert metrics_of(tmp_path) == metrics_of(folder)
     assert sorted(line["iteration"] for line in metrics_of(folder)) == [2, 3, 5, 7]
 
 
-def test_a_hook_that_draws_numbers_changes_nothing(uninterrupted, make_trainer, settings, tmp_path):
+def test_random_draws_of_hooks_do_not_change_training(uninterrupted, make_trainer):
     class Draws(HookBase):
         def after_step(self):
             torch.rand(3)
             np.random.rand(3)
 
-    trainer = make_trainer(settings)
+    trainer = make_trainer(SETTINGS)
     trainer.register_hooks([Draws()])
-    assert same(recorded_training(trainer).students[-1], uninterrupted[1].students[-1])
+    trainer.max_iter = BURN_IN + 2
+    assert same(recorded_training(trainer).students[-1], uninterrupted[1].students[BURN_IN + 1])
 
 
-# --- stopped by a signal, or in an evaluation -----------------------------------------------------
+# --- interrupted by a signal or in an evaluation --------------------------------------------------
 
 
 class SignalIn(HookBase):
-    """Sends this process a signal in the middle of an iteration."""
+    """Sends this process a signal in an iteration."""
 
     def __init__(self, iteration):
         self.iteration = iteration
@@ -133,91 +132,125 @@ class SignalIn(HookBase):
 
 @pytest.fixture
 def stop_request(monkeypatch):
-    """A new one, which listens."""
-    request = preemption.StopRequest()
-    for module in (resumable, trainer_module):
-        monkeypatch.setattr(module, "STOP", request)
-    with logging_of_its_own():
+    """Replaces the process's StopRequest by a new one, each time it is called."""
+
+    def renew():
+        request = preemption.StopRequest()
+        for module in (resumable_trainer, trainer_module):
+            monkeypatch.setattr(module, "STOP_REQUEST", request)
         request.listen()
-        yield request
+
+    with restored_loggers_and_signals():
+        renew()
+        yield renew
 
 
-@pytest.mark.parametrize("at", [BURN_IN - 1, 3, 5, MAX_ITER - 1])
-def test_a_signal_lets_the_step_end_and_loses_nothing(
-    uninterrupted, make_trainer, settings, stop_request, monkeypatch, tmp_path, at
-):
-    """Also in iterations that are followed by an evaluation (3, 7) or a line of metrics (2, 5)."""
-    settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 3}
-    trainer = make_trainer(settings)
-    trainer.register_hooks([SignalIn(at)])
+def stop_in(iteration, trainer, folder):
+    trainer.register_hooks([SignalIn(iteration)])
     with pytest.raises(preemption.Stopped) as stopped:
         trainer.train()
     assert stopped.value.code == 75
-    assert (tmp_path / "last_checkpoint").read_text() == "model_resume.pth"
-    for module in (resumable, trainer_module):
-        monkeypatch.setattr(module, "STOP", preemption.StopRequest())
+    assert (folder / "last_checkpoint").read_text() == "model_resume.pth"
+
+
+@pytest.mark.parametrize("iteration", [BURN_IN - 1, 3, MAX_ITER - 1])
+def test_signal_finishes_the_step_and_loses_nothing(
+    uninterrupted, make_trainer, settings, stop_request, tmp_path, iteration
+):
+    """Metrics are written after iteration 2; there is an evaluation after iterations 3 and 7."""
+    settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 3}
+    stop_in(iteration, make_trainer(settings), tmp_path)
+    stop_request()
     resumed = make_trainer(settings, resume=True)
-    assert resumed.start_iter == at + 1
+    assert resumed.start_iter == iteration + 1
     resumed.train()
-    assert_ends_alike(tmp_path, uninterrupted[0])
-    # A file is missing neither of those that are written every third iteration.
+    assert_same_end(tmp_path, uninterrupted[0])
+    # No periodic checkpoint is missing.
     names = {file.name for file in tmp_path.glob("model_00*")}
     assert names == {"model_0000002.pth", "model_0000005.pth"}
 
 
-def assert_ends_alike(folder, reference):
+class ChangedHooks(SemiSupervisedTrainer):
+    """A later version of the trainer: hooks of other classes, in another order, and a new one."""
+
+    def build_hooks(self):
+        named = super().build_hooks()
+        for hook in named.values():
+            hook.__class__ = type(f"New{type(hook).__name__}", (type(hook),), {})
+        self.ran_new_hook = []
+        new = HookBase()
+        new.after_step = lambda: self.ran_new_hook.append(self.iter)
+        # Hooks move over the one that saves the checkpoint, in both directions.
+        order = ["preemption_checkpoint", "evaluation", "best_model", "iteration_timer"]
+        order += ["lr_schedule", "metrics", "final_checkpoint", "no_pseudo_label_warning"]
+        order += ["periodic_checkpoint"]
+        assert set(order) == set(named)
+        return {"new": new} | {name: named[name] for name in order}
+
+
+def test_resume_does_not_depend_on_classes_and_order_of_hooks(
+    uninterrupted, make_trainer, settings, stop_request, tmp_path
+):
+    settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 1000}
+    stop_in(3, make_trainer(settings), tmp_path)
+    stop_request()
+    resumed = make_trainer(settings, resume=True, trainer_class=ChangedHooks)
+    resumed.train()
+    assert resumed.ran_new_hook == [4, 5, 6, 7]
+    assert_same_end(tmp_path, uninterrupted[0])
+
+
+def assert_same_end(folder, reference):
     assert metrics_of(folder) == metrics_of(reference)
     for name in ("model_final.pth", "model_best.pth"):
         mine, theirs = (torch.load(f / name, weights_only=True) for f in (folder, reference))
         assert same(mine["model"], theirs["model"]), name
         assert same(mine["student"], theirs["student"]), name
         hooks, expected = (x["trainer"]["hooks"] for x in (mine, theirs))
-        assert hooks["ResumableBestCheckpointer"] == expected["ResumableBestCheckpointer"]
+        assert hooks["best_model"] == expected["best_model"]
 
 
-@pytest.mark.parametrize("evaluation", [1, 2])
-@pytest.mark.parametrize("how", [preemption.Stopped, RuntimeError])
-def test_an_evaluation_that_was_stopped_is_done_after_all(
-    uninterrupted, make_trainer, settings, monkeypatch, tmp_path, evaluation, how
+@pytest.mark.parametrize(
+    ("evaluation", "error"), [(1, preemption.Stopped), (2, RuntimeError)], ids=["middle", "last"]
+)
+def test_interrupted_evaluation_is_repeated(
+    uninterrupted, make_trainer, settings, monkeypatch, tmp_path, evaluation, error
 ):
-    """The one on the way, and the last one, after which there is nothing left to train."""
+    """After the last evaluation there is nothing left to train."""
     count = 0
 
-    def stopped(*arguments, **keywords):
+    def interrupted(*arguments, **keywords):
         nonlocal count
         count += 1
         if count == evaluation:
-            raise how
+            raise error
         return evaluate_teacher_and_student(*arguments, **keywords)
 
     settings = settings | {"SOLVER.CHECKPOINT_PERIOD": 1000}
-    with monkeypatch.context() as patch, pytest.raises(how):
-        patch.setattr(trainer_module, "evaluate_both", stopped)
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(trainer_module, "evaluate_teacher_and_student", interrupted)
         make_trainer(settings).train()
     resumed = make_trainer(settings, resume=True)
     assert resumed.start_iter == 4 * evaluation
     assert not resumed.is_finished
     assert "bbox/AP" in resumed.train()
-    assert_ends_alike(tmp_path, uninterrupted[0])
+    assert_same_end(tmp_path, uninterrupted[0])
     finished = make_trainer(settings, resume=True)
     assert finished.is_finished and finished.train() == {}
 
 
-def test_metrics_of_a_run_that_left_no_checkpoint_are_taken_back(
-    uninterrupted, make_trainer, settings, tmp_path
-):
+@pytest.mark.parametrize("resume", [True, False])
+def test_metrics_of_a_run_without_checkpoints(uninterrupted, make_trainer, tmp_path, resume):
+    """They are removed with --resume, and kept without."""
     shutil.copy(uninterrupted[0] / "metrics.json", tmp_path)
-    make_trainer(settings, resume=True).train()
-    assert metrics_of(tmp_path) == metrics_of(uninterrupted[0])
+    earlier = metrics_of(tmp_path)
+    trainer = make_trainer(SETTINGS, resume=resume)
+    trainer.max_iter = BURN_IN
+    trainer.train()
+    assert metrics_of(tmp_path) == ([] if resume else earlier) + earlier[:1]
 
 
-def test_without_resume_earlier_metrics_stay(uninterrupted, make_trainer, settings, tmp_path):
-    shutil.copy(uninterrupted[0] / "metrics.json", tmp_path)
-    make_trainer(settings).train()
-    assert metrics_of(tmp_path) == 2 * metrics_of(uninterrupted[0])
-
-
-# --- what a resumed run begins with ---------------------------------------------------------------
+# --- start of a resumed run -----------------------------------------------------------------------
 
 
 def test_resuming_restores_both_models_and_the_optimizer(
@@ -230,34 +263,28 @@ def test_resuming_restores_both_models_and_the_optimizer(
     assert same(copy_of(trainer.teacher), whole.teachers[4])
     assert not same(whole.students[4], whole.teachers[4])
     momenta = [
-        s["momentum_buffer"] for s in trainer.optimizer.optimizer.state_dict()["state"].values()
+        s["momentum_buffer"]
+        for s in trainer.optimizer.torch_optimizer.state_dict()["state"].values()
     ]
     assert momenta and all(m.any() for m in momenta[:1])
 
 
-def test_burn_in_is_not_done_again(stopped_after, make_trainer, settings):
-    stopped_after(5)
-    trainer = make_trainer(settings, resume=True)
-    assert [len(images) for images in recorded_training(trainer).images] == [2 + 2] * 3
-    assert not same(copy_of(trainer.student), copy_of(trainer.teacher))
-
-
-def test_without_resume_a_run_starts_anew(stopped_after, make_trainer, settings):
+def test_without_resume_checkpoints_are_ignored(stopped_after, make_trainer, settings):
     stopped_after(5)
     trainer = make_trainer(settings)
     assert trainer.start_iter == 0
     assert same(copy_of(trainer.student), copy_of(trainer.teacher))
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning(make_trainer, settings):
+def test_resume_without_checkpoints_starts_from_the_beginning(make_trainer, settings):
     trainer = make_trainer(settings, resume=True)
     assert trainer.start_iter == 0
 
 
-def test_a_run_that_ended_before_its_last_file_makes_up_for_it(
+def test_run_killed_before_its_final_checkpoint_saves_it(
     uninterrupted, stopped_after, make_trainer, settings, tmp_path
 ):
-    """Killed, or out of disk, between the periodic checkpoint of the last iteration and it."""
+    """Between the periodic checkpoint of the last iteration and the final one."""
     stopped_after(MAX_ITER)
     trainer = make_trainer(settings, resume=True)
     assert not trainer.is_finished
@@ -271,7 +298,7 @@ def test_a_run_that_ended_before_its_last_file_makes_up_for_it(
     assert make_trainer(settings, resume=True).is_finished
 
 
-def test_a_finished_run_has_nothing_left_to_do(uninterrupted, make_trainer, settings, tmp_path):
+def test_finished_run_does_nothing(uninterrupted, make_trainer, settings, tmp_path):
     shutil.copy(uninterrupted[0] / "model_final.pth", tmp_path)
     trainer = make_trainer(settings, resume=True)
     before = copy_of(trainer.student)
@@ -279,24 +306,7 @@ def test_a_finished_run_has_nothing_left_to_do(uninterrupted, make_trainer, sett
     assert same(copy_of(trainer.student), before)
 
 
-def test_a_training_that_is_stopped_by_an_exception_can_be_resumed(
-    uninterrupted, make_trainer, settings
-):
-    class Stop(HookBase):
-        def after_step(self):
-            if self.trainer.iter == 3:
-                raise KeyboardInterrupt
-
-    trainer = make_trainer(settings)
-    trainer.register_hooks([Stop()])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    resumed = make_trainer(settings, resume=True)
-    assert resumed.start_iter == 4
-    assert recorded_training(resumed).images == uninterrupted[1].images[4:]
-
-
-def test_the_loss_scale_of_float16_is_restored(make_trainer):
+def test_loss_scale_of_float16_is_restored(make_trainer):
     settings = {
         "SOLVER.MAX_ITER": 1,
         "SOLVER.AMP.ENABLED": True,
@@ -308,12 +318,12 @@ def test_the_loss_scale_of_float16_is_restored(make_trainer):
     assert make_trainer(settings, resume=True).optimizer.grad_scaler.get_scale() == 32.0
 
 
-# --- the best result ------------------------------------------------------------------------------
+# --- best model -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scripted(datasets, make_trainer, monkeypatch):
-    """Trains with an evaluation after each iteration, whose results are given."""
+    """Trains with given results of the evaluation after each iteration."""
 
     def train(results, resume=False, **settings):
         remaining = iter(results)
@@ -322,7 +332,9 @@ def scripted(datasets, make_trainer, monkeypatch):
             result = {"bbox": {"AP": next(remaining)}}
             return {**result, "student": result}
 
-        monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
+        monkeypatch.setattr(
+            trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student
+        )
         trainer = make_trainer(
             {
                 "DATASETS.TEST": datasets["DATASETS.TEST"],
@@ -344,27 +356,27 @@ def best_model(folder):
     return torch.load(folder / "model_best.pth", weights_only=True)["model"]
 
 
-def test_the_best_teacher_is_kept(scripted, tmp_path):
+def test_best_teacher_is_saved(scripted, tmp_path):
     _, record = scripted([10.0, 30.0, 20.0], **{"SOLVER.MAX_ITER": 3})
     assert same(best_model(tmp_path), record.teachers[1])
 
 
 @pytest.mark.parametrize("later", [[20.0], [float("nan")], [30.0]])
-def test_a_resumed_run_remembers_the_best_result(scripted, tmp_path, later):
+def test_resumed_run_keeps_the_best_result(scripted, tmp_path, later):
     _, record = scripted([10.0, 30.0], **{"SOLVER.MAX_ITER": 2})
     scripted(later, resume=True, **{"SOLVER.MAX_ITER": 3})
     assert same(best_model(tmp_path), record.teachers[1])
 
 
-def test_a_resumed_run_can_become_better(scripted, tmp_path):
+def test_resumed_run_can_improve_the_best_result(scripted, tmp_path):
     scripted([10.0, 30.0], **{"SOLVER.MAX_ITER": 2})
     _, record = scripted([20.0, 40.0], resume=True, **{"SOLVER.MAX_ITER": 4})
     assert same(best_model(tmp_path), record.teachers[-1])
 
 
 @pytest.mark.parametrize("results", [[10.0, 30.0], [30.0, 10.0]])
-def test_a_finished_run_can_be_prolonged(scripted, results):
-    """Not an iteration is left out, whether the last evaluation was the best or not."""
+def test_finished_run_can_be_extended(scripted, results):
+    """No iteration is missing, whether the last evaluation was the best or not."""
     scripted(results, **{"SOLVER.MAX_ITER": 2})
     trainer, record = scripted([5.0, 5.0], resume=True, **{"SOLVER.MAX_ITER": 4})
     assert trainer.start_iter == 2

@@ -73,10 +73,10 @@ class States(HookBase):
 
     def after_step(self):
         trainer = self.trainer
-        optimizer = trainer.optimizer.optimizer.state_dict()["state"]
+        optimizer = trainer.optimizer.torch_optimizer.state_dict()["state"]
         momenta = {i: s["momentum_buffer"].clone() for i, s in optimizer.items()}
         self.seen.append((copy_of(trainer.student), copy_of(trainer.teacher), momenta))
-        self.rates.append(trainer.optimizer.optimizer.param_groups[0]["lr"])
+        self.rates.append(trainer.optimizer.torch_optimizer.param_groups[0]["lr"])
 
 
 def states_of(trainer):
@@ -159,7 +159,7 @@ def test_the_momentum_of_a_first_step_that_was_left_out_is_zero(make_trainer, sp
     spoiled(gradient_becomes(math.nan), {0})
     trainer = make_trainer({"SOLVER.MAX_ITER": 1})
     trainer.train()
-    momenta = [s["momentum_buffer"] for s in trainer.optimizer.optimizer.state.values()]
+    momenta = [s["momentum_buffer"] for s in trainer.optimizer.torch_optimizer.state.values()]
     assert momenta and not any(momentum.any() for momentum in momenta)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from locreweight.engine import effective_values
+from locreweight.engine import startup_checks
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.training_step import training_step
 from tests.engine.tiny_training import (
@@ -198,7 +198,9 @@ def test_while_both_models_are_alike_they_are_evaluated_once(
         alike_each_time.append(alike)
         return {"bbox": {"AP": 1.0}}
 
-    monkeypatch.setattr(trainer_module, "evaluate_both", evaluate_teacher_and_student)
+    monkeypatch.setattr(
+        trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student
+    )
     make_trainer(
         {
             "DATASETS.TEST": datasets["DATASETS.TEST"],
@@ -217,12 +219,12 @@ def test_training_returns_the_latest_results(datasets, make_trainer):
 
 
 def test_effective_values_are_logged(make_trainer, caplog):
-    with caplog.at_level(logging.INFO, logger=effective_values.__name__):
+    with caplog.at_level(logging.INFO, logger=startup_checks.__name__):
         make_trainer({"SOLVER.IMS_PER_BATCH_UNLABELED": 3, "SOLVER.MAX_ITER": 12})
     (text,) = [r.getMessage() for r in caplog.records if "Effective" in r.getMessage()]
     for part in (
         "on 1 process(es)",
-        "2 labeled + 3 unlabeled images an iteration (2 + 3 each)",
+        "2 labeled + 3 unlabeled images per iteration (2 + 3 per process)",
         "learning rate 0.001",
         "12 iterations of which 2 burn-in",
         "4.8 epochs of 5 labeled",  # 12 * 2 / 5
@@ -233,7 +235,7 @@ def test_effective_values_are_logged(make_trainer, caplog):
 
 @pytest.mark.parametrize("burn_in", [3, 4])
 def test_burn_in_without_end_is_warned_of(make_trainer, caplog, burn_in):
-    with caplog.at_level(logging.WARNING, logger=effective_values.__name__):
+    with caplog.at_level(logging.WARNING, logger=startup_checks.__name__):
         make_trainer({"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 4})
     assert ("unlabeled images are not used" in caplog.text) == (burn_in == 4)
 
@@ -247,9 +249,9 @@ def test_burn_in_without_end_is_warned_of(make_trainer, caplog, burn_in):
     ],
 )
 def test_a_backbone_that_stays_at_random_is_warned_of(make_trainer, caplog, settings, named):
-    with caplog.at_level(logging.WARNING, logger=effective_values.__name__):
+    with caplog.at_level(logging.WARNING, logger=startup_checks.__name__):
         make_trainer(settings)
-    assert ("stays at random" in caplog.text) == bool(named)
+    assert ("keeps its random weights" in caplog.text) == bool(named)
     assert named in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Training in two processes, over GLOO on the CPU."""
+"""Training in two processes with Gloo on the CPU."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(datasets, folder):
-    """What the two processes had in the end."""
+    """The final state of both processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         launch(
@@ -34,9 +34,17 @@ def ranks(datasets, folder):
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.fixture(scope="module")
+def one_process(datasets, tmp_path_factory):
+    """Output folder and record of the same training in one process."""
+    folder = tmp_path_factory.mktemp("one_process")
+    cfg = training_config(datasets, folder, two_processes.SETTINGS)
+    return folder, recorded_training(build_trainer(cfg))
+
+
 @pytest.mark.parametrize("model", ["start", "student", "teacher"])
-def test_both_processes_have_the_same_weights_and_statistics(ranks, model):
-    """From the start, though each drew its own random weights; and batch norm's numbers too."""
+def test_both_processes_have_the_same_weights_and_batch_norm_statistics(ranks, model):
+    """Although each process drew different initial weights."""
     first, second = (rank[model] for rank in ranks)
     assert any("running_mean" in name for name in first)
     assert same(first, second)
@@ -44,24 +52,24 @@ def test_both_processes_have_the_same_weights_and_statistics(ranks, model):
 
 @pytest.mark.parametrize("model", ["students", "teachers"])
 def test_both_processes_have_the_same_weights_after_each_step(ranks, model):
-    """One of them with pseudo-labels and the other without, in steps that are left out as well."""
+    """One process has pseudo-labels and the other has none; some steps are skipped."""
     first, second = (rank[model] for rank in ranks)
     assert len(first) == two_processes.SETTINGS["SOLVER.MAX_ITER"]
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
-LEFT_OUT = {two_processes.LOSS_GONE_WRONG[1], two_processes.GRADIENT_GONE_WRONG[1]}
+SKIPPED = {two_processes.NAN_LOSS[1], two_processes.NAN_GRADIENT[1]}
 
 
-def test_a_step_that_is_left_out_leaves_the_student_alone(ranks):
+def test_skipped_steps_do_not_change_the_student(ranks):
     students = ranks[0]["students"]
     for i in range(1, len(students)):
-        assert same(students[i], students[i - 1]) == (i in LEFT_OUT), i
+        assert same(students[i], students[i - 1]) == (i in SKIPPED), i
 
 
-@pytest.mark.parametrize("i", sorted(LEFT_OUT))
-def test_the_teacher_averages_an_unchanged_student_once_more(ranks, i):
-    """Of the student it has one more, as its rate, which counts iterations, takes for granted."""
+@pytest.mark.parametrize("i", sorted(SKIPPED))
+def test_skipped_steps_update_the_teacher_with_the_unchanged_student(ranks, i):
+    """The keep rate counts iterations, including skipped ones."""
     before, after = ranks[0]["teachers"][i - 1 : i + 1]
     student = ranks[0]["students"][i]
     rate = min(0.6, 1 - 1 / (i + 1 - two_processes.SETTINGS["SEMI.BURN_IN_ITERS"] + 1))
@@ -73,7 +81,7 @@ def test_the_teacher_averages_an_unchanged_student_once_more(ranks, i):
             assert torch.equal(after[name], value), name
 
 
-def test_a_step_is_left_out_by_both_processes(ranks, folder):
+def test_both_processes_skip_the_same_steps(ranks, folder):
     lines = [json.loads(line) for line in (folder / "skipped_steps.jsonl").read_text().splitlines()]
     assert [(line["iteration"], line["process"]) for line in lines] == [
         (3, 0),
@@ -87,25 +95,27 @@ def test_a_step_is_left_out_by_both_processes(ranks, folder):
     assert not set(lines[0]["images"]) & set(lines[1]["images"])
 
 
-def test_training_changed_the_models(ranks):
+def test_training_changes_both_models(ranks):
     state = ranks[0]
     assert not same(state["start"], state["student"])
     assert not same(state["student"], state["teacher"])
 
 
-def test_together_they_see_the_images_of_one_process(ranks, datasets, tmp_path):
-    """Each labeled and unlabeled image once, whatever the number of processes."""
-    cfg = training_config(datasets, tmp_path, two_processes.SETTINGS)
-    alone = recorded_training(build_trainer(cfg)).images
+def test_two_processes_share_the_batches_of_one_process(ranks, one_process):
+    alone = one_process[1].images
     assert len(alone) == two_processes.SETTINGS["SOLVER.MAX_ITER"]
     for whole, *parts in zip(alone, *(rank["images"] for rank in ranks), strict=True):
         assert sorted(whole) == sorted([*parts[0], *parts[1]])
         assert len(parts[0]) == len(parts[1])
 
 
-def test_what_is_logged_is_the_mean_of_both_processes(ranks):
-    """Of what only one of them can know, it is that one's; of the highest score, the higher."""
-    logged, first, second = ranks[0]["logged"], ranks[0]["mine"], ranks[1]["mine"]
+def test_logged_metrics_are_means_over_both_processes(ranks):
+    """NaN is ignored, and the highest score is a maximum."""
+    logged, first, second = (
+        ranks[0]["logged"],
+        ranks[0]["own_metrics"],
+        ranks[1]["own_metrics"],
+    )
     assert first["pseudo_labels/per_image"] > 0 == second["pseudo_labels/per_image"]
     assert math.isnan(second["pseudo_labels/localization_quality"])
     for name in first:
@@ -119,13 +129,13 @@ def test_what_is_logged_is_the_mean_of_both_processes(ranks):
 
 
 def test_evaluation_gathers_the_detections_of_both_processes(ranks):
-    """Three images, two processes: without those of the other no one would reach 100."""
+    """There are three test images, so neither process could reach 100 alone."""
     assert ranks[0]["results"]["bbox"]["AP"] == pytest.approx(100)
     assert not ranks[1]["results"].get("bbox")
 
 
-def test_one_process_draws_the_same_split_and_evaluates_alike(ranks, datasets, folder, tmp_path):
-    """The checkpoint that two wrote; of the student, which is neither all right nor all wrong."""
+def test_one_process_resumes_with_the_same_split_and_results(ranks, datasets, folder, tmp_path):
+    """The student is evaluated, whose AP is neither 0 nor 100."""
     assert ranks[0]["labeled"] == ranks[1]["labeled"]
     images = datasets["DATASETS.TEST"][0].rpartition(":")[2]
     solved = {"DATASETS.TEST": [f"coco:{folder / 'solved.json'}:{images}"]}
@@ -140,14 +150,14 @@ def test_one_process_draws_the_same_split_and_evaluates_alike(ranks, datasets, f
     assert dict(results["bbox"]) == pytest.approx(expected["bbox"], abs=0, nan_ok=True)
 
 
-def test_its_checkpoint_has_the_fields_of_one_process(folder, datasets, tmp_path):
-    settings = two_processes.SETTINGS | {"SOLVER.MAX_ITER": 2}
-    build_trainer(training_config(datasets, tmp_path, settings)).train()
+def test_checkpoint_has_the_fields_of_one_process(folder, one_process):
 
     def fields(value):
         if not isinstance(value, dict):
             return type(value)
         return {key: fields(x) for key, x in value.items() if key != "history"}
 
-    one, two = (torch.load(f / "model_final.pth", weights_only=True) for f in (tmp_path, folder))
+    one, two = (
+        torch.load(f / "model_final.pth", weights_only=True) for f in (one_process[0], folder)
+    )
     assert fields(one) == fields(two)

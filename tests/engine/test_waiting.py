@@ -27,15 +27,15 @@ def waits_in_this_package(waits):
 
 
 @pytest.mark.parametrize("name", ["LocReweight", "ShuffledLocReweight", "SoftTeacher", "float16"])
-def test_step_waits_only_for_numbers_it_needs(on_a_device, name):
-    results = on_a_device[name]
+def test_step_waits_only_for_numbers_it_needs(device_results, name):
+    results = device_results[name]
     assert waits_in_this_package(results["burn_in"]) == {FOREGROUND: 1}
     mutual = waits_in_this_package(results["mutual"])
     assert mutual == LOG | PSEUDO_LABELS | {FOREGROUND: 2}
 
 
-def test_step_without_box_loss_on_pseudo_labels_does_not_wait_for_their_foreground(on_a_device):
-    mutual = waits_in_this_package(on_a_device["UnbiasedTeacher"]["mutual"])
+def test_step_without_box_loss_on_pseudo_labels_does_not_wait_for_their_foreground(device_results):
+    mutual = waits_in_this_package(device_results["UnbiasedTeacher"]["mutual"])
     assert mutual == LOG | PSEUDO_LABELS | {FOREGROUND: 1}
 
 

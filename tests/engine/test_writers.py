@@ -5,7 +5,7 @@ import json
 import pytest
 from detectron2.utils.events import EventStorage
 
-from locreweight.engine.writers import WINDOW, recent, truncate_after
+from locreweight.engine.writers import WINDOW, recent_history, truncate_after
 
 
 def lines(*iterations):
@@ -53,7 +53,7 @@ def test_what_is_kept_of_the_past_is_all_that_smoothing_needs():
                 whole.put_scalar("time", i)
             if i % 9 == 0:
                 whole.put_scalar("seldom", i)
-        history = recent(whole)
+        history = recent_history(whole)
         assert set(history) == {"every", "rate", "seldom"}  # times are those of a process
         assert all(len(values) <= WINDOW for _, values in history.values())
         for name, (smoothed, values) in history.items():

@@ -1,4 +1,4 @@
-"""Trainings of the tiny detector on a few images, a matter of seconds."""
+"""Trainings of the tiny detector on a few images, which take about a second."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
+from detectron2.utils.logger import setup_logger
 
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, preemption
@@ -21,7 +22,7 @@ from tests.tiny_data import make_coco, make_folder
 TRAINING = {
     "SEMI.BURN_IN_ITERS": 2,
     "SEMI.EMA_KEEP_RATE": 0.6,
-    # A random detector's detections are about as likely as any class.
+    # A random detector gives each class about the same score.
     "SEMI.PSEUDO_LABEL_THRESHOLD": 0.2,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.IMS_PER_BATCH_UNLABELED": 2,
@@ -40,7 +41,7 @@ TRAINING = {
 
 
 def make_datasets(folder: Path) -> dict[str, list[str]]:
-    """Labeled, unlabeled and test images on disk; the config keys that name them."""
+    """Write labeled, unlabeled and test images; returns the config keys that name them."""
     labeled = make_coco(folder / "labeled", images=5, seed=1)
     test = make_coco(folder / "test", images=3, seed=2)
     return {
@@ -51,29 +52,30 @@ def make_datasets(folder: Path) -> dict[str, list[str]]:
 
 
 def training_config(datasets: dict, output: Path, settings: dict | None = None):
-    """Without a test set unless the settings name one."""
+    """A config without a test set, unless the settings name one."""
     named = {key: value for key, value in datasets.items() if key != "DATASETS.TEST"}
     return tiny_config(TRAINING | named | {"OUTPUT_DIR": str(output)} | (settings or {}))
 
 
 def image_tensor(file: str | Path) -> torch.Tensor:
-    """As the model takes it at inference."""
+    """An image as the model's input at inference."""
     return torch.as_tensor(read_image(str(file), format="BGR").transpose(2, 0, 1).copy())
 
 
 @torch.no_grad()
-def found_as_truth(model, test_set: str, json_file: Path) -> str:
-    """A test set with the images of another, whose truth is what the model finds there.
+def detections_as_ground_truth(model, test_set: str, json_file: Path) -> str:
+    """Make a test set whose ground truth are the model's detections on another test set's images.
 
-    This very model reaches an AP of 100 on it, and no other does.
+    Only this model has an AP of 100 on it.
     """
     _, source, images = test_set.split(":")
     content = json.loads(Path(source).read_text())
     content["annotations"] = []
     for entry in content["images"]:
         pixels = image_tensor(Path(images) / entry["file_name"])
-        found = model.eval()([{"image": pixels}])[0]["instances"]
-        boxes, classes = found.pred_boxes.tensor.tolist(), found.pred_classes.tolist()
+        detections = model.eval()([{"image": pixels}])[0]["instances"]
+        boxes = detections.pred_boxes.tensor.tolist()
+        classes = detections.pred_classes.tolist()
         for (x1, y1, x2, y2), label in zip(boxes, classes, strict=True):
             content["annotations"].append(
                 {
@@ -89,17 +91,20 @@ def found_as_truth(model, test_set: str, json_file: Path) -> str:
     return f"coco:{json_file}:{images}"
 
 
-def build_trainer(cfg, resume: bool = False) -> SemiSupervisedTrainer:
+def build_trainer(
+    cfg, resume: bool = False, trainer_class: type[SemiSupervisedTrainer] = SemiSupervisedTrainer
+) -> SemiSupervisedTrainer:
     register_datasets(cfg)
     torch.manual_seed(cfg.SEED)
-    trainer = SemiSupervisedTrainer(cfg)
+    trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
 
 
 @contextmanager
-def logging_of_its_own() -> Iterator[None]:
-    """Undoes what the command line does, for good, to the loggers and signals of a process."""
+def restored_loggers_and_signals() -> Iterator[None]:
+    """Restore loggers and signal handlers, which the command line changes for the process."""
+    setup_logger.cache_clear()  # it adds handlers only once for each folder
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "locreweight")]
     before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
     handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
@@ -124,23 +129,23 @@ def same(first: dict, second: dict) -> bool:
 
 
 class Recorder(HookBase):
-    """What went in and what came out of each iteration."""
+    """Records images, learning rate and weights of each iteration."""
 
     def __init__(self) -> None:
         self.students, self.teachers, self.images, self.rates = [], [], [], []
 
     def before_train(self) -> None:
-        def note(student, inputs):
+        def record_images(student, inputs):
             if not student.training:
                 return
             labeled, unlabeled = [*inputs, None][:2]
             views = [x["image"] for x in [*labeled, *(unlabeled or [])]]
             self.images.append([(tuple(v.shape), int(v.long().sum())) for v in views])
 
-        self.trainer.student.register_forward_pre_hook(note)
+        self.trainer.student.register_forward_pre_hook(record_images)
 
     def before_step(self) -> None:
-        self.rates.append(self.trainer.optimizer.optimizer.param_groups[0]["lr"])
+        self.rates.append(self.trainer.optimizer.torch_optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:
         self.students.append(copy_of(self.trainer.student))
@@ -148,7 +153,7 @@ class Recorder(HookBase):
 
 
 def recorded_training(trainer: SemiSupervisedTrainer) -> Recorder:
-    """Trains to the end."""
+    """Train to the end; returns the record."""
     recorder = Recorder()
     trainer.register_hooks([recorder])
     trainer.train()

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_two_processes.py; importable by both."""
+"""The training that each process runs in test_two_processes.py; importable by both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from locreweight.engine.training_step import training_step
 from tests.engine.tiny_training import (
     Recorder,
     copy_of,
-    found_as_truth,
+    detections_as_ground_truth,
     training_config,
 )
 
@@ -24,19 +24,19 @@ SETTINGS = {
     "DATASETS.LABELED_PERCENT": 60.0,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
-    # So slow that the teacher still finds something in the end.
+    # Low, so that the teacher still has detections in the end.
     "SOLVER.BASE_LR": 0.0001,
-    "SOLVER.MAX_ITER": 10,
-    # One of the processes finds no pseudo-label, which must keep neither from going on.
+    "SOLVER.MAX_ITER": 8,
+    # One of the processes gets no pseudo-labels; both must continue.
     "SEMI.PSEUDO_LABEL_THRESHOLD": 0.2,
 }
-WITHOUT_LABELS = 1  # rank
-# A loss of one process, and a gradient of the other, are not finite in these iterations.
-LOSS_GONE_WRONG, GRADIENT_GONE_WRONG = (0, 3), (1, 5)  # rank, iteration
+RANK_WITHOUT_LABELS = 1
+# Rank and iteration in which a loss of one process, and a gradient of the other, is NaN.
+NAN_LOSS, NAN_GRADIENT = (0, 3), (1, 5)
 
 
 def train(datasets: dict, folder: Path) -> None:
-    """Train, write what this process has in the end, then evaluate on a set that is solved."""
+    """Train, evaluate on a test set that the teacher solves, and save this process's state."""
     rank = comm.get_rank()
     cfg = training_config(datasets, folder, SETTINGS)
     register_datasets(cfg)
@@ -44,18 +44,18 @@ def train(datasets: dict, folder: Path) -> None:
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=False)
     start = copy_of(trainer.student)
-    if rank == WITHOUT_LABELS:
+    if rank == RANK_WITHOUT_LABELS:
         trainer.settings.method.pseudo_label_threshold = 1.0
     recorder = Recorder()
     trainer.register_hooks([recorder])
-    mine = {}
+    own_metrics = {}
 
     def step(*arguments):
         result = training_step(*arguments)
-        mine.update({n: v.item() for n, v in (result.losses | result.metrics).items()})
-        if (rank, trainer.iter) == LOSS_GONE_WRONG:
+        own_metrics.update({n: v.item() for n, v in (result.losses | result.metrics).items()})
+        if (rank, trainer.iter) == NAN_LOSS:
             result.losses["loss_cls"] = result.losses["loss_cls"] * math.nan
-        if (rank, trainer.iter) == GRADIENT_GONE_WRONG:
+        if (rank, trainer.iter) == NAN_GRADIENT:
             result.losses["loss_cls"].register_hook(lambda gradient: gradient * math.nan)
         return result
 
@@ -64,7 +64,7 @@ def train(datasets: dict, folder: Path) -> None:
 
     solved = folder / "solved.json"
     if comm.is_main_process():
-        found_as_truth(trainer.teacher, datasets["DATASETS.TEST"][0], solved)
+        detections_as_ground_truth(trainer.teacher, datasets["DATASETS.TEST"][0], solved)
     comm.synchronize()
     images = datasets["DATASETS.TEST"][0].rpartition(":")[2]
     test_cfg = training_config(datasets, folder, {"DATASETS.TEST": [f"coco:{solved}:{images}"]})
@@ -77,7 +77,7 @@ def train(datasets: dict, folder: Path) -> None:
         "student": copy_of(trainer.student),
         "teacher": copy_of(trainer.teacher),
         "images": recorder.images,
-        "mine": mine,  # what this process measured in the last iteration
+        "own_metrics": own_metrics,  # of this process in the last iteration
         "logged": {name: value for name, (value, _) in trainer.storage.latest().items()},
         "results": {name: dict(scores) for name, scores in results.items()},
         "students_results": {name: dict(scores) for name, scores in students.items()},

@@ -1,4 +1,4 @@
-"""Every config key that this project adds to Detectron2's, with its default and what it means."""
+"""Config keys that this project adds to Detectron2, and functions that load and check configs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,38 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
 
-# Not text, not YAML, YAML that would run Python, not a mapping, made for another version, its
-# _BASE_ is not there or is the file itself.
+METHODS_FOLDER = Path(__file__).parents[3] / "configs" / "methods"
+
+# Former key -> today's key.
+_RENAMED_KEYS = {
+    "SEMI.STRATEGY": "SEMI.METHOD",
+    "INPUT.RECIPE": "INPUT.AUGMENTATION_POLICY",
+    "TEST.WATCHED_IMAGES": "TEST.MONITORED_IMAGES",
+    "DATASETS.DROP_BAD_BOXES": "DATASETS.CHECKS.DROP_BAD_BOXES",
+    "DATASETS.CHECK_IMAGES": "DATASETS.CHECKS.DECODE_IMAGES",
+    "DATASETS.MAX_UNREADABLE_SHARE": "DATASETS.CHECKS.MAX_UNREADABLE_SHARE",
+    "DATASETS.ALLOW_OUTSIDE_PATHS": "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS",
+    "DATASETS.ALLOW_CHANGED": "DATASETS.CHECKS.ALLOW_CHANGED",
+}
+# Today's key -> former value -> today's value.
+_RENAMED_VALUES = {
+    "INPUT.AUGMENTATION_POLICY": {
+        "SoftTeacherRecipe": "SoftTeacherPolicy",
+        "UnbiasedTeacherRecipe": "UnbiasedTeacherPolicy",
+        "StacRecipe": "StacPolicy",
+    },
+}
+
+# Former keys without a successor.
+_REMOVED_KEYS = ("MODEL.FOLD_FROZEN_NORM",)
+
+# A config of someone else must not decide which files this machine trusts.
+_UNTRUSTED = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", False]
+# A config file has at most this many values, where each alias counts as the values that it stands
+# for. Detectron2 has about 300 keys.
+_MAX_VALUES = 10_000
+# What a config file raises that is not text, not YAML, asks for Python objects, is no mapping, has
+# another VERSION, or whose _BASE_ is missing or is the file itself.
 _UNREADABLE = (
     AssertionError,
     AttributeError,
@@ -27,8 +57,6 @@ _UNREADABLE = (
     UnicodeDecodeError,
     yaml.YAMLError,
 )
-# What configs of others cannot say: whom to trust.
-_STRANGERS = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", False]
 
 
 def add_locreweight_config(cfg: CfgNode) -> None:
@@ -40,173 +68,211 @@ def add_locreweight_config(cfg: CfgNode) -> None:
 
 def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
-    # The method: which pseudo-labels, and how they are learned from (engine/strategies/):
-    # "LocReweight", its control "ShuffledLocReweight", or one to compare it with: "Stac",
-    # "UnbiasedTeacher", "SoftTeacher".
+    # Semi-supervised method (locreweight/methods/): "LocReweight", its control
+    # "ShuffledLocReweight", or a published method: "Stac", "UnbiasedTeacher", "SoftTeacher". It
+    # decides which detections become pseudo-labels and which losses they are used in.
     cfg.SEMI.METHOD = "LocReweight"
-    # Iterations on labeled images only, before the teacher starts to label. With at least
-    # SOLVER.MAX_ITER of them training is supervised from end to end.
+    # Number of iterations on labeled images only, before the teacher makes pseudo-labels. Training
+    # is fully supervised if this is at least SOLVER.MAX_ITER.
     cfg.SEMI.BURN_IN_ITERS = 2000
-    # Share of itself that the teacher keeps in each update; reached by a ramp (method/teacher.py).
-    # It follows the batch when that is scaled with the number of GPUs.
+    # Keep rate of the EMA teacher: teacher = rate * teacher + (1 - rate) * student. After burn-in
+    # the rate ramps up to this value (locreweight/ema.py). It changes with the batch size when
+    # SOLVER.REFERENCE_WORLD_SIZE is set.
     cfg.SEMI.EMA_KEEP_RATE = 0.9996
-    # A detection of the teacher is a pseudo-label if its class probability exceeds this.
+    # A detection of the teacher becomes a pseudo-label if its class probability exceeds this value.
     cfg.SEMI.PSEUDO_LABEL_THRESHOLD = 0.8
-    # beta of Eq. 3: weight of all losses on unlabeled images.
+    # Weight of all losses on unlabeled images, beta in Eq. 3.
     cfg.SEMI.UNSUPERVISED_WEIGHT = 4.0
-    # Of LocReweight: LER (Eq. 11). Off: all pseudo-labels count alike in the box loss.
+    # For LocReweight: reweight the box loss on pseudo-labels by localization quality (LER, Eq. 11).
+    # False: all pseudo-labels have the same weight.
     cfg.SEMI.LER = True
-    # Of LocReweight: PRC (Eq. 14). Off: the detector's own classification loss on pseudo-labels.
+    # For LocReweight: reweight the classification loss on unlabeled images by the reliability that
+    # the teacher gives each proposal (PRC, Eq. 14). False: the detector's classification loss.
     cfg.SEMI.PRC = True
-    # Factor on the localization quality wherever it is a weight, for studies of its range (0, 0.5).
+    # Factor for localization quality where it is used as a weight. The quality lies in (0, 0.5).
     cfg.SEMI.QUALITY_SCALE = 1.0
-    # Losses of the region proposal network on pseudo-labels, each with its switch.
+    # Train the region proposal network on pseudo-labels: objectness loss, and box loss.
     cfg.SEMI.RPN_OBJECTNESS_LOSS = True
     cfg.SEMI.RPN_BOX_LOSS = True
-    # Eq. 10, 11 and 14 divide by the number of foreground (background) proposals. True: divide by
-    # the number of all sampled proposals instead, as Detectron2 does.
+    # Eq. 10, 11 and 14 divide by the number of foreground (or background) proposals. True: divide
+    # by the number of all sampled proposals, as Detectron2 does.
     cfg.SEMI.NORMALIZE_BY_SAMPLED = False
 
-    # SOLVER.IMS_PER_BATCH counts the labeled images of one iteration over all GPUs, as in any
-    # Detectron2 config; this counts the unlabeled ones.
+    # Number of unlabeled images per iteration over all GPUs. SOLVER.IMS_PER_BATCH is the number of
+    # labeled images.
     cfg.SOLVER.IMS_PER_BATCH_UNLABELED = 16
-    # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD writes, the newest so many stay; 0: all. The
-    # best and the final one stay in any case. With 1 a damaged file has none before it.
+    # Number of periodic checkpoints (SOLVER.CHECKPOINT_PERIOD) to keep, the newest ones; 0 keeps
+    # all. The best and the final checkpoint are always kept. With 1 there is no older checkpoint to
+    # resume from if the newest is damaged.
     cfg.SOLVER.KEEP_CHECKPOINTS = 3
-    # A step whose loss or gradient is not finite is left out, and its images are written to
-    # OUTPUT_DIR/skipped_steps.jsonl. So many of them in a row end training.
+    # A step with a NaN or infinite loss or gradient is skipped, and its images are written to
+    # OUTPUT_DIR/skipped_steps.jsonl. Training stops after this number of skipped steps in a row.
     cfg.SOLVER.MAX_SKIPPED_STEPS = 10
-    # What SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling) or "bfloat16".
+    # Data type for SOLVER.AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
 
 def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "SemiSupervisedRCNN"
     cfg.MODEL.ROI_HEADS.NAME = "LocalizationAwareROIHeads"
-    # MODEL.WEIGHTS are read as numbers only. True: unpickle whatever the file holds, which can run
-    # any code; for files of people you trust.
+    # Only numbers are read from MODEL.WEIGHTS. True: unpickle the whole file, which can run
+    # arbitrary code; only for files from people you trust.
     cfg.MODEL.TRUST_WEIGHTS = False
-    # What the box branch predicts and Eq. 4 models: True: offsets of the two corners over the
-    # proposal's width and height; False: Detectron2's (dx, dy, dw, dh). Both are multiplied with
-    # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS (corners: with its first two numbers).
+    # Box coordinates that the box branch predicts and Eq. 4 models. True: corner offsets over the
+    # proposal's width and height. False: Detectron2's (dx, dy, dw, dh). Both are multiplied by
+    # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS; corners use its first two numbers.
     cfg.MODEL.ROI_BOX_HEAD.CORNER_CODING = True
-    # The predicted log-variance is bounded to [-limit, limit].
+    # Predicted log-variances are clamped to [-limit, limit].
     cfg.MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT = 7.0
-    # Boxes of labeled images are trained by the KL loss of Eq. 10, which fits the variances. Off:
-    # by smooth L1, as in detectors without a localization-aware branch; variances stay untrained.
+    # Box loss on labeled images. True: KL loss (Eq. 10), which also trains the variances. False:
+    # smooth L1, as in a detector without a localization-aware branch; variances stay untrained.
     cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES = True
-    # Above 0: proposals are classified by focal loss with this exponent (Unbiased Teacher: 1.5).
+    # Above 0: classify proposals with a focal loss with this exponent (Unbiased Teacher uses 1.5).
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 0.0
-    # Detectron2's key, for smooth L1 on pseudo-labels (Eq. 11), in the units of the box coding.
+    # Detectron2's key: beta of the smooth L1 loss on pseudo-labels (Eq. 11), in coded units.
     cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
 
 
 def _add_data_keys(cfg: CfgNode) -> None:
-    # Data sets are named by what Detectron2 has registered, or by where they lie:
+    # Data sets are given by a name that is registered in Detectron2 or by their location:
     #   "coco:<annotations.json>:<image folder>"   "voc:<folder>:<split>"   "folder:<image folder>"
     #   "list:<index.txt>:<image folder>"
-    # DATASETS.TRAIN is labeled, DATASETS.UNLABELED needs no annotations (never learned from).
+    # DATASETS.TRAIN holds labeled images. DATASETS.UNLABELED needs no annotations; annotations that
+    # it has are not used for training.
     cfg.DATASETS.UNLABELED = ()
-    # Share of DATASETS.TRAIN, in percent, that is used with its labels; the rest joins the
-    # unlabeled images. Drawn by DATASETS.SPLIT_SEED alone: the same in every process and run.
+    # Percentage of DATASETS.TRAIN that keeps its labels; the other images join the unlabeled ones.
+    # The split depends on DATASETS.SPLIT_SEED only, so it is the same in every process and run.
     cfg.DATASETS.LABELED_PERCENT = 100.0
     cfg.DATASETS.SPLIT_SEED = 1
-    # A file with splits, from which the two keys above choose one: written by
-    # datasets/make_split.py, or Unbiased Teacher's COCO_supervision.txt. Empty: the split is drawn.
+    # File with splits to choose from by LABELED_PERCENT and SPLIT_SEED: written by
+    # datasets/make_split.py, or Unbiased Teacher's COCO_supervision.txt. Empty: draw the split.
     cfg.DATASETS.SPLIT_FILE = ""
-    # Class names of "voc:" data sets, in the order of the model's classes. Empty: VOC's twenty.
+    # Class names of "voc:" data sets, in the order of the model's classes. Empty: the 20 VOC
+    # classes.
     cfg.DATASETS.CLASS_NAMES = ()
-    # The truth of unlabeled images, to measure pseudo-labels with and for nothing else: annotated
-    # data sets whose images are (also) in DATASETS.UNLABELED. That of images which LABELED_PERCENT
-    # set aside, and of annotated sets in DATASETS.UNLABELED, is known without it.
+    # Ground truth of unlabeled images, used only to measure the quality of pseudo-labels: annotated
+    # data sets with images that are also in DATASETS.UNLABELED. Not needed for annotated sets in
+    # DATASETS.UNLABELED nor for images that LABELED_PERCENT made unlabeled.
     cfg.DATASETS.UNLABELED_TRUTH = ()
-    # An unlabeled image that is among the labeled ones is an error, one among the test images a
-    # warning; True leaves them out instead.
+    # By default an unlabeled image that is also a labeled one is an error, and an unlabeled image
+    # that is also a test image gives a warning. True: remove both from the unlabeled images.
     cfg.DATASETS.EXCLUDE_LABELED = False
-    # A NaN, infinite or inverted labeled box is an error; True leaves it out instead.
+
     cfg.DATASETS.CHECKS = CfgNode()
+    # A labeled box with NaN, infinite or inverted coordinates is an error. True: drop the box.
     cfg.DATASETS.CHECKS.DROP_BAD_BOXES = False
-    # All labeled and test images are decoded once before training: a broken one is an error then.
-    # False leaves it out, for those who start often from a slow disk.
+    # Decode all labeled and test images before training; a broken image is an error. False: skip
+    # this check, which takes long on a slow disk.
     cfg.DATASETS.CHECKS.DECODE_IMAGES = True
-    # An unlabeled image that cannot be read is skipped. Training stops when more than this share of
-    # those drawn since it was started or resumed are such, counted from 100 drawn on.
+    # Unlabeled images that cannot be read are skipped. Training stops if they exceed this share of
+    # the unlabeled images drawn since the start (or resume), checked from 100 images on.
     cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE = 0.1
-    # Annotation files may name images by absolute paths and by paths with "..". False: an error,
-    # since somebody else's file could then make any image or text of this machine part of a run.
+    # Allow annotation files to refer to images by absolute paths and by paths with "..". False: an
+    # error, because a foreign annotation file could then read any image or text of this machine.
     cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS = False
-    # Resume although there are more, less or other training images than before. False: an error.
+    # Allow --resume after the set of training images has changed. False: an error.
     cfg.DATASETS.CHECKS.ALLOW_CHANGED = False
 
-    # Detectron2's VIS_PERIOD is how often, in iterations, the pseudo-labels of some fixed unlabeled
-    # images are drawn and measured (0: never); so many of them are measured.
+    # Number of unlabeled images whose pseudo-labels are measured every VIS_PERIOD iterations (a
+    # Detectron2 key; 0 turns it off). The first few are also drawn.
     cfg.TEST.MONITORED_IMAGES = 200
 
-    # How views are made (data/recipes.py): "SoftTeacherPolicy", "UnbiasedTeacherPolicy",
-    # "StacPolicy", or the name of your own in AUGMENTATION_POLICY_REGISTRY. Sizes and flips follow Detectron2's
-    # INPUT keys.
+    # How training images are augmented (locreweight/data/transforms/policies.py):
+    # "SoftTeacherPolicy", "UnbiasedTeacherPolicy", "StacPolicy", or a name that you registered in
+    # AUGMENTATION_POLICY_REGISTRY. Sizes and flips come from Detectron2's INPUT keys.
     cfg.INPUT.AUGMENTATION_POLICY = "SoftTeacherPolicy"
-    # JPEGs of training images are decoded at 1/2, 1/4 or 1/8 of their size where even that leaves
-    # 1.5 times the pixels, across and down, of the largest view that the keys above allow.
-    # Photos of a phone then cost a fraction; the pixels of a view change by less than a bicubic
-    # instead of a bilinear filter would change them. False: every image is decoded whole.
+    # Decode large JPEGs of training images at 1/2, 1/4 or 1/8 of their size where the result is
+    # still 1.5 times as wide and high as the largest view. This saves much time on photos, and
+    # changes pixels less than bicubic instead of bilinear resizing. False: decode at full size.
     cfg.INPUT.REDUCED_DECODING = True
 
 
 def load_config(config_file: str, options: Sequence[str], method: str = "") -> CfgNode:
-    """Detectron2's defaults, this project's keys, files and ``KEY VALUE`` pairs, in that order.
+    """Load a config: defaults, then the config file, the method's file and the options.
 
     Args:
-        config_file: data, detector and schedule; empty for none. May be a model of the zoo, as in
+        config_file: data, detector and schedule; may be empty. Either a path or a model of the zoo,
             ``locreweight://<name>.yaml``.
-        options: the pairs, one after another.
-        method: a file with what one method does otherwise (``configs/methods/``), laid over the
-            first one. Unless the pairs name OUTPUT_DIR, the method's name is appended to it, so
-            that methods do not write into each other's folders.
+        options: ``KEY VALUE`` pairs, one after another.
+        method: name or file of a method's config, see :func:`find_method_file`. Its name is
+            appended to the config's OUTPUT_DIR, so that each method has its own folder. OUTPUT_DIR
+            in ``options`` is used as given.
 
     Raises:
         UsageError: for a missing file, an unknown key or a value of the wrong type.
     """
-    of_zoo = config_file.startswith(ZOO)
-    if of_zoo and not config_file.endswith(".yaml"):
-        raise UsageError(f"{config_file} are weights; their config is {config_file}.yaml")
-    first = PathManager.get_local_path(config_file) if of_zoo else config_file
-    if of_zoo and "_BASE_" in Path(first).read_text():
-        raise UsageError(f"{config_file} names a _BASE_, a file that the zoo does not vouch for")
-    files = [file for file in (first, method) if file]
-    for file in files:
-        if not Path(file).is_file():
-            raise UsageError(f"config file {file!r} does not exist")
+    is_zoo_model = config_file.startswith(ZOO)
+    if is_zoo_model and not config_file.endswith(".yaml"):
+        raise UsageError(f"{config_file} is a file of weights; its config is {config_file}.yaml")
+    base_file = PathManager.get_local_path(config_file) if is_zoo_model else config_file
+    if is_zoo_model and "_BASE_" in Path(base_file).read_text():
+        raise UsageError(f"{config_file} has a _BASE_, a file outside the model zoo")
+    if base_file and not Path(base_file).is_file():
+        raise UsageError(f"config file {base_file!r} does not exist")
+    method_file = str(find_method_file(method)) if method else ""
+    files = [file for file in (base_file, method_file) if file]
 
     def merge(cfg: CfgNode) -> None:
         for file in files:
-            BoundedConfig.load_yaml_with_base(file)
-            # Detectron2's default would run whatever Python the file asks for.
+            _BoundedConfig.load_yaml_with_base(file)
+            # By default Detectron2 falls back to a loader that runs Python code in the file.
             cfg.merge_from_file(file, allow_unsafe=False)
-            if of_zoo and file == first:
-                cfg.merge_from_list(_STRANGERS)
-        if method:
-            cfg.OUTPUT_DIR += f"-{Path(method).stem}"
+            if is_zoo_model and file == base_file:
+                cfg.merge_from_list(_UNTRUSTED)
+        if method_file:
+            cfg.OUTPUT_DIR += f"-{Path(method_file).stem}"
 
-    return _merged(merge, f"the config file {' or '.join(map(repr, files))}", options)
+    return _build_config(merge, f"the config file {' or '.join(map(repr, files))}", options)
 
 
 def config_from_text(text: str, options: Sequence[str]) -> CfgNode:
-    """The same with the config that a checkpoint carries, as ``cfg.dump()`` wrote it."""
+    """Load the config that is stored in a checkpoint; keys of older versions are translated.
+
+    Args:
+        text: as written by ``cfg.dump()``.
+        options: ``KEY VALUE`` pairs, as for :func:`load_config`.
+
+    Raises:
+        UsageError: as :func:`load_config`.
+    """
 
     def merge(cfg: CfgNode) -> None:
-        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(text)))
-        cfg.merge_from_list(_STRANGERS)
+        stored = CfgNode(yaml.safe_load(text))
+        _translate_renamed_keys(stored)
+        cfg.merge_from_other_cfg(stored)
+        cfg.merge_from_list(_UNTRUSTED)
 
-    return _merged(merge, "the config in the checkpoint", options)
+    return _build_config(merge, "the config in the checkpoint", options)
 
 
-def _merged(merge: Callable[[CfgNode], None], source: str, options: Sequence[str]) -> CfgNode:
+def find_method_file(method: str) -> Path:
+    """Find the config file of a method.
+
+    Args:
+        method: a short name such as ``soft_teacher`` or ``ablation/ler``, which stands for
+            ``configs/methods/<name>.yaml`` of this repository, or the path of a file.
+
+    Raises:
+        UsageError: if there is neither; lists the short names.
+    """
+    files = sorted(METHODS_FOLDER.rglob("*.yaml"))
+    names = {file.relative_to(METHODS_FOLDER).with_suffix("").as_posix(): file for file in files}
+    if method in names:
+        return names[method]
+    if not Path(method).is_file():
+        raise UsageError(
+            f"method {method!r} does not exist; give one of {', '.join(names)}, or the path of a "
+            "config file"
+        )
+    return Path(method)
+
+
+def _build_config(merge: Callable[[CfgNode], None], source: str, options: Sequence[str]) -> CfgNode:
     cfg = get_cfg()
     add_locreweight_config(cfg)
     known = _key_paths(cfg)
     if len(options) % 2:
-        raise UsageError(f"options come in pairs, KEY VALUE; got {options}")
+        raise UsageError(f"options must be KEY VALUE pairs; got {options}")
     for key in options[::2]:
         if key not in known:
             raise UsageError(_unknown_key_message(key, known))
@@ -220,8 +286,8 @@ def _merged(merge: Callable[[CfgNode], None], source: str, options: Sequence[str
         raise UsageError(f"cannot read {source}: {reason}") from error
     except ValueError as error:
         raise UsageError(
-            f"config value of the wrong type: {error}. Fractions need their point (10.0, not 10), "
-            "lists their brackets and quotes (['a'], not a)"
+            f"config value of the wrong type: {error}. Write fractions with a decimal point "
+            "(10.0, not 10) and lists with brackets and quotes (['a'], not a)"
         ) from error
     return cfg
 
@@ -236,43 +302,34 @@ def _key_paths(node: CfgNode, prefix: str = "") -> list[str]:
 
 def _unknown_key_message(error: str, known: list[str]) -> str:
     key = error.strip("'\"").rsplit(": ", 1)[-1]
+    if key in _RENAMED_KEYS:
+        return f"the config key {key} was renamed: use {_RENAMED_KEYS[key]}"
+    if key in _REMOVED_KEYS:
+        return f"the config key {key} was removed: leave it out"
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"unknown config key {key}{hint}"
 
 
-def check_supported(cfg: CfgNode) -> None:
-    """Keys of Detectron2 that training here would silently ignore, and a run without a folder.
-
-    Raises:
-        UsageError: names the first one that is set.
-    """
-    if not cfg.OUTPUT_DIR:
-        raise UsageError("OUTPUT_DIR is empty: a run needs a folder for its checkpoints")
-    box_head = cfg.MODEL.ROI_BOX_HEAD
-    for key, is_set in {
-        "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
-        "MODEL.KEYPOINT_ON": cfg.MODEL.KEYPOINT_ON,
-        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": box_head.USE_SIGMOID_CE,
-        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": box_head.USE_FED_LOSS,
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": box_head.BBOX_REG_LOSS_TYPE != "smooth_l1",
-        "INPUT.CROP.ENABLED": cfg.INPUT.CROP.ENABLED,
-        "TEST.PRECISE_BN.ENABLED": cfg.TEST.PRECISE_BN.ENABLED,
-    }.items():
-        if is_set:
-            raise UsageError(f"{key} has no effect here; leave it at Detectron2's default")
+def _translate_renamed_keys(cfg: CfgNode) -> None:
+    """Replace former keys and values by today's and drop removed keys, in place."""
+    for key in _REMOVED_KEYS:
+        section, name = key.rsplit(".", 1)
+        cfg.get(section, {}).pop(name, None)
+    for old, new in _RENAMED_KEYS.items():
+        old_section, old_name = old.rsplit(".", 1)
+        if old_name not in cfg.get(old_section, {}):
+            continue
+        value = cfg[old_section].pop(old_name)
+        node = cfg
+        *sections, name = new.split(".")
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        node[name] = _RENAMED_VALUES.get(new, {}).get(value, value)
 
 
-# --------------------------------------------------------------------------------------------------
-# Config files whose content could be too much for the memory, or for ever.
-
-
-# Of a config file, each alias counted as what it stands for; Detectron2 has about 300 keys.
-_MOST_VALUES = 10_000
-
-
-class BoundedConfig(CfgNode):
-    """Reads config files, bases included, as long as aliases do not let their content explode."""
+class _BoundedConfig(CfgNode):
+    """Reads config files and their bases, and rejects files whose aliases expand without bound."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
@@ -284,41 +341,62 @@ class BoundedConfig(CfgNode):
             pending += node.values() if isinstance(node, dict) else []
             pending += node if isinstance(node, list) else []
             count += 1
-            if count > _MOST_VALUES:
-                raise yaml.YAMLError(f"{filename} has more than {_MOST_VALUES} values")
+            if count > _MAX_VALUES:
+                raise yaml.YAMLError(f"{filename} has more than {_MAX_VALUES} values")
         return io.StringIO(text)
 
 
-# --------------------------------------------------------------------------------------------------
-# One config for any number of GPUs.
+def check_supported(cfg: CfgNode) -> None:
+    """Reject Detectron2 keys that have no effect here, and an empty OUTPUT_DIR.
+
+    Raises:
+        UsageError: names the first such key.
+    """
+    if not cfg.OUTPUT_DIR:
+        raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    for key, is_set in {
+        "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
+        "MODEL.KEYPOINT_ON": cfg.MODEL.KEYPOINT_ON,
+        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": box_head.USE_SIGMOID_CE,
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": box_head.USE_FED_LOSS,
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": box_head.BBOX_REG_LOSS_TYPE != "smooth_l1",
+        "INPUT.CROP.ENABLED": cfg.INPUT.CROP.ENABLED,
+        "TEST.PRECISE_BN.ENABLED": cfg.TEST.PRECISE_BN.ENABLED,
+    }.items():
+        if is_set:
+            raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The config for this number of GPUs, by Detectron2's own rule and two that go with it.
+    """Scale a config to the number of GPUs.
 
-    With ``SOLVER.REFERENCE_WORLD_SIZE`` set, images per GPU stay the same: batch and learning rate
-    grow with the number of GPUs, everything counted in iterations shrinks by it, and the teacher
-    forgets as much after the same number of images: the keep rate is raised to the power of the
-    scale (Busbridge et al., How to Scale Your EMA, 2023). With 0 the config holds as written,
-    whatever the number of GPUs.
+    With ``SOLVER.REFERENCE_WORLD_SIZE`` set, the number of images per GPU stays the same. Batch
+    size and learning rate grow with the number of GPUs, and everything that is counted in
+    iterations shrinks, as in Detectron2. The EMA keep rate is raised to the power of the scale, so
+    that the teacher averages over the same number of images (Busbridge et al., How to Scale Your
+    EMA, 2023). With 0 the config is used as written.
+
+    Args:
+        cfg: not changed.
+        world_size: number of GPUs (processes).
 
     Raises:
-        UsageError: if a batch cannot be shared equally among the GPUs, or the keep rate, of which
-            no power could be taken, is no share.
+        UsageError: if a batch cannot be divided equally among the GPUs, or the keep rate is not
+            between 0 and 1.
     """
     if not 0.0 <= cfg.SEMI.EMA_KEEP_RATE <= 1.0:
         raise UsageError(
-            f"SEMI.EMA_KEEP_RATE is {cfg.SEMI.EMA_KEEP_RATE:g}; it is the share of itself that the "
-            "teacher keeps in an update, from 0 to 1"
+            f"SEMI.EMA_KEEP_RATE is {cfg.SEMI.EMA_KEEP_RATE:g}; it must be from 0 to 1"
         )
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     for size in (reference, world_size) if reference else (world_size,):
         for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED"):
             images = cfg.SOLVER[key]
-            # On the way to another number of GPUs only the reference has to divide the batch.
+            # With a reference, only the reference has to divide the batch.
             if images % size and (size == reference or not reference):
                 raise UsageError(
-                    f"SOLVER.{key} = {images} cannot be shared equally by {size} GPUs; make it a "
+                    f"SOLVER.{key} = {images} cannot be divided equally among {size} GPUs; use a "
                     f"multiple of {size}, for example {max(size, round(images / size) * size)}"
                 )
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
@@ -329,7 +407,8 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
         scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * scale)
         scaled.SEMI.BURN_IN_ITERS = round(cfg.SEMI.BURN_IN_ITERS / scale)
         scaled.SEMI.EMA_KEEP_RATE = cfg.SEMI.EMA_KEEP_RATE**scale
-        scaled.VIS_PERIOD = math.ceil(cfg.VIS_PERIOD / scale)  # 0 is never, and only 0
+        # Rounded up: 0 turns monitoring off.
+        scaled.VIS_PERIOD = math.ceil(cfg.VIS_PERIOD / scale)
         if frozen:
             scaled.freeze()
     if scaled.SOLVER.IMS_PER_BATCH < 1:

@@ -16,7 +16,7 @@ from locreweight.data.datasets.splits import split_annotated, split_indices, wri
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.errors import UsageError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IMAGES = 20
 
 

@@ -15,7 +15,7 @@ from locreweight.data.transforms.augmentations import (
     EraseTransform,
     GaussianBlur,
     Grayscale,
-    OneColorOperation,
+    RandomColorOperation,
     RandomErasing,
 )
 from locreweight.data.transforms.policies import AugmentationPolicy, build_augmentation_policy
@@ -24,7 +24,7 @@ SIDE = 24
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 # Luminance of ITU-R 601: 0.299 R + 0.587 G + 0.114 B.
 LUMINANCE = {RED: 76, GREEN: 150, BLUE: 29}
-# The nine of OneColorOperation, in its order.
+# The nine of RandomColorOperation, in its order.
 (IDENTITY, AUTOCONTRAST, EQUALIZE, SOLARIZE, POSTERIZE, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS) = (
     range(9)
 )
@@ -59,7 +59,7 @@ def operation(monkeypatch):
     def make(index, strength=1.0):
         monkeypatch.setattr(np.random, "randint", lambda count: index)
         monkeypatch.setattr(np.random, "uniform", lambda low, high: strength)
-        return OneColorOperation()
+        return RandomColorOperation()
 
     return make
 
@@ -95,7 +95,7 @@ def test_every_view_has_the_order_of_the_model(order, color, strong_on_weak, tmp
     identity = [T.NoOpTransform()]
     recipe = AugmentationPolicy([identity, identity], identity, identity, strong_on_weak)
     expected = color if order == "RGB" else color[::-1]
-    views = views_of(ViewMapper(recipe=recipe, image_format=order), tmp_path / "plain.png")
+    views = views_of(ViewMapper(policy=recipe, image_format=order), tmp_path / "plain.png")
     assert [color_of(view) for view in views] == [expected] * 4
 
 
@@ -110,7 +110,7 @@ def test_augmentations_see_rgb_whatever_the_order_of_the_model(order, tmp_path):
 
     Image.fromarray(plain((1, 2, 3))).save(tmp_path / "plain.png")
     recipe = AugmentationPolicy([[Look()]], [Look()], [Look()])
-    views_of(ViewMapper(recipe=recipe, image_format=order), tmp_path / "plain.png")
+    views_of(ViewMapper(policy=recipe, image_format=order), tmp_path / "plain.png")
     assert seen == [(1, 2, 3)] * 3
 
 
@@ -197,7 +197,7 @@ def test_all_nine_operations_are_drawn_and_strengths_vary(monkeypatch):
     monkeypatch.setattr(T, "ColorTransform", drawn.append)
     image = noise()
     for _ in range(120):
-        OneColorOperation().get_transform(image)
+        RandomColorOperation().get_transform(image)
     assert len({operation.__code__ for operation in drawn}) == 9
     assert len({operation(image).tobytes() for operation in drawn}) > 50
 

@@ -18,12 +18,12 @@ from locreweight.data.transforms.augmentations import (
     ColorJitter,
     GaussianBlur,
     Grayscale,
-    OneColorOperation,
+    RandomColorOperation,
     RandomErasing,
-    RandomGeometry,
+    RandomGeometricOperation,
 )
 from locreweight.data.transforms.policies import AugmentationPolicy, build_augmentation_policy
-from locreweight.data.transforms.views import View, matrix_of
+from locreweight.data.transforms.views import View, affine_matrix
 
 HEIGHT, WIDTH = SIZE = (90, 120)
 BLACK = (0, 0, 0)
@@ -35,8 +35,8 @@ AUGMENTATIONS = {
     "crop": T.RandomCrop("relative_range", (0.5, 0.5)),
     "rotation": T.RandomRotation([-40, 40]),
     "extent": T.RandomExtent((0.7, 1.3), (0.1, 0.1)),
-    "geometry": RandomGeometry(BLACK),
-    "color": OneColorOperation(),
+    "geometry": RandomGeometricOperation(BLACK),
+    "color": RandomColorOperation(),
     "jitter": ColorJitter(),
     "gray": Grayscale(),
     "blur": GaussianBlur(),
@@ -91,7 +91,7 @@ def test_matrix_of_an_augmentation_is_what_it_does_to_coordinates(name, seed):
     np.random.seed(seed)
     _, transforms = augmented([AUGMENTATIONS[name]], noise())
     points = np.random.uniform(-50, 200, (20, 2))
-    matrix = matrix_of(transforms, SIZE)
+    matrix = affine_matrix(transforms, SIZE)
     assert_allclose(mapped(matrix, points), transforms.apply_coords(points.copy()), atol=1e-3)
 
 
@@ -104,7 +104,7 @@ def test_matrix_of_a_recipe_is_what_it_does_to_coordinates(recipe, view, seed):
     for one_view in augmentations if view == "labeled" else [augmentations]:
         _, transforms = augmented(one_view, noise())
         points = np.random.uniform(-50, 200, (20, 2))
-        matrix = matrix_of(transforms, SIZE)
+        matrix = affine_matrix(transforms, SIZE)
         assert_allclose(mapped(matrix, points), transforms.apply_coords(points.copy()), atol=1e-3)
 
 
@@ -114,7 +114,7 @@ def test_image_content_goes_where_the_matrix_says(name, seed):
     np.random.seed(seed)
     spot = np.random.uniform((45, 35), (75, 55))
     image, transforms = augmented([AUGMENTATIONS[name]], blob(*spot))
-    assert_light_is_at(image, mapped(matrix_of(transforms, SIZE), spot))
+    assert_light_is_at(image, mapped(affine_matrix(transforms, SIZE), spot))
 
 
 @each_seed
@@ -126,13 +126,13 @@ def test_both_views_of_a_file_show_its_content_where_their_matrices_say(recipe, 
     Image.fromarray(blob(*spot)).save(file)
     whole = build_augmentation_policy(config(recipe, "MODEL.PIXEL_MEAN", "(0.0, 0.0, 0.0)"))
     # Color operations can turn black into white; they are left out, what moves pixels stays.
-    moving = (T.ResizeShortestEdge, T.RandomFlip, RandomGeometry)
+    moving = (T.ResizeShortestEdge, T.RandomFlip, RandomGeometricOperation)
     geometry = dataclasses.replace(
         whole,
         weak=[a for a in whole.weak if isinstance(a, moving)],
         strong=[a for a in whole.strong if isinstance(a, moving)],
     )
-    sample = ViewMapper(recipe=geometry, image_format="BGR").unlabeled({"file_name": str(file)})
+    sample = ViewMapper(policy=geometry, image_format="BGR").unlabeled({"file_name": str(file)})
     for view in (sample.weak, sample.strong):
         assert_light_is_at(view.image.numpy().transpose(1, 2, 0), mapped(view.matrix, spot))
 
@@ -155,7 +155,7 @@ def test_labeled_boxes_go_with_the_image(recipe, seed, tmp_path):
     }
     # The weak augmentations: what a color operation leaves of the box cannot be told.
     weak = build_augmentation_policy(config(recipe)).weak
-    mapper = ViewMapper(recipe=AugmentationPolicy([weak, weak], [], []), image_format="BGR")
+    mapper = ViewMapper(policy=AugmentationPolicy([weak, weak], [], []), image_format="BGR")
     first, second = mapper.labeled(record)
     for sample in (first, second):
         rows, columns = np.nonzero(sample["image"][0].numpy() > 127)
@@ -181,8 +181,8 @@ def test_geometry_on_top_of_the_weak_view_comes_after_it(seed, tmp_path):
     spot = np.random.uniform((45, 35), (75, 55))
     Image.fromarray(blob(*spot)).save(tmp_path / "blob.png")
     weak = [T.ResizeShortestEdge(60), T.RandomFlip(1.0)]
-    recipe = AugmentationPolicy([[]], weak, [RandomGeometry(BLACK)], strong_on_weak=True)
-    mapper = ViewMapper(recipe=recipe, image_format="BGR")
+    recipe = AugmentationPolicy([[]], weak, [RandomGeometricOperation(BLACK)], strong_on_weak=True)
+    mapper = ViewMapper(policy=recipe, image_format="BGR")
     strong = mapper.unlabeled({"file_name": str(tmp_path / "blob.png")}).strong
     assert_light_is_at(strong.image.numpy().transpose(1, 2, 0), mapped(strong.matrix, spot))
 
@@ -214,7 +214,7 @@ def test_a_transform_that_is_not_affine_is_an_error_that_names_it(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "image.png")
     recipe = AugmentationPolicy(labeled=[[]], weak=[], strong=[Perspective()])
     with pytest.raises(ValueError, match=r"not affine.*Perspective") as caught:
-        ViewMapper(recipe=recipe, image_format="RGB").unlabeled(
+        ViewMapper(policy=recipe, image_format="RGB").unlabeled(
             {"file_name": str(tmp_path / "image.png")}
         )
     assert not isinstance(caught.value, UnreadableImage)  # which would be skipped
@@ -263,7 +263,7 @@ class TestAffineTransform:
 
 class TestRandomGeometry:
     def draws(self, **limits):
-        geometry = RandomGeometry(BLACK, **limits)
+        geometry = RandomGeometricOperation(BLACK, **limits)
         return [geometry.get_transform(np.zeros((*SIZE, 3), np.uint8)).matrix for _ in range(150)]
 
     def kinds(self, matrices):

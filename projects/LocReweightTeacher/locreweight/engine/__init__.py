@@ -1,8 +1,9 @@
-"""Training and evaluation: the step, the trainer, its hooks, checkpoints."""
+"""Training and evaluation."""
 
 from ..checkpoint.checkpointer import load_for_evaluation
 from .evaluation import evaluate
-from .launch import argument_parser, check_device, launch
+from .launch import argument_parser, launch
+from .startup_checks import check_device
 from .trainer import SemiSupervisedTrainer
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Hooks of the trainer that Detectron2 does not have."""
+"""Training hooks: evaluation, checkpoints, and a warning when there are no pseudo-labels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class PreemptionCheckpoint(HookBase):
-    """Saves a checkpoint before each evaluation, and one to leave with when asked to stop."""
+    """Saves a checkpoint before each evaluation, and before exiting when a stop was requested."""
 
-    NAME = "model_resume"  # written again and again
+    NAME = "model_resume"  # overwritten each time
 
     def __init__(self, checkpointer: Checkpointer, evaluation: PeriodicEvaluation | None) -> None:
         self._checkpointer = checkpointer
@@ -31,18 +31,19 @@ class PreemptionCheckpoint(HookBase):
         if stop or (self._evaluation and self._evaluation.is_due()):
             self._checkpointer.save(self.NAME)
         if stop:
-            # The first process that leaves ends the others: none may before the file is written.
+            # The first process that exits ends the others, so all wait until the file is written.
             comm.synchronize()
             raise Stopped
 
 
 class PeriodicEvaluation(EvalHook):
-    """Detectron2's, but the last evaluation belongs to the last iteration, as all others do.
+    """Detectron2's EvalHook, with the last evaluation in ``after_step`` instead of ``after_train``.
 
-    So there is nothing left to do once training is over, and nothing that a stop could lose.
+    The last evaluation is then part of the last iteration and is repeated if it was interrupted.
     """
 
     def is_due(self) -> bool:
+        """Whether to evaluate after the current iteration."""
         done = self.trainer.iter + 1
         periodic = self._period > 0 and done % self._period == 0
         return periodic or done == self.trainer.max_iter
@@ -52,11 +53,11 @@ class PeriodicEvaluation(EvalHook):
             self._do_eval()
 
     def after_train(self) -> None:
-        """Nothing; Detectron2's evaluates now, even after a failure in the last iteration."""
+        """Do nothing. Detectron2 evaluates here, even after an error in the last iteration."""
 
 
 class ResumableBestCheckpointer(BestCheckpointer):
-    """Detectron2's, but a resumed run remembers the best result so far."""
+    """Detectron2's BestCheckpointer, which also restores the best result when resuming."""
 
     def after_step(self) -> None:
         _, evaluated = self.trainer.storage.latest().get(self._val_metric, (0.0, -1))
@@ -64,20 +65,21 @@ class ResumableBestCheckpointer(BestCheckpointer):
             self._best_checking()
 
     def after_train(self) -> None:
-        """Nothing: the last evaluation belongs to the last iteration."""
+        """Do nothing: the last evaluation is part of the last iteration."""
 
     def _best_checking(self) -> None:
         latest = self.trainer.storage.latest().get(self._val_metric)
         if latest is None or (self.best_metric is not None and latest[0] <= self.best_metric):
-            super()._best_checking()  # says why nothing is saved
+            super()._best_checking()  # logs why nothing is saved
             return
         before = self.state_dict()
         if not self._update_best(*latest):
             return
-        # Detectron2 saves first and notes the new best afterwards: it would not be in the file.
+        # Detectron2 updates the best result after saving, so the file would have the previous one.
         if self._checkpointer.save(self._file_prefix):
             logger.info("best %s so far: %.3f", self._val_metric, self.best_metric)
-        else:  # the disk is full: what was the best still is, of what there is
+        else:
+            # The disk is full. The best result remains the one of the existing file.
             self.load_state_dict(before)
 
     def state_dict(self) -> dict:
@@ -88,16 +90,17 @@ class ResumableBestCheckpointer(BestCheckpointer):
 
 
 class PeriodicCheckpoint(PeriodicCheckpointer):
-    """Detectron2's, but the last file is :class:`FinalCheckpoint`'s."""
+    """Detectron2's PeriodicCheckpointer without the final file; see :class:`FinalCheckpoint`."""
 
     def before_train(self) -> None:
-        """Nothing; Detectron2's learns here when training ends."""
+        """Do nothing. Detectron2 sets the last iteration here, in which it saves the final file."""
 
 
 class FinalCheckpoint(HookBase):
-    """Saves the result of training.
+    """Saves the final checkpoint in the last iteration.
 
-    A hook of its own: a run that ended between its last periodic file and this one makes up for it.
+    This is a hook by itself, so that a run that was stopped between the last periodic checkpoint
+    and the final one saves the latter when it is resumed.
     """
 
     def __init__(self, checkpointer: Checkpointer) -> None:
@@ -109,61 +112,62 @@ class FinalCheckpoint(HookBase):
 
 
 class NoPseudoLabelWarning(HookBase):
-    """Warns once when unlabeled images teach nothing, and says how far they are from it."""
+    """Warns once if the teacher makes no pseudo-labels for a long time."""
 
     def __init__(self, threshold: float, patience: int = 500) -> None:
         """
         Args:
-            threshold: score that a detection must exceed to become a pseudo-label.
-            patience: iterations of mutual learning in a row without one before the warning.
+            threshold: ``SEMI.PSEUDO_LABEL_THRESHOLD``.
+            patience: number of iterations in a row without pseudo-labels before the warning.
+                Burn-in does not count.
         """
         self._threshold = threshold
         self._patience = patience
-        self._without = 0
-        self._highest = 0.0
-        self._done = False
-        self._seen = -1  # iteration
+        self._without = 0  # iterations in a row
+        self._highest = 0.0  # score in these iterations
+        self._warned = False
+        self._last_iteration = -1  # of the metrics that were read
 
     def before_train(self) -> None:
-        self._seen = self.trainer.start_iter - 1
+        self._last_iteration = self.trainer.start_iter - 1
 
     def after_step(self) -> None:
         histories = self.trainer.storage.histories()
-        if self._done or "pseudo_labels/per_image" not in histories:  # burn-in measures nothing
+        if self._warned or "pseudo_labels/per_image" not in histories:  # absent during burn-in
             return
-        # They come late, those of many iterations at a time.
+        # Metrics are deferred: those of several iterations arrive together.
         newest_first = zip(
             reversed(histories["pseudo_labels/per_image"].values()),
             reversed(histories[HIGHEST_SCORE].values()),
             strict=True,
         )
-        new = list(takewhile(lambda measured: measured[0][1] > self._seen, newest_first))
-        for (found, iteration), (highest, _) in reversed(new):
-            self._seen = iteration
-            if not self._done:
-                self._watch(found, highest)
+        new = list(takewhile(lambda pair: pair[0][1] > self._last_iteration, newest_first))
+        for (per_image, iteration), (highest, _) in reversed(new):
+            self._last_iteration = iteration
+            if not self._warned:
+                self._update(per_image, highest)
 
-    def _watch(self, found: float, highest: float) -> None:
-        if found > 0:
+    def _update(self, per_image: float, highest: float) -> None:
+        if per_image > 0:
             self._without, self._highest = 0, 0.0
             return
         self._without += 1
         self._highest = max(self._highest, highest)
         if self._without >= self._patience:
-            self._done = True
+            self._warned = True
             logger.warning(
-                "no detection of the teacher has become a pseudo-label in %d iterations, so "
-                "unlabeled images teach no objects: the highest score was %.3f, "
-                "SEMI.PSEUDO_LABEL_THRESHOLD is %.2f. Lower it, or give the teacher more to start "
-                "from: a longer SEMI.BURN_IN_ITERS, pretrained MODEL.WEIGHTS, more labels",
+                "there were no pseudo-labels in the last %d iterations, so the unlabeled images "
+                "add no objects to training: the highest score of a detection was %.3f, and "
+                "SEMI.PSEUDO_LABEL_THRESHOLD is %.2f. Lower the threshold, or start from a better "
+                "teacher: longer SEMI.BURN_IN_ITERS, pretrained MODEL.WEIGHTS or more labels",
                 self._without,
                 self._highest,
                 self._threshold,
             )
 
     def state_dict(self) -> dict:
-        return {"without": self._without, "highest": self._highest, "done": self._done}
+        return {"without": self._without, "highest": self._highest, "warned": self._warned}
 
     def load_state_dict(self, state: dict) -> None:
         self._without, self._highest = state["without"], state["highest"]
-        self._done = state["done"]
+        self._warned = state["warned"]

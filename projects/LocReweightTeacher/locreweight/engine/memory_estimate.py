@@ -1,4 +1,4 @@
-"""How much memory training with a config will need, measured on a small image and scaled up."""
+"""Estimate of the memory that training needs, measured on small images and extrapolated."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ..data.transforms.policies import build_augmentation_policy
 from ..methods import build_method
 
 GIB = 2**30
-_DIVISIBILITY = 32  # images are padded to multiples of it
-_LARGEST_MEASURED = 512  # pixels, side of the larger image that is measured
-# Peak of a training over what is counted here: 1.54 for the quickstart and 1.63 for bccd-small, on
-# CPU. What operations need in passing and what the allocator loses is not counted.
+_DIVISIBILITY = 32  # images are padded to multiples of this
+_LARGEST_MEASURED = 512  # pixels, side of the larger of the two measured images
+# Peak memory of a training divided by the counted memory: 1.54 for the quickstart and 1.63 for
+# bccd-small, on CPU. Temporary buffers and losses of the allocator are not counted.
 _PEAK_OVER_COUNTED = 1.6
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device.
+    """Memory on one device.
 
     Attributes:
-        models: weights of student and teacher, gradients and momentum.
-        per_image: what the backward pass needs of one image of the largest size.
-        images: that the student sees in an iteration.
+        models: bytes of the weights of student and teacher, gradients and momentum.
+        per_image: bytes that autograd keeps for one image of the largest size.
+        images: number of images of the student per iteration.
     """
 
     models: int
@@ -41,20 +41,20 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        """What a training may need, as experience has it; without CUDA's own half to one GiB."""
+        """Expected peak in bytes, without the 0.5 to 1 GiB that CUDA itself takes."""
         return _PEAK_OVER_COUNTED * (self.models + self.per_image * self.images)
 
 
 def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -> MemoryEstimate:
-    """Memory of a training step.
+    """Estimate the memory of a training step.
 
-    What autograd keeps of one image is counted for two small sizes, and continued linearly to the
-    largest that the data and the config make.
+    The memory that autograd keeps for one image is measured at two small sizes and extrapolated
+    linearly to the largest size that the images have after resizing.
 
     Args:
         cfg: scaled to the number of GPUs.
-        sizes: ``(width, height)`` of the images.
-        num_gpus: processes.
+        sizes: ``(width, height)`` of the images, before resizing.
+        num_gpus: number of processes.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -63,7 +63,7 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     teachers = 2 if build_method(cfg).frozen_pseudo_labeler else 1
-    # Gradient and momentum; several processes hold what they exchange a second time.
+    # Gradient and momentum. With several processes, DDP keeps a second copy of the gradients.
     models = weights * (1 + teachers) + trained * (3 if num_gpus > 1 else 2)
 
     largest = max(_pixels(size, cfg) for size in sizes)
@@ -93,26 +93,26 @@ def _padded(side: int) -> int:
 
 
 def _kept_bytes(model: nn.Module, side: int, autocast: bool) -> int:
-    """What autograd keeps of one labeled image for the backward pass, weights aside."""
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    """Bytes that autograd keeps for the backward pass of one labeled image, without weights."""
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     box = torch.tensor([[0.2, 0.2, 0.8, 0.8]]) * side
-    truth = Instances((side, side), gt_boxes=Boxes(box), gt_classes=torch.zeros(1).long())
+    ground_truth = Instances((side, side), gt_boxes=Boxes(box), gt_classes=torch.zeros(1).long())
     image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
     with (
         EventStorage(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
     ):
-        # Two, since batch norm refuses single values.
-        losses = model([{"image": image, "instances": truth}] * 2)
-        total = sum(losses.values())  # holds what is counted until all of it is
+        # Two images, because batch norm rejects single values.
+        losses = model([{"image": image, "instances": ground_truth}] * 2)
+        total = sum(losses.values())  # keeps the graph, and so the counted tensors, alive
     assert isinstance(total, Tensor)
     return sum(kept.values()) // 2

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1: the machine is wanted for something else; ``--resume`` goes on later.
+"""SIGTERM and SIGUSR1 ask a process to stop; the run is resumed later with ``--resume``.
 
-In training the step is finished, all processes agree, and a checkpoint is saved. Wherever nothing
-would be lost (while things are set up, in evaluation) the process leaves at once.
+During training, the current step is finished, all processes agree to stop, and a checkpoint is
+saved. Where nothing would be lost (during setup and evaluation), the process exits immediately.
 """
 
 from __future__ import annotations
@@ -13,85 +13,89 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: try again later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Schedulers and launchers pass one signal on in several ways: within this time it is the same.
+# Schedulers and launchers may deliver one signal several times. Signals within this time count as
+# one.
 SAME_SIGNAL_SECONDS = 1.0
 
 
 class Stopped(SystemExit):
-    """Ends the process with :data:`EXIT_CODE`."""
+    """Exits the process with :data:`EXIT_CODE`."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
 
 class StopRequest:
-    """Whether this process was asked to stop; see :data:`STOP`."""
+    """Whether this process was asked to stop; the instance is :data:`STOP_REQUEST`."""
 
     def __init__(self) -> None:
-        self._asked_at: float | None = None
-        self._may_leave = True
+        self._received_at: float | None = None
+        self._exits_at_once = True
 
     @property
     def received(self) -> bool:
-        return self._asked_at is not None
+        return self._received_at is not None
 
     def note(self) -> None:
-        """A signal has come."""
-        if self._asked_at is None:
-            self._asked_at = time.monotonic()
+        """Record a signal."""
+        if self._received_at is None:
+            self._received_at = time.monotonic()
 
     def listen(self) -> None:
-        """From now on; a first signal ends the process unless :meth:`held`."""
+        """Install the signal handlers. A signal exits the process, except within :meth:`held`."""
         handle_signals(self._on_signal)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """A signal is only noted: whoever asks for :attr:`received` decides."""
-        with self._leaving(False):
+        """Only record signals; the code inside checks :attr:`received`."""
+        with self._exiting_at_once(False):
             yield
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Within :meth:`held`: a signal ends the process, one that was noted before as well."""
+        """Within :meth:`held`: let a signal exit the process, including one already recorded."""
         if self.received:
             raise Stopped
-        with self._leaving(True):
+        with self._exiting_at_once(True):
             yield
 
     @contextlib.contextmanager
-    def _leaving(self, allowed: bool) -> Iterator[None]:
-        before, self._may_leave = self._may_leave, allowed
+    def _exiting_at_once(self, value: bool) -> Iterator[None]:
+        before, self._exits_at_once = self._exits_at_once, value
         try:
             yield
         finally:
-            self._may_leave = before
+            self._exits_at_once = before
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.note()
-        assert self._asked_at is not None
-        if time.monotonic() - self._asked_at > SAME_SIGNAL_SECONDS:
-            os._exit(EXIT_CODE)  # a second one: at once, whatever is going on
-        if self._may_leave:
+        assert self._received_at is not None
+        if time.monotonic() - self._received_at > SAME_SIGNAL_SECONDS:
+            os._exit(EXIT_CODE)  # a second signal ends the process unconditionally
+        if self._exits_at_once:
             raise Stopped
 
 
-# One for the process, as signals are.
+# One instance, because signals arrive per process.
 STOP_REQUEST = StopRequest()
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Has :data:`SIGNALS` handled by a function; to be called in the main thread."""
+    """Install a handler for :data:`SIGNALS`; call it in the main thread."""
     for number in SIGNALS:
         signal.signal(number, handler)
 
 
 def leave_signals_to_trainer(worker: int) -> None:
-    """For a loader's workers: a signal to the whole process group is the trainer's affair.
+    """Shield a loader worker from signals that are meant for the trainer.
 
-    In a session of their own they are not reached by it; where each process is signaled one by
-    one, SIGUSR1 at least does not end them.
+    A new session protects it from signals to the whole process group. SIGUSR1 is also ignored, for
+    launchers that signal each process.
+
+    Args:
+        worker: its number, which PyTorch passes to worker init functions.
     """
     os.setsid()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

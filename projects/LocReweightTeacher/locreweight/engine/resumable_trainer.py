@@ -1,9 +1,8 @@
-"""Training that may be stopped at any moment and then goes on, bit for bit, as if it had not."""
+"""Training loop that can be stopped at any time and resumed with bit-for-bit equal results."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import numpy as np
 from detectron2.engine import HookBase, TrainerBase
@@ -16,41 +15,49 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(TrainerBase):
-    """Detectron2's loop, which also finishes an iteration that was stopped between two hooks.
+    """Detectron2's training loop with hooks that are resumed by name.
 
-    Checkpoints are saved by hooks. The hooks after the one that saved it may or may not have run in
-    the iteration that the checkpoint is of: a resumed run runs them first of all.
+    Hooks save the checkpoints. When a checkpoint of iteration ``i`` is written, some hooks have run
+    in iteration ``i`` and others have not. The checkpoint therefore records for each named hook the
+    last iteration in which it was started. A resumed run first runs the hooks that are behind, in
+    their order. Classes and order of hooks may change between the two runs.
 
     Attributes:
-        stop_agreed: whether any process was asked to stop; all of them know of it.
+        seed: seed of all random draws during training; the same in all processes.
+        stop_agreed: whether any process was asked to stop; the same in all processes.
     """
 
     def __init__(self, seed: int, start_iter: int, max_iter: int) -> None:
         """
         Args:
-            seed: of everything that is drawn in training; the same in all processes.
-            start_iter, max_iter: the first iteration, and the number of all.
+            seed: see the attribute.
+            start_iter: the first iteration.
+            max_iter: the total number of iterations.
         """
         super().__init__()
         self.seed = seed
         self.start_iter, self.max_iter = start_iter, max_iter
         self.stop_agreed = False
-        self._at_hook = ""  # the class of the one that is running, or saved the checkpoint
-        self._lasting_hooks: list[HookBase] = []
+        self._named_hooks: dict[str, HookBase] = {}
+        self._finished: dict[str, int] = {}  # name -> last iteration in which the hook was started
 
-    def register_lasting_hooks(self, hooks: list[HookBase]) -> None:
-        """Hooks that a resumed run has again, of different classes and in this order."""
-        self._lasting_hooks += hooks
-        self.register_hooks(hooks)
+    def register_named_hooks(self, named_hooks: dict[str, HookBase]) -> None:
+        """Register hooks whose state and progress are saved in checkpoints under their names.
+
+        Nothing is saved of hooks that are registered with ``register_hooks``.
+        """
+        self._named_hooks |= named_hooks
+        self._finished |= dict.fromkeys(named_hooks, self.start_iter - 1)
+        self.register_hooks(list(named_hooks.values()))
 
     def run_loop(self) -> None:
-        """From the first iteration to the last; the signals to stop are only noted meanwhile."""
+        """Train from ``start_iter`` to ``max_iter``. Signals to stop are only noted meanwhile."""
         with STOP_REQUEST.held():
             super().train(self.start_iter, self.max_iter)
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do, not even in the last iteration."""
+        """Whether all iterations and all their hooks were run."""
         return self.start_iter >= self.max_iter and not self._unfinished_hooks()
 
     def before_train(self) -> None:
@@ -58,32 +65,50 @@ class ResumableTrainer(TrainerBase):
         unfinished = self._unfinished_hooks()
         if unfinished:
             self.iter = self.storage.iter = self.start_iter - 1
-            self._run(unfinished)
+        for hook in unfinished:
+            self._run_after_step(hook)
 
     def before_step(self) -> None:
-        """Nothing that was drawn before matters: not what a hook drew, and not a stop."""
-        # Processes draw differently, as their images differ.
+        # Seed each iteration, so that random draws do not depend on hooks or on where the run was
+        # resumed. Processes have different images and draw different numbers.
         key = (self.seed, comm.get_rank(), self.iter)
         seed_all_rng(int(np.random.SeedSequence(key).generate_state(1)[0]))
         super().before_step()
 
     def after_step(self) -> None:
-        self._run(self._hooks)
+        for hook in self._hooks:
+            self._run_after_step(hook)
 
-    def _run(self, hooks: Sequence[HookBase]) -> None:
-        for hook in hooks:
-            self._at_hook = type(hook).__qualname__
-            hook.after_step()
+    def _run_after_step(self, hook: HookBase) -> None:
+        for name, named_hook in self._named_hooks.items():
+            if named_hook is hook:
+                # Before it runs: the hook itself may save the checkpoint.
+                self._finished[name] = self.iter
+        hook.after_step()
 
     def _unfinished_hooks(self) -> list[HookBase]:
-        names = [type(hook).__qualname__ for hook in self._lasting_hooks]
-        after = names.index(self._at_hook) + 1 if self._at_hook in names else len(names)
-        return self._lasting_hooks[after:]
+        """The hooks that have not run in the last iteration before ``start_iter``."""
+        last = self.start_iter - 1
+        return [hook for name, hook in self._named_hooks.items() if self._finished[name] < last]
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"at_hook": self._at_hook, "seed": self.seed}
+        states = {name: hook.state_dict() for name, hook in self._named_hooks.items()}
+        return {
+            "iteration": self.iter,
+            "seed": self.seed,
+            "hooks": {name: state for name, state in states.items() if state},
+            "finished": dict(self._finished),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self._at_hook, self.seed = state_dict["at_hook"], state_dict["seed"]
+        self.iter = state_dict["iteration"]
         self.start_iter = self.iter + 1
+        self.seed = state_dict["seed"]
+        # A hook that the stopped run did not have has nothing to catch up on.
+        finished = state_dict["finished"]
+        self._finished = {name: finished.get(name, self.iter) for name in self._named_hooks}
+        for name, state in state_dict["hooks"].items():
+            if name in self._named_hooks:
+                self._named_hooks[name].load_state_dict(state)
+            else:
+                logger.warning("the checkpoint has the state of a hook %r, which is unused", name)

@@ -1,4 +1,4 @@
-"""Steps that are left out because a number in them is not finite."""
+"""Record of training steps that were skipped because a loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from ..errors import UsageError
-from .step_metrics import StepReport
+from .step_metrics import StepReport, describe_problems
 
 logger = logging.getLogger(__name__)
 
@@ -18,41 +18,41 @@ FILE_NAME = "skipped_steps.jsonl"
 
 
 class SkippedSteps:
-    """Counts them, writes them down, and ends training when there are too many in a row.
+    """Counts skipped steps, writes them to a file, and stops training after too many in a row.
 
     Attributes:
-        total: number of them since the run began.
-        file: one line of JSON for each step and process: iteration, process, problem, losses,
-            images.
+        total: number of skipped steps since the run began.
+        file: one JSON object per line for each skipped step and process, with the keys iteration,
+            process, problem, losses and images.
     """
 
-    def __init__(self, folder: str, most_in_a_row: int) -> None:
+    def __init__(self, folder: str, max_in_a_row: int) -> None:
         """
         Args:
-            folder: of the file.
-            most_in_a_row: so many end training; at least 1.
+            folder: for the file.
+            max_in_a_row: number of skipped steps in a row that stops training; at least 1.
         """
-        if most_in_a_row < 1:
-            raise UsageError(f"SOLVER.MAX_SKIPPED_STEPS is {most_in_a_row}, but must be at least 1")
+        if max_in_a_row < 1:
+            raise UsageError(f"SOLVER.MAX_SKIPPED_STEPS is {max_in_a_row}, but must be at least 1")
         self.file = Path(folder, FILE_NAME)
         self.total = 0
         self._in_a_row = 0
-        self._most = most_in_a_row
+        self._max = max_in_a_row
 
-    def judge(self, iteration: int, problem: str, reports: list[StepReport]) -> None:
-        """Write down a step if it was left out.
+    def update(self, iteration: int, reports: list[StepReport]) -> None:
+        """Count and record a step if it was skipped.
 
         Args:
-            iteration: which step; they come in order.
-            problem: what of its losses was not finite; empty if all were.
+            iteration: of the step; iterations come in order.
             reports: of all processes, in their order.
 
         Raises:
-            UsageError: if this was one too many in a row.
+            UsageError: if there were too many skipped steps in a row.
         """
-        # The gradients are those of all processes together, alike in all of them.
+        problem = describe_problems(reports)
+        # Gradients are averaged over the processes, so they are the same in all of them.
         in_gradient = reports[0].gradient_problem
-        if problem or (in_gradient and not has_loss_scale_left(reports[0])):
+        if problem or (in_gradient and not _can_lower_loss_scale(reports[0])):
             self._add(iteration, problem or in_gradient, reports)
         elif not in_gradient:
             self._in_a_row = 0
@@ -61,7 +61,7 @@ class SkippedSteps:
         self.total += 1
         self._in_a_row += 1
         logger.warning(
-            "step %d left out (%d in a row): %s. Its images and losses are in %s",
+            "skipped step %d (%d in a row): %s. Its images and losses are in %s",
             iteration,
             self._in_a_row,
             problem,
@@ -71,12 +71,13 @@ class SkippedSteps:
             try:
                 self._write(iteration, problem, reports)
             except OSError as error:
-                logger.error("cannot write %s: %s. Training goes on", self.file, error)
-        if self._in_a_row >= self._most:
+                logger.error("cannot write %s: %s. Training continues", self.file, error)
+        if self._in_a_row >= self._max:
             raise UsageError(
-                f"{self._in_a_row} steps in a row were left out, the last because {problem}; their "
-                f"images and losses are in {self.file}. If the images are not at fault the "
-                "weights are: lower SOLVER.BASE_LR or turn on SOLVER.CLIP_GRADIENTS, and start anew"
+                f"{self._in_a_row} steps in a row were skipped, the last one because {problem}; "
+                f"their images and losses are in {self.file}. If the images are correct, the "
+                "weights have diverged: lower SOLVER.BASE_LR or turn on SOLVER.CLIP_GRADIENTS, and "
+                "start a new run"
             )
 
     def _write(self, iteration: int, problem: str, reports: list[StepReport]) -> None:
@@ -86,7 +87,7 @@ class SkippedSteps:
                     "iteration": iteration,
                     "process": rank,
                     "problem": problem,
-                    "losses": {name: _strict(x) for name, x in report.losses.items()},
+                    "losses": {name: _as_json(x) for name, x in report.losses.items()},
                     "images": report.images,
                 }
                 file.write(json.dumps(line) + "\n")
@@ -98,13 +99,13 @@ class SkippedSteps:
         self.total, self._in_a_row = state["total"], state["in_a_row"]
 
 
-def has_loss_scale_left(report: StepReport) -> bool:
-    """Whether a gradient may be infinite because its scale is too large for float16.
+def _can_lower_loss_scale(report: StepReport) -> bool:
+    """Whether a gradient may be infinite only because of its scale for float16.
 
-    The scale then comes down by itself, until it is none.
+    The scaler then lowers the scale, which is not counted as a skipped step.
     """
     return report.metrics.get("loss_scale", 0.0) >= 1.0
 
 
-def _strict(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)  # JSON has no word for NaN
+def _as_json(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)  # JSON has no NaN

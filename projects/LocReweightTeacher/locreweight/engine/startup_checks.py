@@ -1,42 +1,176 @@
-"""What training would stop at before or in its first iterations, by the checks of its own."""
+"""Checks that run before training starts, in the trainer and in ``tools/check_data.py``."""
 
 from __future__ import annotations
 
+import fcntl
+import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import TextIO
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import distributed
 
 from ..checkpoint.checkpointer import check_weights_exist
 from ..config import scale_to_world_size
 from ..data.inspection.annotations import kept_warnings
 from ..data.inspection.findings import Finding, Severity
 from ..data.inspection.images import ImageFacts
-from ..data.loader import UnreadableImages, check_unreadable_share
 from ..data.mapper import ViewMapper
 from ..data.training_sets import TrainingSets, load_training_sets, register_datasets
+from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
 from ..errors import UsageError
-from .effective_values import amp_dtype
+from .optimizer import amp_dtype
 from .training_step import StepSettings
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+_locks: dict[Path, TextIO] = {}  # folder -> its locked file, open until the process ends
+
+
+def check_device(device: str) -> None:
+    """Check that the processes of this run can use a device.
+
+    Args:
+        device: ``MODEL.DEVICE``.
+
+    Raises:
+        UsageError: if they cannot; says what to set instead.
+    """
+    is_gpu = device.startswith("cuda")
+    if is_gpu and not torch.cuda.is_available():
+        raise UsageError("there is no GPU here: add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False")
+    if comm.get_world_size() == 1:
+        return
+    if is_gpu and device != "cuda":
+        raise UsageError(
+            f"MODEL.DEVICE {device} would put all processes on one GPU; with MODEL.DEVICE cuda "
+            "each process has its own"
+        )
+    if not is_gpu and distributed.get_backend() == "nccl":
+        raise UsageError(
+            f"MODEL.DEVICE is {device}, but several processes on a machine with GPUs exchange "
+            "gradients through these: set MODEL.DEVICE cuda, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
+
+
+def lock_output_dir(folder: Path) -> None:
+    """Reserve an output folder for this process until it ends.
+
+    Args:
+        folder: ``OUTPUT_DIR``; created if missing.
+
+    Raises:
+        UsageError: if another process has reserved it.
+        OSError: if it is not writable.
+    """
+    folder = folder.resolve()
+    if folder in _locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK_FILE).open("w")
+    try:
+        # lockf locks belong to the process alone. Loader workers that outlive it do not hold them.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UsageError(
+            f"another training is writing to OUTPUT_DIR {str(folder)!r}: stop it, wait for it to "
+            "finish, or use another folder"
+        ) from None
+    except OSError as error:  # the file system does not support locks
+        logger.warning("cannot check whether another training writes to %s: %s", folder, error)
+    _locks[folder] = file
+
+
+def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
+    """Log batch size, learning rate, iterations and epochs, and warn about likely mistakes.
+
+    Args:
+        cfg: scaled to the number of GPUs.
+        sets: the training images.
+    """
+    world_size = comm.get_world_size()
+    labeled, unlabeled = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH_UNLABELED
+    mutual = max(0, cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS)
+    epochs = mutual * unlabeled / len(sets.unlabeled) if sets.unlabeled else 0.0
+    logger.info(
+        "Effective values on %d process(es): %d labeled + %d unlabeled images per iteration "
+        "(%d + %d per process), learning rate %g, %d iterations of which %d burn-in; "
+        "%.1f epochs of %d labeled and %.1f epochs of %d unlabeled images",
+        world_size,
+        labeled,
+        unlabeled,
+        labeled // world_size,
+        unlabeled // world_size,
+        cfg.SOLVER.BASE_LR,
+        cfg.SOLVER.MAX_ITER,
+        min(cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER),
+        cfg.SOLVER.MAX_ITER * labeled / len(sets.labeled),
+        len(sets.labeled),
+        epochs,
+        len(sets.unlabeled),
+    )
+    if sets.unlabeled and not mutual:
+        logger.warning(
+            "unlabeled images are not used: SEMI.BURN_IN_ITERS is not below SOLVER.MAX_ITER"
+        )
+    if fixes := untrained_random_layers(cfg):
+        logger.warning(
+            "MODEL.WEIGHTS is empty, and a part of the backbone keeps its random weights because "
+            "it is frozen; set %s. configs/bccd-small.yaml shows further settings for training "
+            "from random weights",
+            " ".join(word for pair in fixes.items() for word in pair),
+        )
+
+
+def untrained_random_layers(cfg: CfgNode) -> dict[str, str]:
+    """Find frozen layers of a randomly initialized backbone.
+
+    By default Detectron2 freezes the first stages and batch norm, which suits pretrained weights.
+
+    Returns:
+        config keys to set and their values; empty if all layers are trained or pretrained.
+    """
+    if cfg.MODEL.WEIGHTS:
+        return {}
+    fixes = {}
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        fixes["MODEL.BACKBONE.FREEZE_AT"] = "0"
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        fixes["MODEL.RESNETS.NORM"] = "BN"
+    return fixes
 
 
 def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
-    """Of the settings, whatever the data are. Weights of a zoo are fetched, as training would."""
+    """Run the checks of the config that training runs, and return their errors.
+
+    Weights of a model zoo are downloaded, as in training.
+    """
     checks: list[Callable[[], object]] = [
         partial(scale_to_world_size, cfg, num_gpus),
         partial(check_weights_exist, cfg.MODEL.WEIGHTS),
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),
         partial(ViewMapper, cfg),
-        partial(UnreadableImages, cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE),
+        partial(UnreadableImageCounter, cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE),
     ]
-    return [finding for check in checks for finding in _refusals(check)]
+    return [finding for check in checks for finding in _errors_of(check)]
 
 
 def read_for_training(cfg: CfgNode) -> tuple[TrainingSets | None, list[Finding]]:
-    """The images as training will split and exclude them, or why it would stop."""
+    """Load the training sets as training does.
+
+    Returns:
+        the training sets, None if they cannot be loaded; and the errors.
+    """
     cfg = cfg.clone()
-    cfg.DATASETS.CHECKS.DECODE_IMAGES = False  # all were read already
+    cfg.DATASETS.CHECKS.DECODE_IMAGES = False  # the caller has decoded them
     sets: list[TrainingSets] = []
 
     def read() -> None:
@@ -44,14 +178,14 @@ def read_for_training(cfg: CfgNode) -> tuple[TrainingSets | None, list[Finding]]
         sets.append(load_training_sets(cfg))
 
     with kept_warnings():
-        findings = _refusals(read)
+        findings = _errors_of(read)
     return (sets[0] if sets else None), findings
 
 
 def unreadable_findings(
     cfg: CfgNode, sets: TrainingSets, facts: dict[str, ImageFacts]
 ) -> list[Finding]:
-    """Whether more of the unlabeled images are unreadable than training tolerates."""
+    """Check whether training would stop because too many unlabeled images are unreadable."""
     files = [record["file_name"] for record in sets.unlabeled]
     faulty = [file for file in files if facts[file].fault]
     if not faulty:
@@ -59,17 +193,17 @@ def unreadable_findings(
     iterations = max(0, cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS)
     drawn = iterations * cfg.SOLVER.IMS_PER_BATCH_UNLABELED
     limit = cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE
-    if check_unreadable_share(len(faulty), drawn * len(faulty) / len(files), drawn, limit):
+    if is_unreadable_share_tolerated(len(faulty), drawn * len(faulty) / len(files), drawn, limit):
         return []
     text = (
         f"{len(faulty)} of {len(files)} unlabeled images cannot be read, which is more than "
-        f"DATASETS.CHECKS.MAX_UNREADABLE_SHARE {limit:g}: training would stop. Repair or remove them, or "
-        "raise that share"
+        f"DATASETS.CHECKS.MAX_UNREADABLE_SHARE {limit:g}: training would stop. Repair or remove "
+        "the images, or raise the limit"
     )
     return [Finding(Severity.ERROR, text, faulty)]
 
 
-def _refusals(check: Callable[[], object]) -> list[Finding]:
+def _errors_of(check: Callable[[], object]) -> list[Finding]:
     try:
         check()
     except UsageError as error:

@@ -1,4 +1,8 @@
-"""What steps measured, left on the device until somebody looks: reading it means waiting for it."""
+"""Metrics of training steps, kept on the device until they are logged.
+
+Reading a number from a GPU waits for all work queued on it. Steps therefore only store their
+metrics; they are transferred together when a line is logged or a checkpoint is written.
+"""
 
 from __future__ import annotations
 
@@ -16,88 +20,20 @@ Fields = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class _Step:
-    iteration: int
-    reports: list[StepReport]  # of all processes, still without what the device measured
-    fields: Fields  # of this process
-
-
-class DeferredMetrics:
-    """Those of the steps since they were last fetched."""
-
-    def __init__(self) -> None:
-        self._steps: list[_Step] = []
-
-    def add(
-        self,
-        iteration: int,
-        reports: list[StepReport],
-        result: StepResult | None = None,
-        update: Fields | None = None,
-    ) -> None:
-        """Remember a step, without waiting for the device.
-
-        Args:
-            iteration: which step.
-            reports: of all processes, with what each of them knows without its device.
-            result: what this process measured; None if the step broke off in any process.
-            update: further fields of its report.
-        """
-        fields = {} if result is None else {"losses": result.losses, "metrics": result.metrics}
-        # Detached: a loss would hold on to its graph.
-        kept = {
-            field: {name: tensor.detach() for name, tensor in named.items()}
-            for field, named in (fields | (update or {})).items()
-        }
-        self._steps.append(_Step(iteration, reports, kept))
-
-    def fetch(self) -> list[tuple[int, list[StepReport]]]:
-        """Iteration and complete reports of all processes, step after step; forgets them.
-
-        To be called on all processes in the same iteration. There is one transfer from the device
-        for all numbers of all steps.
-        """
-        steps, self._steps = self._steps, []
-        tensors = [t for step in steps for field in step.fields.values() for t in field.values()]
-        numbers = iter(_to_host(tensors))
-        own = [
-            {field: {name: next(numbers) for name in named} for field, named in step.fields.items()}
-            for step in steps
-        ]
-        everyone = comm.all_gather(own)
-        return [
-            (
-                step.iteration,
-                [replace(report, **everyone[rank][i]) for rank, report in enumerate(step.reports)],
-            )
-            for i, step in enumerate(steps)
-        ]
-
-
-def _to_host(scalars: list[Tensor]) -> list[float]:
-    if not scalars:
-        return []
-    # Counts of pseudo-labels were never on the device; on the way there nobody waits.
-    device = next((t.device for t in scalars if t.device.type != "cpu"), scalars[0].device)
-    return torch.stack([t.to(device, torch.float32, non_blocking=True) for t in scalars]).tolist()
-
-
-# --------------------------------------------------------------------------------------------------
-# What each process measured in a step. All of them read all reports, and so decide alike.
-
-
-@dataclass(frozen=True)
 class StepReport:
-    """Of one process.
+    """What one process knows about its training step.
+
+    All processes read the reports of all processes, and so make the same decisions.
 
     Attributes:
         images: files of its batch.
-        data_time: seconds it waited for the batch.
-        stop: whether it was asked to stop.
-        unread: why unlabeled images could not be read, a message for each.
-        failure: why the step broke off before there were losses.
-        losses, metrics: as in :class:`.step.StepResult`; none if the step failed.
-        gradients: parameter -> the largest absolute number in its gradient.
+        data_time: seconds spent waiting for the batch.
+        stop: whether this process was asked to stop.
+        unread: one message for each unlabeled image that could not be read.
+        failure: error that ended the step before there were losses; empty if there was none.
+        losses: as in :class:`.training_step.StepResult`; empty if the step failed.
+        metrics: likewise.
+        gradients: parameter -> largest absolute value in its gradient.
     """
 
     images: list[str]
@@ -111,37 +47,105 @@ class StepReport:
 
     @property
     def problem(self) -> str:
-        """What about the losses is not finite; empty if all is well."""
+        """The failure, or the losses that are not finite; empty if all are finite."""
         wrong = [f"{name} is {x}" for name, x in self.losses.items() if not math.isfinite(x)]
         return self.failure or ", ".join(wrong)
 
     @property
     def gradient_problem(self) -> str:
-        """Names a parameter whose gradient is not finite; empty if all are."""
+        """Names a parameter whose gradient is not finite; empty if all are finite."""
         wrong = [name for name, largest in self.gradients.items() if not math.isfinite(largest)]
         if not wrong:
             return ""
         return f"the gradient of {len(wrong)} parameters is not finite, such as {wrong[0]}"
 
 
+@dataclass(frozen=True)
+class _Step:
+    iteration: int
+    reports: list[StepReport]  # of all processes, without values from the device
+    fields: Fields  # values from the device, of this process
+
+
+class DeferredMetrics:
+    """Metrics of the steps since they were last fetched."""
+
+    def __init__(self) -> None:
+        self._steps: list[_Step] = []
+
+    def add(
+        self,
+        iteration: int,
+        reports: list[StepReport],
+        result: StepResult | None = None,
+        update: Fields | None = None,
+    ) -> None:
+        """Store a step without waiting for the device.
+
+        Args:
+            iteration: of the step.
+            reports: of all processes, with what each knows without its device.
+            result: losses and metrics of this process; None if the step failed in any process.
+            update: further fields of this process's report.
+        """
+        fields = {} if result is None else {"losses": result.losses, "metrics": result.metrics}
+        # Detached: a loss would keep its graph alive.
+        detached = {
+            field: {name: tensor.detach() for name, tensor in named.items()}
+            for field, named in (fields | (update or {})).items()
+        }
+        self._steps.append(_Step(iteration, reports, detached))
+
+    def fetch(self) -> list[tuple[int, list[StepReport]]]:
+        """Return and forget all stored steps: iteration, and complete reports of all processes.
+
+        Call it in all processes in the same iteration. All values are transferred at once.
+        """
+        steps, self._steps = self._steps, []
+        tensors = [t for step in steps for field in step.fields.values() for t in field.values()]
+        numbers = iter(_to_host(tensors))
+        own = [
+            {field: {name: next(numbers) for name in named} for field, named in step.fields.items()}
+            for step in steps
+        ]
+        gathered = comm.all_gather(own)
+        return [
+            (
+                step.iteration,
+                [replace(report, **gathered[rank][i]) for rank, report in enumerate(step.reports)],
+            )
+            for i, step in enumerate(steps)
+        ]
+
+
+def _to_host(scalars: list[Tensor]) -> list[float]:
+    if not scalars:
+        return []
+    # Some metrics are on the CPU, such as numbers of pseudo-labels. Copying them to the device does
+    # not wait for it; copying the others to the CPU one by one would.
+    device = next((t.device for t in scalars if t.device.type != "cpu"), scalars[0].device)
+    return torch.stack([t.to(device, torch.float32, non_blocking=True) for t in scalars]).tolist()
+
+
 def describe_problems(reports: list[StepReport]) -> str:
-    """Which process met what that is not finite; empty if none did."""
-    found = [
+    """The problems of all processes, each with its process; empty if there are none."""
+    problems = [
         f"{report.problem} in process {i}" for i, report in enumerate(reports) if report.problem
     ]
-    return "; ".join(found)
+    return "; ".join(problems)
 
 
 def average_metrics(reports: list[StepReport]) -> dict[str, float]:
-    """What is to be logged of a step without problems, by name.
+    """Metrics to log for a step without problems.
 
-    The mean over all processes that measured it (of the highest score the highest), without what
-    none of them could.
+    Returns:
+        name -> mean over the processes in which the metric is not NaN (maximum for the highest
+        score). A metric that is NaN in all processes is left out.
     """
-    everyone = [report.losses | report.metrics for report in reports]
+    by_process = [report.losses | report.metrics for report in reports]
     known = {
-        name: [values[name] for values in everyone if not math.isnan(values[name])]
-        for name in everyone[0]
+        name: [values[name] for values in by_process if not math.isnan(values[name])]
+        for name in by_process[0]
     }
     logged = {name: sum(values) / len(values) for name, values in known.items() if values}
     if HIGHEST_SCORE in logged:

@@ -1,4 +1,4 @@
-"""What is measured, written so that a resumed run goes on with it."""
+"""Metric writers that continue correctly after a resume and do not fail on a full disk."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from detectron2.utils.events import (
 
 logger = logging.getLogger(__name__)
 
-PERIOD = 20  # iterations from one line to the next
-WINDOW = 20  # iterations; Detectron2's writers smooth over so many
-TIMES = ("time", "data_time", "eta_seconds")  # they tell of a process, not of the run
+PERIOD = 20  # iterations between two lines
+WINDOW = 20  # iterations over which Detectron2's writers smooth
+TIMES = ("time", "data_time", "eta_seconds")  # metrics of the process, which are not resumed
 
-# name -> whether it is smoothed, and (value, iteration) of the last iterations
+# name -> (whether it is smoothed, [(value, iteration)] of the last iterations)
 History = dict[str, tuple[bool, list[tuple[float, int]]]]
 
 
 class ResumableWriter(PeriodicWriter):
-    """Detectron2's, with Detectron2's writers; after a stop all curves go on as if without one.
+    """Writes metrics with Detectron2's writers; all curves continue after a resume.
 
     Attributes:
-        period: iterations from one line to the next.
-        truncate_on_resume: what a stopped run wrote after the point where this one begins is removed, as
-            it will be written again.
+        period: iterations between two lines.
+        truncate_on_resume: remove what a stopped run wrote after the iteration that this run starts
+            at, because it is going to be written again.
     """
 
     def __init__(self, folder: str) -> None:
         """
         Args:
-            folder: of ``metrics.json`` and of TensorBoard's files.
+            folder: for ``metrics.json`` and TensorBoard's files.
         """
         super().__init__([], PERIOD)
         self.period = PERIOD
         self.truncate_on_resume = False
         self._folder = Path(folder)
         self._history: History = {}
-        self._written = -1  # the last iteration of which something is in metrics.json
+        self._written = -1  # last iteration in metrics.json
         self._json_writer: JSONWriter | None = None
 
     def before_train(self) -> None:
@@ -66,42 +66,74 @@ class ResumableWriter(PeriodicWriter):
             purge = {"purge_step": self._written + 1}
         self._json_writer = JSONWriter(str(file))
         tensorboard = TensorboardXWriter(str(self._folder), **purge)
-        # There is no other way to tell them what has been written before.
+        # Detectron2 has no public way to set the last iteration that was written.
         self._json_writer._last_write = tensorboard._last_write = self._written
         printers = [CommonMetricPrinter(self.trainer.max_iter), PseudoLabelPrinter()]
         return [LenientWriter(w) for w in (*printers, self._json_writer, tensorboard)]
 
     def after_train(self) -> None:
-        """Writes nothing more, unlike Detectron2's: after a stop it is the resumed run's affair."""
+        """Close the files. Unlike Detectron2, write nothing: after a stop the resumed run does."""
         for writer in self._writers:
             writer.close()
 
     def state_dict(self) -> dict:
-        if self._json_writer is None:  # training has not begun
+        if self._json_writer is None:  # before training, and in other than the main process
             return {"written": self._written, "history": self._history}
-        return {"written": self._json_writer._last_write, "history": recent(self.trainer.storage)}
+        history = recent_history(self.trainer.storage)
+        return {"written": self._json_writer._last_write, "history": history}
 
     def load_state_dict(self, state: dict) -> None:
         self._written, self._history = state["written"], state["history"]
 
 
 class PseudoLabelPrinter(EventWriter):
-    """Prints what mutual learning measures; Detectron2's own printer shows losses only."""
+    """Prints metrics of pseudo-labels and proposals. Detectron2's printer shows losses only."""
 
     def write(self) -> None:
         storage = get_event_storage()
-        measured = {
+        metrics = {
             name: value
             for name, (value, iteration) in storage.latest_with_smoothing_hint(WINDOW).items()
             if name.startswith(("pseudo_labels/", "proposals/")) and iteration == storage.iter
         }
-        if measured:
-            numbers = "  ".join(f"{name}: {value:.3g}" for name, value in measured.items())
-            logger.info("iter: %d  %s", storage.iter, numbers)
+        if metrics:
+            text = "  ".join(f"{name}: {value:.3g}" for name, value in metrics.items())
+            logger.info("iter: %d  %s", storage.iter, text)
 
 
-def recent(storage: EventStorage) -> History:
-    """As much of what was measured as smoothing needs."""
+class LenientWriter(EventWriter):
+    """Wraps a writer and logs its I/O errors instead of raising them, once until it succeeds again.
+
+    On a full disk some metrics are lost, but training continues.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+        self._failing = False
+
+    def write(self) -> None:
+        try:
+            self._writer.write()
+        except OSError as error:
+            self._log(error)
+        else:
+            self._failing = False
+
+    def close(self) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            self._log(error)
+
+    def _log(self, error: OSError) -> None:
+        if not self._failing:
+            name = type(self._writer).__name__
+            logger.error("%s cannot write its metrics: %s. Training continues", name, error)
+        self._failing = True
+
+
+def recent_history(storage: EventStorage) -> History:
+    """The newest values of each metric, as many as smoothing needs."""
     hints = storage.smoothing_hints()
     return {
         name: (hints[name], history.values()[-storage.count_samples(name, WINDOW) :])
@@ -111,58 +143,23 @@ def recent(storage: EventStorage) -> History:
 
 
 def truncate_after(file: Path, iteration: int) -> None:
-    """Cut lines of later iterations, and one that was not written to its end, off a file's end.
+    """Remove lines of later iterations, and incomplete lines, from the end of a JSON Lines file.
 
     Args:
-        file: a JSON object with ``iteration`` in each line; need not exist.
-        iteration: the last one to be kept.
+        file: each line is a JSON object with the key ``iteration``; the file may be missing.
+        iteration: the last iteration to keep.
     """
     if not file.exists():
         return
     lines = file.read_bytes().splitlines(keepends=True)
     while lines and _is_after(lines[-1], iteration):
         lines.pop()
-    # In one call of the system: there is no moment at which half of it is done.
+    # A single system call, so that a kill cannot leave the file half truncated.
     os.truncate(file, sum(map(len, lines)))
 
 
 def _is_after(line: bytes, iteration: int) -> bool:
     try:
         return not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration
-    except (KeyError, TypeError, ValueError):  # half of a line: the disk was full
+    except (KeyError, TypeError, ValueError):  # an incomplete line, from a full disk
         return True
-
-
-# --------------------------------------------------------------------------------------------------
-# Metrics that cannot be written must not end a training.
-
-
-class LenientWriter(EventWriter):
-    """Another writer, whose failure to write is said, once until it succeeds again.
-
-    Some of what it could not write on a full disk is lost; checkpoints do not depend on it.
-    """
-
-    def __init__(self, writer: EventWriter) -> None:
-        self._writer = writer
-        self._fails = False
-
-    def write(self) -> None:
-        try:
-            self._writer.write()
-        except OSError as error:
-            self._say(error)
-        else:
-            self._fails = False
-
-    def close(self) -> None:
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._say(error)
-
-    def _say(self, error: OSError) -> None:
-        if not self._fails:
-            name = type(self._writer).__name__
-            logger.error("%s cannot write its metrics: %s. Training goes on", name, error)
-        self._fails = True
