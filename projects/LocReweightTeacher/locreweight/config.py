@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
+from .installed_detectron2 import check_compiled_kernels
 
 METHODS_FOLDER = Path(__file__).parents[3] / "configs" / "methods"
 
@@ -347,11 +348,12 @@ class _BoundedConfig(CfgNode):
 
 
 def check_supported(cfg: CfgNode) -> None:
-    """Reject Detectron2 keys that have no effect here, and an empty OUTPUT_DIR.
+    """Check for keys of Detectron2 that have no effect here or that this installation lacks.
 
     Raises:
-        UsageError: names the first such key.
+        UsageError: names the first such key, or OUTPUT_DIR if it is empty.
     """
+    check_compiled_kernels(cfg)
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
     box_head = cfg.MODEL.ROI_BOX_HEAD

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from ..installed_detectron2 import check_compiled_kernels, missing_kernels
 from .layers import fold_frozen_batchnorm
 from .output_layers import BoxPredictions
 
@@ -41,7 +42,14 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        parts = super().from_config(cfg)
+        check_compiled_kernels(cfg)
+        try:
+            parts = super().from_config(cfg)
+        except ImportError as error:
+            if "detectron2._C" not in str(error):
+                raise
+            # What Detectron2 raises when other code, such as a new backbone, uses such a kernel.
+            raise missing_kernels(f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}") from error
         fold_frozen_batchnorm(parts["backbone"])
         return parts
 
