@@ -39,6 +39,7 @@ from locreweight.engine import (
 from locreweight.engine.run_record import write_run_record
 from locreweight.engine.startup_checks import lock_output_dir
 from locreweight.errors import UsageError
+from locreweight.installed_detectron2 import describe_detectron2
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -55,6 +56,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             lock_output_dir(Path(cfg.OUTPUT_DIR))
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
+        logging.getLogger("locreweight").info("Detectron2 %s", describe_detectron2())
     except OSError as error:
         raise UsageError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR!r}: {error}") from error
     return cfg

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""The teacher's update against the usual loop over state_dict, and against memory's own speed.
+"""Speed of the teacher's EMA update.
 
     python -m benchmarks.ema
 
-The bound is one pass over two flat vectors as long as the model that reads both and writes one.
+Compares it with the usual loop over ``state_dict`` and with a lower bound: one operation on two
+flat vectors of the model's size, which reads both and writes one.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ import torch
 from detectron2.modeling import build_model
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import alternate, median_ratio, show, spread
-from benchmarks.workload import Size, average_by_state_dict, make_config
+from benchmarks.timing import format_range, median_ratio, print_table, time_alternately
+from benchmarks.workload import Workload, make_config, update_by_state_dict
 from locreweight.ema import MovingAverage, update_teacher
 
 KEEP_RATE = 0.9996
 LOOP, BOUND = "loop over state_dict", "bound: read two, write one"
 
 
-def allocated_mib(work: MovingAverage) -> float:
-    """All that an update allocates, on a GPU its peak."""
+def allocated_mib(average: MovingAverage) -> float:
+    """Return the memory that an update allocates: its peak on a GPU, the total on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work.update(KEEP_RATE)
+        average.update(KEEP_RATE)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work.update(KEEP_RATE)
+        average.update(KEEP_RATE)
     events = recorded.events() or []
     return sum(max(e.self_cpu_memory_usage, 0) for e in events) / 2**20
 
@@ -44,33 +45,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        cfg = make_config(Size(), Path(folder), [])
+        cfg = make_config(Workload(), Path(folder), [])
     teacher, student = build_model(cfg), build_model(cfg)
     average = MovingAverage(teacher, student)
-    numbers = sum(t.numel() for t in [*teacher.parameters(), *teacher.buffers()])
-    old, new = torch.zeros(2, numbers, device=teacher.device)
-    works = {
+    size = sum(t.numel() for t in [*teacher.parameters(), *teacher.buffers()])
+    old, new = torch.zeros(2, size, device=teacher.device)
+    functions = {
         BOUND: lambda: torch.add(old, new, out=old),
         "MovingAverage.update": lambda: average.update(KEEP_RATE),
-        "update_teacher, which looks up all tensors": lambda: update_teacher(
+        "update_teacher (collects all tensors first)": lambda: update_teacher(
             teacher, student, KEEP_RATE
         ),
-        LOOP: lambda: average_by_state_dict(teacher, student),
+        LOOP: lambda: update_by_state_dict(teacher, student),
     }
-    seconds = alternate(works, args.repeats, teacher.device, warm_up=3)
+    seconds = time_alternately(functions, args.repeats, teacher.device, warm_up=3)
     rows = [
         [
             name,
-            spread(of, 1000, 2),
+            format_range(times, 1000, 2),
             f"{median_ratio(seconds, name, BOUND):.2f}",
             f"{median_ratio(seconds, LOOP, name):.1f}",
         ]
-        for name, of in seconds.items()
+        for name, times in seconds.items()
     ]
-    headers = ["", "ms: median (range)", "times the bound", "times as fast as the loop"]
-    show(f"ema: R50-FPN, {numbers / 1e6:.1f} million numbers", headers, rows)
+    headers = ["", "ms: median (range)", "time / bound", "loop / time"]
+    print_table(f"ema: R50-FPN, {size / 1e6:.1f} million values", headers, rows)
     print(f"An update allocates {allocated_mib(average):.3f} MiB; the model has", end=" ")
-    print(f"{4 * numbers / 2**20:.0f} MiB.")
+    print(f"{4 * size / 2**20:.0f} MiB.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""How time and memory of a step grow with what it works on, beside bare Detectron2's.
+"""How time and memory of a training step grow with its input, compared with plain Detectron2.
 
     python -m benchmarks.growth --output docs/growth.png
 
-One thing at a time is changed, from a small step on; each point is a process of its own.
+Starting from a small step, one quantity at a time is increased. Each point is measured in a new
+process.
 """
 
 from __future__ import annotations
@@ -19,50 +20,53 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
-from benchmarks.child import Cost, cost_of
-from benchmarks.timing import show
-from benchmarks.workload import Size
+from benchmarks.memory import Cost, measure_in_subprocess
+from benchmarks.timing import print_table
+from benchmarks.workload import Workload
 
-SMALL = Size(short_side=192, labeled=1, unlabeled=1, classes=20, proposals=256)
-# What is changed, its values, and what of a step its cost should be a linear function of.
-SERIES: dict[str, list[tuple[float, Size]]] = {
+SMALL = Workload(short_side=192, labeled=1, unlabeled=1, classes=20, proposals=256)
+# Name of a quantity -> its values and the workload for each. Costs should grow at most linearly.
+SERIES: dict[str, list[tuple[float, Workload]]] = {
     "images of each kind": [(n, replace(SMALL, labeled=n, unlabeled=n)) for n in (1, 2, 4)],
-    "megapixels of an image": [
-        (math.prod(replace(SMALL, short_side=side).view) / 1e6, replace(SMALL, short_side=side))
+    "megapixels per image": [
+        (
+            math.prod(replace(SMALL, short_side=side).view_size) / 1e6,
+            replace(SMALL, short_side=side),
+        )
         for side in (192, 288, 432)
     ],
-    "sampled proposals of an image": [(n, replace(SMALL, proposals=n)) for n in (64, 256, 1000)],
+    "sampled proposals per image": [(n, replace(SMALL, proposals=n)) for n in (64, 256, 1000)],
     "classes": [(n, replace(SMALL, classes=n)) for n in (20, 160, 1280)],
-    "pseudo-labels of an image": [(n, replace(SMALL, objects=n)) for n in (1, 10, 100)],
+    "pseudo-labels per image": [(n, replace(SMALL, objects=n)) for n in (1, 10, 100)],
 }
-Points = list[tuple[float, Cost, Cost]]  # x, of the step, of the floor
+Points = list[tuple[float, Cost, Cost]]  # value of the quantity, cost of the step, of the baseline
 
 
-def slopes(points: Points) -> list[str]:
-    """Power of growth between the last two points, of the step's time and of the floor's.
+def growth_exponents(points: Points) -> list[str]:
+    """Return the exponents of growth in time between the last two points, of step and baseline.
 
-    1 or less: no faster than linearly, however large the part that does not grow.
+    An exponent of at most 1 means that the time grows at most linearly.
     """
-    (x, *before), (bigger, *after) = points[-2:]
+    (x, *before), (larger_x, *after) = points[-2:]
     return [
-        f"{math.log(b.seconds / a.seconds) / math.log(bigger / x):.2f}"
+        f"{math.log(b.seconds / a.seconds) / math.log(larger_x / x):.2f}"
         for a, b in zip(before, after, strict=True)
     ]
 
 
 def plot(measured: dict[str, Points], file: Path) -> None:
-    """Time above, memory below, one column for each thing that grows."""
+    """Plot time (top row) and memory (bottom row), with one column per quantity."""
     figure, axes = plt.subplots(2, len(measured), figsize=(3.2 * len(measured), 5.6))
     for column, (name, points) in zip(axes.T, measured.items(), strict=True):
         xs = [x for x, *_ in points]
         for axis, value in zip(column, ("seconds", "peak_mib"), strict=True):
-            for i, label in ((1, "step"), (2, "bare Detectron2")):
+            for i, label in ((1, "step"), (2, "plain Detectron2")):
                 axis.plot(xs, [getattr(p[i], value) for p in points], "o-", label=label)
             axis.set_ylim(bottom=0)
             axis.set_xlim(left=0)
             axis.grid(alpha=0.3)
         column[1].set_xlabel(name)
-    axes[0, 0].set_ylabel("seconds a step")
+    axes[0, 0].set_ylabel("seconds per step")
     axes[1, 0].set_ylabel("peak memory, MiB")
     axes[0, 0].legend()
     figure.tight_layout()
@@ -78,24 +82,22 @@ def main() -> None:
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Points] = {name: [] for name in SERIES}
-    todo = [(name, x, size) for name, points in SERIES.items() for x, size in points]
-    for name, x, size in tqdm(todo, disable=None):
-        costs = (cost_of(size, floor=floor, repeats=args.repeats) for floor in (False, True))
-        measured[name].append((x, *costs))
+    todo = [(name, x, workload) for name, points in SERIES.items() for x, workload in points]
+    for name, x, workload in tqdm(todo, disable=None):
+        step, baseline = (
+            measure_in_subprocess(workload, baseline=baseline, repeats=args.repeats)
+            for baseline in (False, True)
+        )
+        measured[name].append((x, step, baseline))
     rows = []
     for name, points in measured.items():
-        for x, step, floor in points:
-            last = x == points[-1][0]
-            rows.append(
-                [
-                    name,
-                    f"{x:g}",
-                    *(step.seconds, floor.seconds, step.peak_mib, floor.peak_mib),
-                    *(slopes(points) if last else ["", ""]),
-                ]
-            )
-    headers = ["", "", "step, s", "floor, s", "step, MiB", "floor, MiB"]
-    show(f"growth from: {SMALL}", [*headers, "power, step", "power, floor"], rows)
+        for x, step, baseline in points:
+            memory = step.peak_mib, baseline.peak_mib
+            exponents = growth_exponents(points) if x == points[-1][0] else ["", ""]
+            rows.append([name, f"{x:g}", step.seconds, baseline.seconds, *memory, *exponents])
+    headers = ["", "", "step, s", "Detectron2, s", "step, MiB", "Detectron2, MiB"]
+    headers += ["growth exponent, step", "growth exponent, Detectron2"]
+    print_table(f"growth from: {SMALL}", headers, rows)
     plot(measured, args.output)
     print(f"\n{args.output}")
 

@@ -1,52 +1,110 @@
 #!/usr/bin/env python
-"""Peak memory of a training step against that of bare Detectron2 on the same images.
+"""Peak memory of a training step, compared with plain Detectron2 on the same images.
 
     python -m benchmarks.memory
-    python -m benchmarks.memory --paper     # 2 + 8 images, each as large as 800 x 1333; for a GPU
+    python -m benchmarks.memory --paper     # 2 + 8 images of 800 x 1333 pixels' area; for a GPU
 
-The floor holds the two models and the activations of student and teacher; the step holds momentum
-and the teacher's features as well.
+The baseline holds two models and the activations of student and teacher. The step also holds the
+optimizer's momentum and the teacher's feature maps. Each row is measured in a new process.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from benchmarks.child import cost_of
-from benchmarks.timing import show
-from benchmarks.workload import Size
+import torch
+
+from benchmarks.timing import print_table, seconds_of
+from benchmarks.workload import Detectron2Baseline, TrainerStep, Workload
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time and memory of a repetition.
+
+    Attributes:
+        seconds: median time.
+        before_mib: peak memory before the first repetition, with the models and PyTorch itself.
+        peak_mib: peak memory. On a GPU, this is what PyTorch allocated there; otherwise, it is the
+            resident memory of the process.
+    """
+
+    seconds: float
+    before_mib: float
+    peak_mib: float
+
+
+def measure_in_subprocess(
+    workload: Workload, *, baseline: bool, repeats: int, options: Sequence[str] = ()
+) -> Cost:
+    """Measure the training step, or the plain Detectron2 baseline, in a new process."""
+    arguments = json.dumps([asdict(workload), baseline, repeats, list(options)])
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--measure", arguments]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Cost(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def measure(workload: Workload, baseline: bool, repeats: int, options: list[str]) -> Cost:
+    """Measure in this process, after one repetition as warm-up."""
+    detectron2 = Detectron2Baseline(workload, options)
+    device = detectron2.device
+    function: Detectron2Baseline | TrainerStep = detectron2
+    if not baseline:
+        function = TrainerStep(workload, detectron2.student.state_dict(), options)
+    del detectron2
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = peak_mib(device)
+    seconds = [seconds_of(function, device) for _ in range(repeats + 1)][1:]
+    return Cost(statistics.median(seconds), before, peak_mib(device))
+
+
+def peak_mib(device: torch.device) -> float:
+    """Return the peak memory so far; on a GPU, since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Not getrusage: its peak is inherited from the parent process.
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--short-side", type=int, default=Size().short_side)
+    parser.add_argument("--short-side", type=int, default=Workload().short_side)
     parser.add_argument(
         "--paper", action="store_true", help="2 + 8 images of 800 x 1333 pixels' area; for a GPU"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # for measure_in_subprocess
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the step")
     args = parser.parse_args()
-    size = Size(894, labeled=2, unlabeled=8) if args.paper else Size(args.short_side)
+    if args.measure:
+        workload, baseline, repeats, options = json.loads(args.measure)
+        print(json.dumps(asdict(measure(Workload(**workload), baseline, repeats, options))))
+        return
+    workload = Workload(894, labeled=2, unlabeled=8) if args.paper else Workload(args.short_side)
     costs = {
-        name: cost_of(size, floor=floor, repeats=2, options=options)
-        for name, floor, options in (
-            ("floor: bare Detectron2", True, ()),
-            ("step", False, tuple(args.opts)),
-            ("step, norms not folded", False, (*args.opts, "MODEL.FOLD_FROZEN_NORM", "False")),
+        name: measure_in_subprocess(workload, baseline=baseline, repeats=2, options=options)
+        for name, baseline, options in (
+            ("plain Detectron2", True, []),
+            ("step", False, args.opts),
         )
     }
-    least = next(iter(costs.values()))
+    reference = costs["plain Detectron2"].peak_mib
     rows = [
-        [
-            name,
-            f"{cost.before_mib:.0f}",
-            f"{cost.peak_mib:.0f}",
-            f"{cost.peak_mib / least.peak_mib:.3f}",
-        ]
-        for name, cost in costs.items()
+        [name, f"{c.before_mib:.0f}", f"{c.peak_mib:.0f}", f"{c.peak_mib / reference:.3f}"]
+        for name, c in costs.items()
     ]
-    show(f"memory: {size}", ["", "MiB before", "peak MiB", "times the floor"], rows)
+    headers = ["", "MiB before", "peak MiB", "peak / plain Detectron2"]
+    print_table(f"memory: {workload}", headers, rows)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 #!/usr/bin/env python
-"""How start-up and memory grow with the number of images, beside a plain list of dictionaries.
+"""Start-up time and memory with a million images, compared with a plain list of dicts.
 
     python -m benchmarks.scale
 
-Names a million unlabeled images and 120,000 annotated ones in the ways that DATASETS knows, and as
-a Python list of dictionaries given to torch's DataLoader, with the same mapper. Each run is a
-process of its own with two forked loader workers; runs of different ways alternate, and the table
-has medians. The images are hard links to a few small files, in a temporary folder of about 150 MB,
-which is removed; making them takes a minute.
+A million unlabeled and 120,000 annotated images are loaded in each way that DATASETS accepts, and
+as a Python list of dicts in PyTorch's DataLoader with the same mapper. Each run is a new process
+with two forked loader workers. Runs of different kinds alternate, and the table shows medians. The
+images are hard links to a few small files in a temporary folder of about 150 MB, which is removed
+at the end. Creating it takes a minute.
 
-Counted is the time from the config, or the list, to the first batch, without imports. Memory is
-what the kernel says (smaps_rollup), when each worker has read through every record once, in random
-order, as in an epoch: RSS all pages that a process sees, USS those that are its own, PSS those and
-its share of the others. What a worker grew by is the difference to the same with 1,000 images.
+The time is from the config, or the list, to the first batch, without imports. The memory is read
+from smaps_rollup after each worker has read every record once in random order, as in an epoch. RSS
+counts all pages of a process, USS its private pages, PSS its private pages and its share of the
+others. The growth of a worker is the difference from the same run with 1,000 images.
 """
 
 from __future__ import annotations
@@ -26,38 +26,199 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.datasets import load_coco_json
+from PIL import Image
 from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.scale_data import ANNOTATED_WAYS, UNLABELED_WAYS, WAYS, Source, Tree, make_tree
 from benchmarks.timing import environment
+from locreweight.config import load_config
+from locreweight.data.loader import Stream, StreamDataset, StreamPosition
+from locreweight.data.mapper import ViewMapper
+from locreweight.data.training_sets import load_training_sets, register_datasets
 
 WORKERS = 2
 BATCH = 8
-CONTROL = 1000  # images; what a worker takes with these is no growth
+CONTROL_IMAGES = 1000
 MB = 1e6
 COLUMNS = (
-    "way",
+    "dataset",
     "first batch, s",
     "main: RSS, MB",
     "main: peak, MB",
     "worker: RSS, MB",
     "PSS",
     "USS",
-    "worker grew by: RSS, MB",
+    "worker growth: RSS, MB",
     "USS",
     "all: PSS, MB",
 )
+IMAGES_PER_FOLDER = 10_000
+MAX_LINKS = 60_000  # hard links to one file; ext4 allows 65,000
+
+
+# Image files and annotations
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images on disk, and the files that list or annotate them."""
+
+    root: Path
+    size: int
+
+    images = property(lambda self: self.root / "images")
+    index = property(lambda self: self.root / "index.txt")
+    annotations = property(lambda self: self.root / "annotations.json")
+    few_images = property(lambda self: self.root / "few")
+    few_annotations = property(lambda self: self.root / "few.json")
+
+
+def write_files(root: Path, images: int, annotated: int) -> Files:
+    """Write images of 32 x 32 pixels, a list of all, and COCO annotations of the first ones."""
+    files = Files(root, images)
+    rng = np.random.default_rng(0)
+    files.few_images.mkdir(parents=True)
+    few = [f"{i}.jpg" for i in range(2 + images // MAX_LINKS)]
+    for name in few:
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(files.few_images / name)
+    names = [f"{i // IMAGES_PER_FOLDER:04d}/{i:012d}.jpg" for i in range(images)]
+    for folder in dict.fromkeys(os.path.dirname(name) for name in names):
+        (files.images / folder).mkdir(parents=True)
+    for i, name in enumerate(names):
+        os.link(files.few_images / few[i // MAX_LINKS], files.images / name)
+    files.index.write_text("".join(f"{name}\n" for name in names))
+    files.annotations.write_text(json.dumps(coco_annotations(names[:annotated])))
+    files.few_annotations.write_text(json.dumps(coco_annotations(few)))
+    return files
+
+
+def coco_annotations(names: Sequence[str]) -> dict:
+    """Make annotations like train2017's: 7 boxes per image, each with a polygon of 20 numbers."""
+    return {
+        "images": [
+            {"id": i, "file_name": name, "width": 32, "height": 32} for i, name in enumerate(names)
+        ],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(80)],
+        "annotations": [
+            {
+                "id": 7 * i + k + 1,
+                "image_id": i,
+                "category_id": (i + k) % 80,
+                "bbox": [k + 0.25, k + 0.5, 9.75 + k, 20.5],
+                "area": 150.5,
+                "iscrowd": 0,
+                "segmentation": [[k + 0.25 + p for p in range(20)]],
+            }
+            for i in range(len(names))
+            for k in range(7)
+        ],
+    }
+
+
+# Datasets in each way
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: its size, and functions that make a sample and return a record by index."""
+
+    size: int
+    sample: Callable[[int], Any]
+    record: Callable[[int], dict]
+
+
+def build_config(**datasets: Sequence[str]) -> CfgNode:
+    keys = {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "DATASETS.TEST": (), "VIS_PERIOD": 0}
+    keys |= {f"DATASETS.{key}": tuple(value) for key, value in datasets.items()}
+    keys |= {"INPUT.MIN_SIZE_TRAIN": (32,), "DATASETS.CHECKS.DECODE_IMAGES": False}
+    if not datasets.get("UNLABELED"):
+        keys |= {"SEMI.BURN_IN_ITERS": 10, "SOLVER.MAX_ITER": 10}
+    cfg = load_config("", [str(part) for pair in keys.items() for part in pair])
+    register_datasets(cfg)
+    return cfg
+
+
+def stream_source(cfg: CfgNode, stream: Stream) -> Source:
+    sets = load_training_sets(cfg)
+    dataset = StreamDataset(sets.labeled, sets.unlabeled, ViewMapper(cfg), seed=1)
+    return Source(
+        len(sets.labeled if stream is Stream.LABELED else sets.unlabeled),
+        lambda index: dataset[StreamPosition(stream, index)],
+        lambda index: dataset.record(StreamPosition(stream, index)),
+    )
+
+
+def list_source(records: list[dict], make_sample: Callable[[dict], Any]) -> Source:
+    """The plain way: the loader holds the list of records."""
+    order = torch.randperm(len(records)).numpy()
+    return Source(
+        len(records),
+        lambda index: make_sample(records[order[index]]),
+        lambda index: records[order[index]],
+    )
+
+
+def unlabeled_key(files: Files, dataset: str) -> Source:
+    few = f"coco:{files.few_annotations}:{files.few_images}"
+    return stream_source(build_config(TRAIN=[few], UNLABELED=[dataset]), Stream.UNLABELED)
+
+
+def coco_key(files: Files) -> Source:
+    cfg = build_config(TRAIN=[f"coco:{files.annotations}:{files.images}"], UNLABELED=[])
+    return stream_source(cfg, Stream.LABELED)
+
+
+def plain_unlabeled(paths: Sequence[str]) -> Source:
+    records = [{"file_name": path, "image_id": i} for i, path in enumerate(paths)]
+    return list_source(records, ViewMapper(build_config(TRAIN=[], UNLABELED=[])).unlabeled)
+
+
+def plain_index(files: Files) -> Source:
+    names = files.index.read_text().splitlines()
+    return plain_unlabeled([os.path.join(files.images, name) for name in names])
+
+
+def plain_walk(files: Files) -> Source:
+    found = (os.path.join(at, name) for at, _, names in os.walk(files.images) for name in names)
+    return plain_unlabeled(
+        sorted(path for path in found if path.endswith(".jpg") and os.path.isfile(path))
+    )
+
+
+def plain_coco(files: Files) -> Source:
+    records = load_coco_json(str(files.annotations), str(files.images))
+    return list_source(records, ViewMapper(build_config(TRAIN=[], UNLABELED=[])).labeled)
+
+
+UNLABELED_SOURCES: dict[str, Callable[[Files], Source]] = {
+    "list of dicts, from an index": plain_index,
+    "`list:`": lambda files: unlabeled_key(files, f"list:{files.index}:{files.images}"),
+    "list of dicts, from os.walk": plain_walk,
+    "`folder:`": lambda files: unlabeled_key(files, f"folder:{files.images}"),
+}
+ANNOTATED_SOURCES: dict[str, Callable[[Files], Source]] = {
+    "list of dicts, by Detectron2": plain_coco,
+    "`coco:`": coco_key,
+}
+SOURCES = UNLABELED_SOURCES | ANNOTATED_SOURCES
+
+
+# One run, in a new process
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in bytes."""
+    """Memory of a process, in bytes."""
 
     rss: int
     pss: int
@@ -72,7 +233,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measured; memory in MB, that of a worker is the larger of two."""
+    """Result of one run: times in seconds and memory in MB, for a worker the larger of two."""
 
     imports: float
     first_batch: float
@@ -81,38 +242,36 @@ class Run:
     rss: float
     pss: float
     uss: float
-    together: float
+    all_processes: float
 
 
-# -- one run, in a process of its own -------------------------------------------------------------
-
-_EPOCH = -1  # in place of the number of a sample: look up all records, then say the memory
+_READ_ALL = -1  # instead of an index: read all records and return the memory of the worker
 
 
 class Samples(Dataset):
-    """A source's samples, and the memory of the worker that is asked for an epoch."""
+    """The samples of a source, and the memory of a worker after it has read all records."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def __getitem__(self, number: int) -> Any:
-        if number != _EPOCH:
-            self._source.sample(number)
+    def __getitem__(self, index: int) -> Memory | None:
+        if index != _READ_ALL:
+            self._source.sample(index)
             return None
-        for each in range(self._source.size):
-            pickle.dumps(self._source.look_up(each))  # goes through all of it, as mappers do
+        for i in range(self._source.size):
+            pickle.dumps(self._source.record(i))  # touches all of a record, as mappers do
         return Memory.of_this_process()
 
 
 def batches() -> Iterator[list[int]]:
-    """A batch for each worker, then an epoch for each."""
+    """Yield a batch for each worker, then all records for each worker."""
     yield from ([BATCH * i + k for k in range(BATCH)] for i in range(WORKERS))
-    yield from ([_EPOCH] for _ in range(WORKERS))
+    yield from ([_READ_ALL] for _ in range(WORKERS))
 
 
-def measure(way: str, tree: Tree, imports: float) -> Run:
-    began = time.perf_counter()
-    samples = Samples(WAYS[way](tree))
+def measure(source: str, files: Files, imports: float) -> Run:
+    start = time.perf_counter()
+    samples = Samples(SOURCES[source](files))
     loader = DataLoader(
         samples,
         batch_sampler=list(batches()),
@@ -120,10 +279,10 @@ def measure(way: str, tree: Tree, imports: float) -> Run:
         collate_fn=list,
         multiprocessing_context="fork",
     )
-    made = iter(loader)
-    next(made)
-    first_batch = time.perf_counter() - began
-    workers = [memory for batch in made for memory in batch if memory]
+    results = iter(loader)
+    next(results)
+    first_batch = time.perf_counter() - start
+    workers = [memory for batch in results for memory in batch if memory]
     main = Memory.of_this_process()
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return Run(
@@ -134,35 +293,40 @@ def measure(way: str, tree: Tree, imports: float) -> Run:
         rss=max(worker.rss for worker in workers) / MB,
         pss=max(worker.pss for worker in workers) / MB,
         uss=max(worker.uss for worker in workers) / MB,
-        together=(main.pss + sum(worker.pss for worker in workers)) / MB,
+        all_processes=(main.pss + sum(worker.pss for worker in workers)) / MB,
     )
 
 
-# -- all runs -------------------------------------------------------------------------------------
-
-
-def run(way: str, tree: Tree) -> Run:
-    """Measure in a new process."""
-    command = [sys.executable, "-m", "benchmarks.scale", "--way", way, "--tree", str(tree.root)]
-    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(command, env=quiet, stdout=subprocess.PIPE, text=True, check=True)
+def measure_in_subprocess(source: str, files: Files) -> Run:
+    command = [sys.executable, "-m", "benchmarks.scale"]
+    command += ["--source", source, "--folder", str(files.root)]
+    environ = os.environ | {"PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     return Run(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def table(ways: Sequence[str], tree: Tree, control: Tree, repeats: int) -> str:
-    without = {way: run(way, control) for way in ways}
-    runs: dict[str, list[Run]] = {way: [] for way in ways}
+# All runs
+
+
+def table(sources: Sequence[str], files: Files, control: Files, repeats: int) -> str:
+    """Measure all sources and format the table."""
+    controls = {source: measure_in_subprocess(source, control) for source in sources}
+    runs: dict[str, list[Run]] = {source: [] for source in sources}
     for _ in range(repeats):
-        for way in ways:
-            runs[way].append(run(way, tree))
+        for source in sources:
+            runs[source].append(measure_in_subprocess(source, files))
     rows = []
-    for way, found in runs.items():
-        of = {key: statistics.median(asdict(r)[key] for r in found) for key in asdict(found[0])}
-        grew = [of[kind] - asdict(without[way])[kind] for kind in ("rss", "uss")]
-        memory = [of["main"], of["peak"], of["rss"], of["pss"], of["uss"], *grew, of["together"]]
-        rows.append([way, f"{of['first_batch']:.1f}", *(f"{value:.0f}" for value in memory)])
-    imports = statistics.median(found.imports for each in runs.values() for found in each)
-    note = f"\nBefore that, all of them import for {imports:.1f} s."
+    for source, results in runs.items():
+        median = {
+            key: statistics.median(asdict(run)[key] for run in results)
+            for key in asdict(results[0])
+        }
+        growth = [median[kind] - asdict(controls[source])[kind] for kind in ("rss", "uss")]
+        memory = [median[key] for key in ("main", "peak", "rss", "pss", "uss")]
+        values = [*memory, *growth, median["all_processes"]]
+        rows.append([source, f"{median['first_batch']:.1f}", *(f"{v:.0f}" for v in values)])
+    imports = statistics.median(run.imports for results in runs.values() for run in results)
+    note = f"\nImports before that take {imports:.1f} s in all of them."
     return tabulate(rows, COLUMNS, tablefmt="github", disable_numparse=True) + note
 
 
@@ -170,31 +334,38 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=1_000_000, help="unlabeled ones")
-    parser.add_argument("--annotated", type=int, default=120_000, help="at most as many")
+    parser.add_argument("--images", type=int, default=1_000_000, help="number of unlabeled images")
+    parser.add_argument(
+        "--annotated",
+        type=int,
+        default=120_000,
+        help="number of annotated images, at most --images",
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--tree", type=Path, help=argparse.SUPPRESS)
+    # For measure_in_subprocess:
+    parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.way:  # a process that run() started
-        # From the start of the process, by the kernel's clock.
+    if args.source:
+        # The kernel knows when this process was started, before its imports.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         imports = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        print(json.dumps(asdict(measure(args.way, Tree(args.tree, args.images), imports))))
+        run = measure(args.source, Files(args.folder, args.images), imports)
+        print(json.dumps(asdict(run)))
         return
     print(environment())
     print(f"{WORKERS} loader workers, started by fork; medians of {args.repeats} runs")
     with tempfile.TemporaryDirectory(prefix="locreweight-scale-") as folder:
-        tree = make_tree(Path(folder, "many"), args.images, args.annotated)
-        control = make_tree(Path(folder, "control"), CONTROL, CONTROL)
+        files = write_files(Path(folder, "many"), args.images, args.annotated)
+        control = write_files(Path(folder, "control"), CONTROL_IMAGES, CONTROL_IMAGES)
         print(f"\n{args.images:,} unlabeled images\n")
-        print(table(list(UNLABELED_WAYS), tree, control, args.repeats), flush=True)
+        print(table(list(UNLABELED_SOURCES), files, control, args.repeats), flush=True)
         print(f"\n{args.annotated:,} annotated images\n")
-        print(table(list(ANNOTATED_WAYS), tree, control, args.repeats), flush=True)
+        print(table(list(ANNOTATED_SOURCES), files, control, args.repeats), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""One training step against bare Detectron2 on the same images, and where its time goes.
+"""Time of a training step, compared with plain Detectron2 on the same images, and its parts.
 
     python -m benchmarks.step                          # R50-FPN, short side 640, 2 + 2 images
     python -m benchmarks.step --short-side 320 --repeats 7
-    python -m benchmarks.step MODEL.FOLD_FROZEN_NORM False
+    python -m benchmarks.step SEMI.METHOD SoftTeacher
 
-The floor is a student's forward and backward pass and a teacher's forward pass, and no more: no
-optimizer, no moving average, no second look. Beside it stand the passes over the detector that
-Unbiased Teacher makes, by bare Detectron2 as well, without the rest of its step. KEY VALUE pairs at
-the end go over the step's config, not over the floor's.
+The baseline is a forward and backward pass of the student and a forward pass of the teacher,
+without optimizer, EMA update and the teacher's predictions for the student's proposals. The passes
+that Unbiased Teacher makes are measured, too, by plain Detectron2. KEY VALUE pairs at the end
+override the config of the step, not of the baseline.
 """
 
 from __future__ import annotations
@@ -19,76 +19,88 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import Clock, alternate, matrix_product, median_ratio, show, spread
-from benchmarks.workload import Floor, Size, Step, UnbiasedTeacherPasses
+from benchmarks.timing import (
+    Clock,
+    format_range,
+    matrix_product,
+    median_ratio,
+    print_table,
+    time_alternately,
+)
+from benchmarks.workload import (
+    Detectron2Baseline,
+    TrainerStep,
+    UnbiasedTeacherBaseline,
+    Workload,
+)
 
-WEIGHTING_OFF = ["SEMI.LER", "False", "SEMI.PRC", "False"]
-FLOOR, DRIFT = "floor: bare Detectron2", "fixed matrix product"
+NO_REWEIGHTING = ["SEMI.LER", "False", "SEMI.PRC", "False"]
+BASELINE = "plain Detectron2"
 
 
-def compare(size: Size, repeats: int, options: list[str]) -> None:
-    """Print the steps' times as multiples of the floor's."""
-    floor = Floor(size, [])
-    weights = floor.student.state_dict()
-    works: dict[str, Callable[[], object]] = {
-        FLOOR: floor,
-        "LER + PRC": Step(size, weights, options),
-        "neither": Step(size, weights, [*options, *WEIGHTING_OFF]),
-        "passes of Unbiased Teacher": UnbiasedTeacherPasses(size, []),
-        DRIFT: matrix_product(floor.device),
+def compare(workload: Workload, repeats: int, options: list[str]) -> None:
+    """Print the times of steps as multiples of the baseline's."""
+    baseline = Detectron2Baseline(workload, [])
+    weights = baseline.student.state_dict()
+    functions: dict[str, Callable[[], object]] = {
+        BASELINE: baseline,
+        "step, LER + PRC": TrainerStep(workload, weights, options),
+        "step, neither": TrainerStep(workload, weights, [*options, *NO_REWEIGHTING]),
+        "passes of Unbiased Teacher": UnbiasedTeacherBaseline(workload, []),
+        "fixed matrix product (drift)": matrix_product(baseline.device),
     }
-    seconds = alternate(works, repeats, floor.device)
+    seconds = time_alternately(functions, repeats, baseline.device)
     rows = [
-        [name, spread(of), f"{median_ratio(seconds, name, FLOOR):.3f}"]
-        for name, of in seconds.items()
+        [name, format_range(times), f"{median_ratio(seconds, name, BASELINE):.3f}"]
+        for name, times in seconds.items()
     ]
-    show(f"step: {size}", ["", "seconds: median (range)", "times the floor"], rows)
+    headers = ["", "seconds: median (range)", f"time / {BASELINE}"]
+    print_table(f"step: {workload}", headers, rows)
 
 
-def break_down(size: Size, repeats: int, options: list[str]) -> None:
-    """Print what the parts of a step take."""
-    floor = Floor(size, [])
-    step = Step(size, floor.student.state_dict(), options)
+def break_down(workload: Workload, repeats: int, options: list[str]) -> None:
+    """Print the time of each part of a step."""
+    baseline = Detectron2Baseline(workload, [])
+    step = TrainerStep(workload, baseline.student.state_dict(), options)
     trainer = step.trainer
-    clock = Clock(floor.device)
-    monitored = [
-        (trainer.teacher, "look", "teacher: backbone, proposals, detections"),
-        (trainer.teacher, "predict_rois", "teacher: second look, for PRC"),
+    clock = Clock(baseline.device)
+    for owner, attribute, name in (
+        (trainer.teacher, "detect", "teacher: backbone, proposals, detections"),
+        (trainer.teacher, "predict_rois", "teacher: predictions for student proposals (PRC)"),
         (trainer.model, "forward", "student: forward"),
         (torch.Tensor, "backward", "student: backward"),
-        (trainer.optimizer.grad_scaler, "unscale_", "optimizer: check of gradients"),
+        (trainer.optimizer.grad_scaler, "unscale_", "optimizer: gradient check"),
         (trainer.optimizer.torch_optimizer, "step", "optimizer: update"),
-        (trainer._average, "update", "teacher: moving average"),
-    ]
-    for owner, attribute, name in monitored:
-        clock.watch(owner, attribute, name)
+        (trainer._average, "update", "teacher: EMA update"),
+    ):
+        clock.time_calls(owner, attribute, name)
     parts: dict[str, list[float]] = {}
     for i in range(repeats + 1):
         clock.seconds.clear()
         with clock.part("whole step"):
             step()
         inner = [seconds for name, seconds in clock.seconds.items() if name != "whole step"]
-        clock.seconds["the rest"] = clock.seconds["whole step"] - sum(inner)
-        if i:  # the first one warms up
+        clock.seconds["other"] = clock.seconds["whole step"] - sum(inner)
+        if i:  # the first repetition is a warm-up
             for name, seconds in clock.seconds.items():
                 parts.setdefault(name, []).append(seconds)
     whole = statistics.median(parts["whole step"])
     rows = [
-        [name, spread(of, 1000, 0), f"{100 * statistics.median(of) / whole:.1f}"]
-        for name, of in parts.items()
+        [name, format_range(times, 1000, 0), f"{100 * statistics.median(times) / whole:.1f}"]
+        for name, times in parts.items()
     ]
-    show("parts of a step with LER + PRC", ["", "ms: median (range)", "% of the step"], rows)
+    print_table("parts of a step, LER + PRC", ["", "ms: median (range)", "% of the step"], rows)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Size()
+    default = Workload()
     parser.add_argument("--short-side", type=int, default=default.short_side)
     parser.add_argument("--labeled", type=int, default=default.labeled)
     parser.add_argument("--unlabeled", type=int, default=default.unlabeled)
-    parser.add_argument("--objects", type=int, default=default.objects, help="in each image")
+    parser.add_argument("--objects", type=int, default=default.objects, help="per image")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the step")
     return parser.parse_args()
@@ -96,9 +108,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    size = Size(args.short_side, args.labeled, args.unlabeled, args.objects)
-    compare(size, args.repeats, args.opts)
-    break_down(size, args.repeats, args.opts)
+    workload = Workload(args.short_side, args.labeled, args.unlabeled, args.objects)
+    compare(workload, args.repeats, args.opts)
+    break_down(workload, args.repeats, args.opts)
 
 
 if __name__ == "__main__":

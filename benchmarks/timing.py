@@ -1,4 +1,4 @@
-"""What all benchmarks share: where they run, and how things are timed beside each other."""
+"""Timing and printing, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def environment() -> str:
-    """Machine, threads and versions, in one line."""
+    """Describe the machine, the number of threads and the versions in one line."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -31,19 +31,19 @@ def environment() -> str:
     return ", ".join([*parts, threads, versions, f"torchvision {torchvision.__version__}"])
 
 
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done all that it was asked for; a CPU always has."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished all of its work. Does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass
 class Clock:
-    """Seconds that parts of a program take, by name; all that happened since it was made.
+    """Measure the time that parts of a program take.
 
     Attributes:
-        device: waited for at both ends of each part.
-        seconds: name -> sum of all that had it.
+        device: synchronized at the start and the end of each part.
+        seconds: total time of each part, by name.
     """
 
     device: torch.device = CPU
@@ -51,17 +51,18 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        wait_for(self.device)
+        """Add the time of a ``with`` block to a part."""
+        synchronize(self.device)
         start = time.perf_counter()
         try:
             yield
         finally:
-            wait_for(self.device)
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            synchronize(self.device)
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
-    def watch(self, owner: object, attribute: str, name: str) -> None:
-        """Time each call of a method, or of a function in a module, from now on."""
+    def time_calls(self, owner: object, attribute: str, name: str) -> None:
+        """Add the time of all future calls of a method, or of a module's function, to a part."""
         original = getattr(owner, attribute)
 
         def timed(*args: object, **kwargs: object) -> object:
@@ -71,63 +72,66 @@ class Clock:
         setattr(owner, attribute, timed)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes."""
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Measure the time of one call."""
     clock = Clock(device)
     with clock.part(""):
-        work()
+        function()
     return clock.seconds[""]
 
 
-def alternate(
-    works: Mapping[str, Callable[[], object]],
+def time_alternately(
+    functions: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device = CPU,
     *,
     warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each repetition, by name.
+    """Time several functions in turn.
 
-    In turn, so that a machine which is slower for a while is so for all; each repetition begins
-    with another, as what runs after a heavy one may find it has left its traces.
+    If the machine is slower for a while, it is slower for all of them. Each repetition starts with
+    another function, since a function may run slower after a heavy one.
 
     Args:
-        works: what is compared.
-        repeats: measured repetitions.
-        device: that it runs on.
-        warm_up: repetitions before these.
+        functions: the functions to compare, by name.
+        repeats: number of measured repetitions.
+        device: the device that they run on.
+        warm_up: number of repetitions before the measured ones.
+
+    Returns:
+        the seconds of each measured repetition, by name.
     """
-    names = list(works)
+    names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warm_up + repeats):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            spent = seconds_of(works[name], device)
+            elapsed = seconds_of(functions[name], device)
             if i >= warm_up:
-                seconds[name].append(spent)
+                seconds[name].append(elapsed)
     return seconds
 
 
 def median_ratio(seconds: dict[str, list[float]], name: str, reference: str) -> float:
-    """Median over the repetitions of one time divided by the other's of the same repetition."""
+    """Return the median, over the repetitions, of a time divided by the reference's time."""
     pairs = zip(seconds[name], seconds[reference], strict=True)
     return statistics.median(x / y for x, y in pairs)
 
 
 def matrix_product(device: torch.device, size: int = 1024) -> Callable[[], object]:
-    """A fixed amount of arithmetic, to see how far the machine itself drifts."""
+    """Return a function with a fixed amount of work, whose time shows how the machine drifts."""
     matrix = torch.rand(size, size, device=device)
     return lambda: [matrix @ matrix for _ in range(10)]
 
 
-def spread(values: list[float], factor: float = 1.0, digits: int = 2) -> str:
-    """``median (least to greatest)``."""
+def format_range(values: list[float], factor: float = 1.0, digits: int = 2) -> str:
+    """Format values as ``median (smallest to largest)``."""
     scaled = [value * factor for value in values]
     low, mid, high = min(scaled), statistics.median(scaled), max(scaled)
     return f"{mid:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def show(title: str, headers: list[str], rows: list[list]) -> None:
-    """Print a table as Markdown, under what it was measured with."""
+def print_table(title: str, headers: list[str], rows: list[list]) -> None:
+    """Print a Markdown table with a title and the environment."""
     print(f"\n{title}\n{environment()}\n")
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f"), flush=True)

@@ -1,8 +1,8 @@
-"""A full-size training step on fixed data in memory, and the bare Detectron2 work that it holds.
+"""A full-size training step on fixed data in memory, and the same passes by plain Detectron2.
 
-Weights are random, so two things are put in their place: the statistics of frozen batch norm are
-taken from some images, without which numbers grow from layer to layer; and pseudo-labels are given,
-as many as a trained teacher would find.
+Weights are random. Therefore the statistics of frozen batch norm are computed from some images,
+since activations would grow from layer to layer otherwise, and pseudo-labels are fixed, since a
+random teacher would find none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,15 +36,15 @@ ORIGINAL = (480, 640)  # height and width of the images before augmentation, in 
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of a step.
+class Workload:
+    """The input of a training step.
 
     Attributes:
-        short_side: of all views, in pixels; the long one is 4/3 of it.
-        labeled, unlabeled: images.
-        objects: of each image, labeled or pseudo-labeled.
-        classes: foreground classes.
-        proposals: sampled ones of each image.
+        short_side: short side of all views in pixels; the long side is 4/3 of it.
+        labeled, unlabeled: number of images.
+        objects: number of objects per image, labeled or pseudo-labeled.
+        classes: number of foreground classes.
+        proposals: number of sampled proposals per image.
     """
 
     short_side: int = 640
@@ -55,97 +55,103 @@ class Size:
     proposals: int = 512
 
     @property
-    def view(self) -> tuple[int, int]:
+    def view_size(self) -> tuple[int, int]:
         """``(height, width)`` of all views."""
         return ResizeShortestEdge.get_output_shape(*ORIGINAL, self.short_side, 10**9)
 
     def __str__(self) -> str:
-        height, width = self.view
+        height, width = self.view_size
         return (
             f"{self.labeled} labeled + {self.unlabeled} unlabeled images of {width}x{height}, "
             f"{self.objects} objects each, {self.classes} classes, {self.proposals} proposals"
         )
 
 
-def make_config(size: Size, folder: Path, options: list[str]) -> CfgNode:
-    """The base config, R50-FPN, on two little files: the loader is not measured here."""
+def make_config(workload: Workload, folder: Path, options: list[str]) -> CfgNode:
+    """Build the base config (R50-FPN) with datasets of one image each, which steps do not read."""
     (folder / "images").mkdir(exist_ok=True)
-    Image.new("RGB", ORIGINAL[::-1]).save(folder / "images" / "0.jpg")
-    Image.new("RGB", ORIGINAL[::-1]).save(folder / "images" / "1.jpg")
-    truth = {
+    for name in ("0.jpg", "1.jpg"):
+        Image.new("RGB", ORIGINAL[::-1]).save(folder / "images" / name)
+    annotations = {
         "images": [{"id": 0, "file_name": "0.jpg", "height": ORIGINAL[0], "width": ORIGINAL[1]}],
         "annotations": [
             {"id": 1, "image_id": 0, "category_id": 1, "bbox": [9, 9, 99, 99], "area": 9801}
             | {"iscrowd": 0}
         ],
-        "categories": [{"id": i + 1, "name": f"class {i}"} for i in range(size.classes)],
+        "categories": [{"id": i + 1, "name": f"class {i}"} for i in range(workload.classes)],
     }
-    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "annotations.json").write_text(json.dumps(annotations))
     settings = {
         "OUTPUT_DIR": str(folder / "output"),
-        "DATASETS.TRAIN": (f"coco:{folder}/truth.json:{folder}/images",),
+        "DATASETS.TRAIN": (f"coco:{folder}/annotations.json:{folder}/images",),
         "DATASETS.UNLABELED": (f"folder:{folder}/images",),
         "DATASETS.EXCLUDE_LABELED": True,
         "DATALOADER.NUM_WORKERS": 0,
         "MODEL.WEIGHTS": "",
         "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
-        "MODEL.ROI_HEADS.NUM_CLASSES": size.classes,
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": size.proposals,
+        "MODEL.ROI_HEADS.NUM_CLASSES": workload.classes,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": workload.proposals,
         "SOLVER.REFERENCE_WORLD_SIZE": 0,
-        "SOLVER.IMS_PER_BATCH": size.labeled,
-        "SOLVER.IMS_PER_BATCH_UNLABELED": size.unlabeled,
+        "SOLVER.IMS_PER_BATCH": workload.labeled,
+        "SOLVER.IMS_PER_BATCH_UNLABELED": workload.unlabeled,
         "SOLVER.AMP.ENABLED": torch.cuda.is_available(),
-        # So small that the weights stay what they are, however often a step is repeated.
+        # Small enough that repeated steps do not change the weights.
         "SOLVER.BASE_LR": 1e-9,
         "SEMI.BURN_IN_ITERS": 0,
         "VIS_PERIOD": 0,
     }
-    words = [str(word) for pair in settings.items() for word in pair]
-    return load_config(str(ROOT / "configs" / "Base-LocReweight.yaml"), [*words, *options])
+    pairs = [str(part) for pair in settings.items() for part in pair]
+    return load_config(str(ROOT / "configs" / "Base-LocReweight.yaml"), [*pairs, *options])
 
 
-def make_batch(size: Size, seed: int = 0) -> Batch:
-    """Smooth random images with boxes of many sizes, on the CPU as the loader gives them."""
-    draw = torch.Generator().manual_seed(seed)
-    height, width = size.view
+def make_batch(workload: Workload, seed: int = 0) -> Batch:
+    """Make a batch of smooth random images with boxes of many sizes, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = workload.view_size
     matrix = torch.diag(torch.tensor([width / ORIGINAL[1], height / ORIGINAL[0], 1.0])).double()
     labeled = [
-        {"image": image(size, draw), "instances": objects(size, draw), "file_name": f"{i}.jpg"}
-        for i in range(size.labeled)
+        {
+            "image": make_image(workload, generator),
+            "instances": make_objects(workload, generator),
+            "file_name": f"{i}.jpg",
+        }
+        for i in range(workload.labeled)
     ]
     unlabeled = [
         UnlabeledSample(
-            f"{i}.jpg", View(image(size, draw), matrix), View(image(size, draw), matrix)
+            f"{i}.jpg",
+            weak=View(make_image(workload, generator), matrix),
+            strong=View(make_image(workload, generator), matrix),
         )
-        for i in range(size.unlabeled)
+        for i in range(workload.unlabeled)
     ]
     return Batch(labeled, unlabeled)
 
 
-def image(size: Size, draw: torch.Generator) -> Tensor:
-    """``(3, H, W)`` uint8."""
-    coarse = torch.rand(1, 3, 12, 16, generator=draw) * 255
-    smooth = nn.functional.interpolate(coarse, size.view, mode="bicubic")[0]
-    return (smooth + 12 * torch.randn(smooth.shape, generator=draw)).clamp(0, 255).byte()
+def make_image(workload: Workload, generator: torch.Generator) -> Tensor:
+    """Make an image, ``(3, H, W)`` uint8."""
+    coarse = torch.rand(1, 3, 12, 16, generator=generator) * 255
+    smooth = nn.functional.interpolate(coarse, workload.view_size, mode="bicubic")[0]
+    return (smooth + 12 * torch.randn(smooth.shape, generator=generator)).clamp(0, 255).byte()
 
 
-def objects(size: Size, draw: torch.Generator) -> Instances:
-    """Ground truth of an image; boxes xyxy, absolute pixels of the view."""
-    height, width = size.view
-    center = torch.rand(size.objects, 2, generator=draw) * 0.6 + 0.2
-    # Sides from a tenth to a half of the image's.
-    half = torch.exp(torch.rand(size.objects, 2, generator=draw) * 1.6) / 20
+def make_objects(workload: Workload, generator: torch.Generator) -> Instances:
+    """Make the ground truth of an image; boxes are xyxy, in absolute pixels of the view."""
+    height, width = workload.view_size
+    center = torch.rand(workload.objects, 2, generator=generator) * 0.6 + 0.2
+    # Sides are between a tenth and a half of the image's.
+    half = torch.exp(torch.rand(workload.objects, 2, generator=generator) * 1.6) / 20
     boxes = torch.cat([center - half, center + half], 1) * torch.tensor([width, height] * 2)
-    classes = torch.randint(size.classes, (size.objects,), generator=draw)
-    return Instances(size.view, gt_boxes=Boxes(boxes), gt_classes=classes)
+    classes = torch.randint(workload.classes, (workload.objects,), generator=generator)
+    return Instances(workload.view_size, gt_boxes=Boxes(boxes), gt_classes=classes)
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor) -> None:
-    """Set the statistics of all frozen batch norms to those of what reaches them.
+def calibrate_batch_norms(model: nn.Module, images: Tensor) -> None:
+    """Set the statistics of all frozen batch norms to those of their inputs.
 
     Args:
-        model: Detectron2's, whose frozen norms are operations of their own.
+        model: a Detectron2 model.
         images: ``(N, 3, H, W)``, normalized.
     """
 
@@ -160,43 +166,46 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
         handle.remove()
 
 
-class Given:
-    """Chooses given pseudo-labels, after the strategy has done its work for its own."""
+class FixedPseudoLabels:
+    """Select fixed pseudo-labels, after the method has selected its own as usual."""
 
-    def __init__(self, choose: Callable, size: Size, device: torch.device) -> None:
-        self._choose = choose
-        draw = torch.Generator().manual_seed(1)
-        self._labels = [objects(size, draw).to(device) for _ in range(size.unlabeled)]
+    def __init__(self, select: Callable, workload: Workload, device: torch.device) -> None:
+        self._select = select
+        generator = torch.Generator().manual_seed(1)
+        self._labels = [
+            make_objects(workload, generator).to(device) for _ in range(workload.unlabeled)
+        ]
 
-    def __call__(self, teacher: SemiSupervisedRCNN, seen: TeacherOutput) -> list[Instances]:
-        self._choose(teacher, seen)
+    def __call__(
+        self, teacher: SemiSupervisedRCNN, teacher_output: TeacherOutput
+    ) -> list[Instances]:
+        self._select(teacher, teacher_output)
         for labels in self._labels:
             labels.gt_localization_quality = labels.gt_boxes.tensor.new_full((len(labels),), 0.3)
             labels.gt_score = labels.gt_localization_quality + 0.6
         return list(self._labels)
 
 
-class Step:
-    """Iterations of the real trainer, always on the same batch."""
+class TrainerStep:
+    """One iteration of the real trainer per call, always on the same batch."""
 
-    def __init__(self, size: Size, weights: dict[str, Tensor], options: list[str]) -> None:
+    def __init__(self, workload: Workload, weights: dict[str, Tensor], options: list[str]) -> None:
         """
         Args:
-            size: of the batch.
-            weights: of student and teacher.
-            options: ``KEY VALUE`` pairs that go over the base config.
+            workload: the input.
+            weights: weights of student and teacher.
+            options: ``KEY VALUE`` pairs that override the base config.
         """
         self._folder = tempfile.TemporaryDirectory()
-        cfg = make_config(size, Path(self._folder.name), options)
+        cfg = make_config(workload, Path(self._folder.name), options)
         register_datasets(cfg)
         self.trainer = trainer = SemiSupervisedTrainer(cfg)
         for model in (trainer.student, trainer.teacher):
             model.load_state_dict(weights, strict=False)
-        strategy = trainer.settings.strategy
-        given = Given(strategy.choose_pseudo_labels, size, trainer.device)
-        strategy = replace(strategy, choose_pseudo_labels=given)
-        trainer.settings = replace(trainer.settings, strategy=strategy)
-        trainer._batches = itertools.repeat(make_batch(size))
+        method = trainer.settings.method
+        fixed = FixedPseudoLabels(method.select_pseudo_labels, workload, trainer.device)
+        method.select_pseudo_labels = fixed  # type: ignore[method-assign]
+        trainer._batches = itertools.repeat(make_batch(workload))
         trainer.storage = EventStorage()
         trainer.iter = 0
 
@@ -207,33 +216,29 @@ class Step:
         self.trainer.storage.step()
 
 
-class Floor:
-    """Bare Detectron2: a student's forward and backward pass, and a teacher's look.
+class Detectron2Baseline:
+    """Plain Detectron2: a student's forward and backward pass, and a teacher's forward pass.
 
-    The student sees the images that the step's student sees, the teacher those of its teacher;
-    nothing is updated.
+    Student and teacher get the same images as in :class:`TrainerStep`. No weights are updated.
     """
 
-    def __init__(self, size: Size, options: list[str]) -> None:
+    def __init__(self, workload: Workload, options: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            cfg = make_config(size, Path(folder), options)
-        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME = (
-            "GeneralizedRCNN",
-            "StandardROIHeads",
-        )
+            cfg = make_config(workload, Path(folder), options)
+        cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+        cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
         torch.manual_seed(0)
         self.student, self.teacher = build_model(cfg).train(), build_model(cfg).eval()
-        batch = make_batch(size)
-        draw = torch.Generator().manual_seed(1)
+        batch = make_batch(workload)
+        generator = torch.Generator().manual_seed(1)
         strong = [
-            {"image": sample.strong.image, "instances": objects(size, draw)}
+            {"image": sample.strong.image, "instances": make_objects(workload, generator)}
             for sample in batch.unlabeled
         ]
-        self._seen_by_student = [*batch.labeled, *strong]
-        self._seen_by_teacher = [{"image": sample.weak.image} for sample in batch.unlabeled]
-        calibrate(
-            self.student.backbone, self.student.preprocess_image(self._seen_by_student).tensor
-        )
+        self._student_inputs = [*batch.labeled, *strong]
+        self._teacher_inputs = [{"image": sample.weak.image} for sample in batch.unlabeled]
+        images = self.student.preprocess_image(self._student_inputs).tensor
+        calibrate_batch_norms(self.student.backbone, images)
         self.teacher.load_state_dict(self.student.state_dict())
         self._autocast = torch.autocast(
             self.student.device.type, dtype=torch.float16, enabled=cfg.SOLVER.AMP.ENABLED
@@ -244,43 +249,42 @@ class Floor:
         return self.student.device
 
     def __call__(self) -> None:
-        self._pass_over(self._seen_by_student)
+        self._run_passes(self._student_inputs)
 
-    def _pass_over(self, *batches: list[dict]) -> None:
-        """The teacher's look, the student's forward passes, and one backward pass."""
+    def _run_passes(self, *batches: list[dict]) -> None:
+        """Run the teacher, the student once per batch, and one backward pass."""
         self.student.zero_grad()
         with EventStorage(), self._autocast:
-            if self._seen_by_teacher:
+            if self._teacher_inputs:
                 with torch.no_grad():
-                    self.teacher.inference(self._seen_by_teacher, do_postprocess=False)
+                    self.teacher.inference(self._teacher_inputs, do_postprocess=False)
             losses = [loss for batch in batches for loss in self.student(batch).values()]
             torch.stack(losses).sum().backward()
 
 
-class UnbiasedTeacherPasses(Floor):
-    """What Unbiased Teacher asks of the detector for the same images, by bare Detectron2.
+class UnbiasedTeacherBaseline(Detectron2Baseline):
+    """The passes of Unbiased Teacher for the same images, by plain Detectron2.
 
-    The student sees labeled images in a weak and a strong view and unlabeled ones in the strong
-    view, in two passes; the optimizer's step and the average, a loop over ``state_dict``, follow.
+    The student gets a weak and a strong view of labeled images and the strong view of unlabeled
+    images, in two forward passes. The optimizer's step follows, then the EMA update, which is a
+    loop over ``state_dict``.
     """
 
-    def __init__(self, size: Size, options: list[str]) -> None:
-        super().__init__(size, options)
-        self._labeled = 2 * self._seen_by_student[: size.labeled]
-        self._unlabeled = self._seen_by_student[size.labeled :]
+    def __init__(self, workload: Workload, options: list[str]) -> None:
+        super().__init__(workload, options)
+        self._labeled = 2 * self._student_inputs[: workload.labeled]
+        self._unlabeled = self._student_inputs[workload.labeled :]
         self._optimizer = torch.optim.SGD(self.student.parameters(), 1e-9, momentum=0.9)
 
     def __call__(self) -> None:
-        self._pass_over(self._labeled, self._unlabeled)
+        self._run_passes(self._labeled, self._unlabeled)
         self._optimizer.step()
-        average_by_state_dict(self.teacher, self.student)
+        update_by_state_dict(self.teacher, self.student)
 
 
 @torch.no_grad()
-def average_by_state_dict(
-    teacher: nn.Module, student: nn.Module, keep_rate: float = 0.9996
-) -> None:
-    """The moving average as most projects have it."""
+def update_by_state_dict(teacher: nn.Module, student: nn.Module, keep_rate: float = 0.9996) -> None:
+    """Update the teacher by EMA the way most projects do."""
     new = student.state_dict()
     averaged = {
         name: new[name] * (1 - keep_rate) + value * keep_rate

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from tiny_data import edit_json, make_coco, write_voc_xml
 
-pytest.importorskip("detectron2")
-
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.checkpoint.checkpointer import check_weights_exist
 from locreweight.config import load_config, scale_to_world_size

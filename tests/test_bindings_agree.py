@@ -1,8 +1,9 @@
-"""One step of the Detectron2 binding and of the torchvision reference, held against each other.
+"""The Detectron2 package and the torchvision reference compute the same training step.
 
-Both get the same weights, proposals, views and ground truth; a proposal's features follow from its
-coordinates alone. From there each goes its own way: detection, pseudo-labels, alignment, matching,
-the teacher's second look, and the losses.
+Both get the same weights, proposals, views and ground truth, and the features of a proposal are a
+function of its coordinates. Everything else is computed by each implementation on its own:
+detections, pseudo-labels, projection between views, matching, the teacher's predictions for the
+student's proposals, and the losses.
 """
 
 import types
@@ -20,14 +21,14 @@ from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine.training_step import StepSettings, training_step
 from tests.modeling.tiny_model import NUM_CLASSES, SIZE, ground_truth, tiny_config, tiny_model
 
-WIDTH = 64  # of a proposal's features
+WIDTH = 64  # number of features of a proposal
 BRANCHES = {"logits": "cls_score", "deltas": "bbox_pred", "log_variance": "log_variance"}
 LABELED = UNLABELED = 3
-NONE = 1.0  # a threshold that no score is above
+NO_LABELS = 1.0  # threshold that no score exceeds
 
 
 class FeaturesOfBoxes(nn.Module):
-    """Stands for a pooler: what it gives depends on the boxes and on nothing else."""
+    """Replaces the pooler. Its output depends only on the boxes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class FeaturesOfBoxes(nn.Module):
 
 
 class Proposer(nn.Module):
-    """Stands for an RPN: gives what was prepared, call after call."""
+    """Replaces the RPN. Each call returns the next list of prepared boxes."""
 
     def __init__(self, calls) -> None:
         super().__init__()
@@ -47,11 +48,11 @@ class Proposer(nn.Module):
 
     def forward(self, images, *_):
         boxes = [b.clone() for b in next(self.calls)]
-        return self.made_of(images, boxes), {}
+        return self.to_proposals(images, boxes), {}
 
 
 class Detectron2Proposer(Proposer):
-    def made_of(self, images, boxes):
+    def to_proposals(self, images, boxes):
         return [
             Instances(size, proposal_boxes=Boxes(b), objectness_logits=torch.zeros(len(b)))
             for size, b in zip(images.image_sizes, boxes, strict=True)
@@ -59,7 +60,7 @@ class Detectron2Proposer(Proposer):
 
 
 class ReferenceProposer(Proposer):
-    def made_of(self, images, boxes):
+    def to_proposals(self, images, boxes):
         return boxes
 
 
@@ -69,34 +70,35 @@ def random_boxes(count):
 
 
 def near(boxes, count):
-    """Proposals around boxes, some of which overlap them enough to be foreground."""
+    """Random proposals around boxes; some overlap enough to be foreground."""
     moved = boxes.repeat(count, 1) + 3 * torch.randn(len(boxes) * count, 4)
     return torch.cat([moved.clamp(0, SIZE), random_boxes(count)])
 
 
 def random_matrix():
-    angle, scale, mirror = torch.rand(()) - 0.5, 0.8 + 0.4 * torch.rand(()), torch.rand(()) < 0.5
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).reshape(2, 2) * scale
-    middle = torch.full((2,), SIZE / 2)
+    """Rotation, scale and possibly a flip about the center of the image."""
+    angle, scale, flip = torch.rand(()) - 0.5, 0.8 + 0.4 * torch.rand(()), torch.rand(()) < 0.5
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).reshape(2, 2)
+    center = torch.full((2,), SIZE / 2)
     matrix = torch.eye(3, dtype=torch.float64)
-    matrix[:2, :2] = turn @ torch.diag(torch.tensor([-1.0 if mirror else 1.0, 1.0]))
-    matrix[:2, 2] = middle - matrix[:2, :2].float() @ middle
+    matrix[:2, :2] = rotation * scale @ torch.diag(torch.tensor([-1.0 if flip else 1.0, 1.0]))
+    matrix[:2, 2] = center - matrix[:2, :2].float() @ center
     return matrix
 
 
 class Case:
-    """What both bindings are given."""
+    """Inputs of both implementations."""
 
     def __init__(self, seed, empty_images=False):
         torch.manual_seed(seed)
-        self.truth = [random_boxes(0 if empty_images else n) for n in (1, 2, 3)]
-        self.labels = [torch.randint(NUM_CLASSES, (len(b),)) for b in self.truth]
+        self.gt_boxes = [random_boxes(0 if empty_images else n) for n in (1, 2, 3)]
+        self.labels = [torch.randint(NUM_CLASSES, (len(b),)) for b in self.gt_boxes]
         self.matrices = [(random_matrix(), random_matrix()) for _ in range(UNLABELED)]
-        self.student = [[near(b, 5) for b in self.truth]]
-        # The student's proposals lie where the teacher will find something, in the other view.
+        self.student = [[near(b, 5) for b in self.gt_boxes]]
+        # The student's proposals in the strong view are near the teacher's in the weak view.
         self.teacher = [[random_boxes(12) for _ in range(UNLABELED)]]
         self.pooler = FeaturesOfBoxes()
-        self.layers = [self._layers() for _ in range(2)]  # of the student and of the teacher
+        self.layers = [self._layers() for _ in range(2)]  # student, teacher
         strong_views = [
             near(reference.warp_boxes(b, strong @ weak.inverse(), (SIZE, SIZE)), 3)
             for b, (weak, strong) in zip(self.teacher[0], self.matrices, strict=True)
@@ -118,9 +120,9 @@ def image():
 
 
 def detectron2_step(case, threshold, literal, beta):
-    """Losses by name, and the student's gradients."""
+    """Return losses and metrics by name, and the student's gradients by branch."""
     settings = {
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 4096,  # all of them
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 4096,  # sample all proposals
         "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.5,
         "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.05,
         "TEST.DETECTIONS_PER_IMAGE": 100,
@@ -140,7 +142,7 @@ def detectron2_step(case, threshold, literal, beta):
     student, teacher = models[0].train(), models[1].eval()
     labeled = [
         {"image": image(), "instances": ground_truth(b.tolist(), labels.tolist())}
-        for b, labels in zip(case.truth, case.labels, strict=True)
+        for b, labels in zip(case.gt_boxes, case.labels, strict=True)
     ]
     unlabeled = [
         UnlabeledSample("", View(image(), weak), View(image(), strong))
@@ -156,11 +158,11 @@ def detectron2_step(case, threshold, literal, beta):
     result.total.backward()
     predictor = student.roi_heads.box_predictor
     gradients = {name: getattr(predictor, a).weight.grad for name, a in BRANCHES.items()}
-    # The stand-ins' proposals have no RPN losses.
     return result.losses, result.metrics, gradients
 
 
 def reference_step(case, threshold, literal, beta, monkeypatch):
+    """Return total loss, number of pseudo-labels, losses, and gradients by branch."""
     settings = reference.Settings(
         channels=16, sampled=4096, threshold=threshold, literal=literal, beta=beta
     )
@@ -178,7 +180,7 @@ def reference_step(case, threshold, literal, beta, monkeypatch):
             reference.View(image(), torch.eye(3)),
             {"boxes": b, "labels": labels + 1, "quality": torch.ones(len(b))},
         )
-        for b, labels in zip(case.truth, case.labels, strict=True)
+        for b, labels in zip(case.gt_boxes, case.labels, strict=True)
     ]
     unlabeled = [
         [reference.View(image(), matrix) for matrix in matrices] for matrices in case.matrices
@@ -212,12 +214,12 @@ def set_layer(layer, values):
         (0, 0.5, False),
         (1, 0.5, False),
         (2, 0.6, False),
-        (3, NONE, False),
+        (3, NO_LABELS, False),
         (4, 0.5, True),
-        (5, NONE, True),
+        (5, NO_LABELS, True),
     ],
 )
-def test_a_step_has_the_same_losses_and_gradients(
+def test_both_implementations_have_the_same_losses_and_gradients(
     seed, threshold, empty_images, literal, monkeypatch
 ):
     case, beta = Case(seed, empty_images), 1.7
@@ -226,8 +228,8 @@ def test_a_step_has_the_same_losses_and_gradients(
         case, threshold, literal, beta, monkeypatch
     )
     assert count == metrics["pseudo_labels/per_image"] * UNLABELED
-    assert (count > 5) == (threshold != NONE), "the case is not what it should be"
-    assert (metrics["proposals/foreground_per_image"] > 0) == (threshold != NONE)
+    assert (count > 5) == (threshold != NO_LABELS), "the case has too few pseudo-labels"
+    assert (metrics["proposals/foreground_per_image"] > 0) == (threshold != NO_LABELS)
     expected = types.SimpleNamespace(**losses)
     close = {"rtol": 1e-6, "atol": 1e-6}
     assert_close(supervised, (expected.loss_cls, expected.loss_box_reg), **close)

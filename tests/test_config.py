@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-pytest.importorskip("detectron2")
-
 from detectron2.config import CfgNode, get_cfg
 
 from locreweight.config import (

@@ -1,4 +1,4 @@
-"""Exponential moving average (Sec. 3.1)."""
+"""Keep rate and update of the EMA teacher (Sec. 3.1)."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ RATES = [0.0, 0.25, 0.9, 0.9996, 1.0]
 
 
 class Network(nn.Module):
-    """Parameters and buffers of every kind, all drawn anew."""
+    """Module with random parameters and buffers of every kind."""
 
     def __init__(self, width=2):
         super().__init__()
@@ -22,7 +22,7 @@ class Network(nn.Module):
         self.norm = nn.BatchNorm1d(width)
         self.register_buffer("anchors", torch.empty(5), persistent=False)
         self.register_buffer("count", torch.randint(1000, (3,)))
-        self.register_buffer("seen", torch.rand(16) < 0.5)
+        self.register_buffer("mask", torch.rand(16) < 0.5)
         for tensor in tensors_of(self).values():
             if tensor.is_floating_point():
                 tensor.data.normal_()
@@ -39,11 +39,11 @@ def copies_of(module):
     return {name: tensor.detach().clone() for name, tensor in tensors_of(module).items()}
 
 
-def assert_holds(module, expected):
+def assert_equals(module, expected):
     assert_close(copies_of(module), expected, rtol=0, atol=0)
 
 
-# --- keep rate ------------------------------------------------------------------------------------
+# keep_rate
 
 
 @pytest.mark.parametrize(
@@ -67,28 +67,28 @@ def test_keep_rate_ramps_up_to_its_final_value(step, final, expected):
 
 
 @pytest.mark.parametrize(("step", "final"), [(-1, 0.5), (0, -0.1), (0, 1.1), (0, math.nan)])
-def test_keep_rate_refuses_values_out_of_range(step, final):
+def test_keep_rate_rejects_values_out_of_range(step, final):
     with pytest.raises(ValueError, match=f"got {step} and {final}"):
         keep_rate(step, final)
 
 
-def test_ramp_makes_the_teacher_the_mean_of_all_students():
+def test_teacher_is_the_mean_of_all_students_during_the_ramp():
     teacher, students = Network().double(), [Network().double() for _ in range(7)]
     for step, student in enumerate(students):
         update_teacher(teacher, student, keep_rate(step, 0.9996))
-        seen = [copies_of(s) for s in students[: step + 1]]
+        states = [copies_of(s) for s in students[: step + 1]]
         for name, tensor in tensors_of(teacher).items():
-            values = torch.stack([state[name] for state in seen])
+            values = torch.stack([state[name] for state in states])
             expected = values.mean(dim=0) if tensor.is_floating_point() else values[-1]
             assert_close(tensor.detach(), expected, rtol=1e-13, atol=1e-13)
 
 
-# --- update ---------------------------------------------------------------------------------------
+# update_teacher
 
 
 @pytest.mark.parametrize("rate", RATES[:-1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_update_agrees_with_a_loop_over_tensors(rate, dtype):
+def test_update_matches_a_loop_over_tensors(rate, dtype):
     teacher, student = Network().to(dtype), Network().to(dtype)
     old, new = copies_of(teacher), copies_of(student)
     update_teacher(teacher, student, rate)
@@ -100,33 +100,33 @@ def test_update_agrees_with_a_loop_over_tensors(rate, dtype):
             assert_close(tensor, new[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_rate_0_copies_the_student_even_over_a_broken_teacher(wrong):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rate_0_copies_the_student_over_a_non_finite_teacher(value):
     teacher, student = Network(), Network()
     for parameter in teacher.parameters():
-        parameter.data.fill_(wrong)
+        parameter.data.fill_(value)
     update_teacher(teacher, student, 0.0)
-    assert_holds(teacher, copies_of(student))
+    assert_equals(teacher, copies_of(student))
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_rate_1_leaves_the_teacher_alone_even_beside_a_broken_student(wrong):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rate_1_keeps_the_teacher_if_the_student_is_non_finite(value):
     teacher, student = Network(), Network()
     for parameter in student.parameters():
-        parameter.data.fill_(wrong)
+        parameter.data.fill_(value)
     before = copies_of(teacher)
     update_teacher(teacher, student, 1.0)
-    assert_holds(teacher, before)
+    assert_equals(teacher, before)
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_update_leaves_the_student_alone(rate):
+def test_update_does_not_change_the_student(rate):
     teacher, student = Network(), Network()
     student(torch.randn(4, 3)).square().sum().backward()
     before = copies_of(student)
     gradients = [parameter.grad.clone() for parameter in student.parameters()]
     update_teacher(teacher, student, rate)
-    assert_holds(student, before)
+    assert_equals(student, before)
     assert all(parameter.requires_grad for parameter in student.parameters())
     assert_close([parameter.grad for parameter in student.parameters()], gradients)
 
@@ -134,18 +134,19 @@ def test_update_leaves_the_student_alone(rate):
 @pytest.mark.parametrize("rate", RATES)
 def test_update_is_in_place_and_shares_no_memory_with_the_student(rate):
     teacher, student = Network(), Network()
-    held, addresses = tensors_of(teacher), [t.data_ptr() for t in tensors_of(teacher).values()]
+    tensors = tensors_of(teacher)
+    addresses = [tensor.data_ptr() for tensor in tensors.values()]
     update_teacher(teacher, student, rate)
     after = copies_of(teacher)
     for tensor in tensors_of(student).values():
         tensor.data.zero_()
-    assert [tensor.data_ptr() for tensor in held.values()] == addresses
-    assert all(held[name] is tensor for name, tensor in tensors_of(teacher).items())
-    assert_holds(teacher, after)
+    assert [tensor.data_ptr() for tensor in tensors.values()] == addresses
+    assert all(tensors[name] is tensor for name, tensor in tensors_of(teacher).items())
+    assert_equals(teacher, after)
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_teacher_is_left_free_of_gradient(rate):
+def test_teacher_has_no_gradient_after_an_update(rate):
     teacher, student = Network(), Network()
     teacher(torch.randn(4, 3)).square().sum().backward()
     update_teacher(teacher, student, rate)
@@ -165,7 +166,7 @@ def test_shared_parameters_are_averaged_once():
     assert_close(teacher[0].weight.detach(), 0.25 * student[0].weight.detach())
 
 
-def test_teacher_follows_the_running_statistics_of_a_student_in_training():
+def test_running_statistics_of_a_training_student_are_averaged():
     student = Network().double().train()
     teacher = copy.deepcopy(student).eval()
     means = []
@@ -177,7 +178,7 @@ def test_teacher_follows_the_running_statistics_of_a_student_in_training():
     assert teacher.norm.num_batches_tracked == 3
 
 
-def test_modules_without_floating_point_tensors_are_copied():
+def test_module_without_floating_point_tensors_is_copied():
     teacher, student = nn.Module(), nn.Module()
     teacher.register_buffer("count", torch.tensor(1))
     student.register_buffer("count", torch.tensor(5))
@@ -193,7 +194,7 @@ class Wrapper(nn.Module):
 
 def without_buffer():
     student = Network()
-    del student.seen
+    del student.mask
     return student
 
 
@@ -206,26 +207,26 @@ def with_more():
 @pytest.mark.parametrize(
     ("make_student", "message"),
     [
-        (without_buffer, r"differ in 1 tensors, the first: \['seen'\]"),
-        (with_more, r"differ in 2 tensors, the first: \['extra.bias', 'extra.weight'\]"),
-        (Wrapper, "differ in 20 tensors"),
-        (lambda: Network(width=1), r"shape of linear.weight: \(2, 3\) and \(1, 3\)"),
+        (without_buffer, r"1 tensors .* such as \['mask'\]"),
+        (with_more, r"2 tensors .* such as \['extra.bias', 'extra.weight'\]"),
+        (Wrapper, "20 tensors"),
+        (lambda: Network(width=1), r"linear.weight is \(2, 3\) in the teacher and \(1, 3\)"),
     ],
     ids=["missing", "extra", "wrapped", "shape that would broadcast"],
 )
-def test_modules_that_differ_are_refused_and_the_teacher_is_left_untouched(make_student, message):
+def test_different_modules_are_rejected_and_the_teacher_is_unchanged(make_student, message):
     teacher = Network()
     teacher(torch.randn(4, 3)).square().sum().backward()
     before, gradient = copies_of(teacher), teacher.linear.weight.grad.clone()
     with pytest.raises(ValueError, match=message):
         update_teacher(teacher, make_student(), 0.5)
-    assert_holds(teacher, before)
+    assert_equals(teacher, before)
     assert all(parameter.requires_grad for parameter in teacher.parameters())
     assert_close(teacher.linear.weight.grad, gradient, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
-def test_a_rate_outside_of_its_range_is_an_error(rate):
+def test_update_rejects_rates_out_of_range(rate):
     teacher, student = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     before = teacher.weight.clone()
     with pytest.raises(ValueError, match="keep_rate"):

@@ -33,8 +33,8 @@ from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
     detections_as_ground_truth,
-    restored_loggers_and_signals,
     make_datasets,
+    restored_loggers_and_signals,
     same,
     training_config,
 )
@@ -62,7 +62,9 @@ def datasets(tmp_path_factory):
     names = make_datasets(folder)
     earlier = build_trainer(training_config(names, folder / "earlier", {"SOLVER.MAX_ITER": 2}))
     earlier.train()
-    test_set = detections_as_ground_truth(earlier.teacher, names["DATASETS.TEST"][0], folder / "truth.json")
+    test_set = detections_as_ground_truth(
+        earlier.teacher, names["DATASETS.TEST"][0], folder / "truth.json"
+    )
     return names | {"DATASETS.TEST": [test_set]}
 
 

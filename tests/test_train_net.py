@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import detectron2
 import pytest
 
+from locreweight.engine.run_record import read_run_records
+from locreweight.installed_detectron2 import describe_detectron2
 from tests.engine.tiny_training import TRAINING, make_datasets, restored_loggers_and_signals
 from tests.modeling.tiny_model import TINY, as_options
 
@@ -62,6 +67,7 @@ def test_train_resume_and_evaluate(make_arguments, tmp_path):
     (results,) = [line for line in metrics() if "bbox/AP" in line]
     assert "student/bbox/AP" in results
     assert "Effective values on 1 process(es)" in log.read_text()
+    assert f"Detectron2 {describe_detectron2()}" in log.read_text()
 
     run_script(*make_arguments("--resume", **{"SOLVER.MAX_ITER": 5}))
     assert "resumed after iteration 2" in log.read_text()
@@ -71,6 +77,24 @@ def test_train_resume_and_evaluate(make_arguments, tmp_path):
     run_script(*make_arguments("--eval-only", **weights))
     assert "evaluating the teacher" in log.read_text()
     assert "copypaste: AP,AP50,AP75" in log.read_text()
+
+
+def test_resume_with_another_copy_of_detectron2(make_arguments, tmp_path):
+    """A checkpoint depends neither on Detectron2's version nor on its folder."""
+    run_script(*make_arguments())
+    copy = tmp_path / "copy" / "detectron2"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(detectron2.__file__).parent, copy, ignore=ignored)
+    text = (copy / "__init__.py").read_text()
+    (copy / "__init__.py").write_text(re.sub('__version__ = ".*"', '__version__ = "9.8"', text))
+    path = os.pathsep.join([str(copy.parent), os.environ.get("PYTHONPATH", "")])
+    arguments = make_arguments("--resume", **{"SOLVER.MAX_ITER": 5})
+    command = [sys.executable, str(SCRIPT), *arguments]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+    assert "resumed after iteration 2" in (tmp_path / "log.txt").read_text()
+    starts = read_run_records(tmp_path)
+    assert starts[0].versions["Detectron2"] == describe_detectron2()
+    assert starts[1].versions["Detectron2"].startswith("9.8 (a folder on the Python path")
 
 
 def test_method_is_found_by_its_short_name(make_arguments, tmp_path):

@@ -3,9 +3,6 @@
 import os
 
 import pytest
-
-pytest.importorskip("detectron2")
-
 from detectron2.config import get_cfg
 
 from locreweight.config import load_config

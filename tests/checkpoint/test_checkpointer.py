@@ -122,7 +122,9 @@ def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_p
         "MODEL.WEIGHTS": tmp_path / "model.pth",
         "OUTPUT_DIR": tmp_path,
         "DATASETS.TEST": [
-            detections_as_ground_truth(trained.teacher, datasets["DATASETS.TEST"][0], tmp_path / "found.json")
+            detections_as_ground_truth(
+                trained.teacher, datasets["DATASETS.TEST"][0], tmp_path / "found.json"
+            )
         ],
     }
     (tmp_path / "config.yaml").write_text(trained.cfg.dump())

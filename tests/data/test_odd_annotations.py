@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from locreweight.data.loader import Position, Stream
+from locreweight.data.loader import Stream, StreamPosition
 from locreweight.errors import UsageError
 from tests.tiny_data import edit_json, write_voc_xml
 from tests.tiny_project import Project
@@ -343,7 +343,7 @@ def test_handled_as_stated(project, case, caplog, monkeypatch):
     else:
         position = next(
             p
-            for p in (Position(Stream.LABELED, i) for i in range(len(sets.labeled)))
+            for p in (StreamPosition(Stream.LABELED, i) for i in range(len(sets.labeled)))
             if dataset.record(p)["image_id"] == 1
         )
         instances = dataset[position][0]["instances"]
@@ -356,7 +356,7 @@ def test_an_image_without_annotations_is_one_without_objects(project):
     only_boxes(GOOD)(project)
     project.set("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
     sets, dataset = project.read()
-    counts = [len(dataset[Position(Stream.LABELED, i)][0]["instances"]) for i in range(4)]
+    counts = [len(dataset[StreamPosition(Stream.LABELED, i)][0]["instances"]) for i in range(4)]
     assert sorted(counts) == [0, 0, 0, 1]
     project.set("DATALOADER.FILTER_EMPTY_ANNOTATIONS", True)
     sets, _ = project.read()
@@ -374,7 +374,7 @@ def test_crowds_are_left_out(project):
     edit_json(project.json, edit)
     sets, dataset = project.read()
     assert [record["image_id"] for record in sets.labeled] == [1]
-    instances = dataset[Position(Stream.LABELED, 0)][0]["instances"]
+    instances = dataset[StreamPosition(Stream.LABELED, 0)][0]["instances"]
     assert instances.gt_classes.tolist() == [2]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from locreweight.data import loader as unreadable
+from locreweight.data import unreadable
 from locreweight.engine import evaluate
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, make_datasets, training_config

@@ -9,6 +9,7 @@ import torch
 
 from locreweight.engine import run_record
 from locreweight.engine.run_record import RunRecord, read_run_records, write_run_record
+from locreweight.installed_detectron2 import describe_detectron2
 
 
 def test_each_start_is_kept(tmp_path):
@@ -19,6 +20,7 @@ def test_each_start_is_kept(tmp_path):
     assert second.command == "python train_net.py --resume"
     assert (first.processes, second.processes) == (2, 1)
     assert first.versions["PyTorch"] == torch.__version__
+    assert first.versions["Detectron2"] == describe_detectron2()
 
 
 def test_a_run_without_a_record_has_none(tmp_path):

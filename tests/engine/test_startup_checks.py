@@ -209,7 +209,7 @@ def project(tmp_path):
         ({"DATASETS.LABELED_PERCENT": 0.0}, "DATASETS.LABELED_PERCENT"),
         (
             {"DATASETS.CHECKS.MAX_UNREADABLE_SHARE": 2.0},
-            "DATASETS.CHECKS.MAX_UNREADABLE_SHARE must lie in",
+            "DATASETS.CHECKS.MAX_UNREADABLE_SHARE must be in",
         ),
         ({"SEMI.METHOD": "Nobody"}, "unknown SEMI.METHOD 'Nobody'"),
         ({"INPUT.AUGMENTATION_POLICY": "Nobody"}, "unknown INPUT.AUGMENTATION_POLICY 'Nobody'"),

@@ -1,52 +1,49 @@
-"""The step does not wait for the device where the mathematics does not ask for it.
+"""The training step makes the host wait for the device only where a number is needed.
 
-On a GPU reading a number means waiting for all that was asked for before. It is counted on a device
-that only pretends to be one: a step of burn-in, then one of mutual learning, with a log afterwards,
-and two images in each of the streams.
+On a GPU, reading a number waits for all work queued before. The waits are counted on a device that
+is emulated on the CPU: in one step of burn-in and one of mutual learning, each with two images per
+stream, followed by a log.
 """
 
 import pytest
 
-from locreweight.engine import step_metrics as measurements
-from locreweight.engine import writers as metrics
+from locreweight.engine import step_metrics, writers
 
-LOG = {"_to_host: tolist": 1}  # all that was measured in both steps
-FOREGROUND = "foreground: nonzero"  # rows that are regressed: as many as are foreground
+LOG = {"_to_host: tolist": 1}  # the metrics of both steps
+FOREGROUND = "select_foreground: nonzero"  # the number of foreground proposals
 PSEUDO_LABELS = {
-    # Of each unlabeled image, which predictions of the teacher are finite,
+    # For each unlabeled image: which predictions of the teacher are finite,
     "inference: index": 2,
-    # which detections are pseudo-labels, and which of them are in sight.
-    "select_pseudo_labels: nonzero": 2,
+    # which detections are pseudo-labels, and which of these are inside the strong view.
+    "to_pseudo_labels: nonzero": 2,
     "project_to_strong_view: nonzero": 2,
 }
 
 
-def of_this_package(waits):
-    """Detectron2's own are its own affair."""
-    found = (place.partition("locreweight: ") for place in waits)
-    return {place: waits[package + place] for _, package, place in found if package}
+def waits_in_this_package(waits):
+    """Drop the waits in Detectron2's code."""
+    parts = (place.partition("locreweight: ") for place in waits)
+    return {place: waits[package + place] for _, package, place in parts if package}
 
 
 @pytest.mark.parametrize("name", ["LocReweight", "ShuffledLocReweight", "SoftTeacher", "float16"])
-def test_a_step_waits_for_what_it_has_to_know(device_results, name):
-    """Of both streams in mutual learning; and for what was measured where the log is written."""
-    found = device_results[name]
-    assert of_this_package(found["burn_in"]) == {FOREGROUND: 1}
-    assert of_this_package(found["mutual"]) == LOG | PSEUDO_LABELS | {FOREGROUND: 2}
+def test_step_waits_only_for_numbers_it_needs(device_results, name):
+    results = device_results[name]
+    assert waits_in_this_package(results["burn_in"]) == {FOREGROUND: 1}
+    mutual = waits_in_this_package(results["mutual"])
+    assert mutual == LOG | PSEUDO_LABELS | {FOREGROUND: 2}
 
 
-def test_nobody_waits_for_boxes_that_are_not_regressed(device_results):
-    mutual = of_this_package(device_results["UnbiasedTeacher"]["mutual"])
+def test_step_without_box_loss_on_pseudo_labels_does_not_wait_for_their_foreground(device_results):
+    mutual = waits_in_this_package(device_results["UnbiasedTeacher"]["mutual"])
     assert mutual == LOG | PSEUDO_LABELS | {FOREGROUND: 1}
 
 
 @pytest.mark.parametrize(("iterations", "period"), [(3, 3), (6, 3), (6, 2)])
-def test_what_was_measured_is_read_once_a_logging_period(
-    make_trainer, monkeypatch, iterations, period
-):
+def test_metrics_are_read_once_per_logging_period(make_trainer, monkeypatch, iterations, period):
     read = []
-    to_host = measurements._to_host
-    monkeypatch.setattr(measurements, "_to_host", lambda x: read.append(len(x)) or to_host(x))
-    monkeypatch.setattr(metrics, "PERIOD", period)
+    to_host = step_metrics._to_host
+    monkeypatch.setattr(step_metrics, "_to_host", lambda x: read.append(len(x)) or to_host(x))
+    monkeypatch.setattr(writers, "PERIOD", period)
     make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": iterations}).train()
     assert len(read) == iterations / period and all(read)

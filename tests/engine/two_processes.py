@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, evaluate
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.training_step import training_step
-from locreweight.methods.base import AboveThreshold
 from tests.engine.tiny_training import (
     Recorder,
     copy_of,
@@ -47,8 +45,7 @@ def train(datasets: dict, folder: Path) -> None:
     trainer.resume_or_load(resume=False)
     start = copy_of(trainer.student)
     if rank == RANK_WITHOUT_LABELS:
-        blind = replace(trainer.settings.strategy, choose_pseudo_labels=AboveThreshold(1.0))
-        trainer.settings = replace(trainer.settings, strategy=blind)
+        trainer.settings.method.pseudo_label_threshold = 1.0
     recorder = Recorder()
     trainer.register_hooks([recorder])
     own_metrics = {}

@@ -1,4 +1,4 @@
-"""Quality score (Eq. 5) and KL regression loss (Eq. 8 and 9)."""
+"""Localization quality score (Eq. 5) and KL regression loss (Eq. 8, 9)."""
 
 import math
 
@@ -30,17 +30,17 @@ def double(*shape, **options):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_is_raised_to_float32(dtype):
+def test_half_precision_becomes_float32(dtype):
     assert at_least_float32(torch.ones(2, dtype=dtype)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_full_precision_is_left_alone(dtype):
+def test_full_precision_is_unchanged(dtype):
     tensor = torch.ones(2, dtype=dtype)
     assert at_least_float32(tensor) is tensor
 
 
-# --- localization quality -------------------------------------------------------------------------
+# localization_quality
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_full_precision_is_left_alone(dtype):
         ((40, 4, 4, 32), 1 / (1 + math.exp(20))),
     ],
 )
-def test_quality_has_the_values_of_equation_5(variances, expected):
+def test_quality_matches_equation_5(variances, expected):
     log_variance = torch.tensor(variances, dtype=torch.float64).log()
     assert localization_quality(log_variance).item() == pytest.approx(expected, rel=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(4,), (50, 4), (5, 3, 4), (0, 4), (0, 3, 4)])
-def test_quality_agrees_with_a_loop_over_boxes(shape):
+def test_quality_matches_a_loop_over_boxes(shape):
     log_variance = double(*shape)
     expected = [
         1 / (1 + math.exp(sum(math.exp(v) for v in box) / 4))
@@ -73,7 +73,7 @@ def test_quality_agrees_with_a_loop_over_boxes(shape):
     ("dtype", "highest"),
     [(torch.float32, math.log(4 * 80)), (torch.float64, LOG_VARIANCE_LIMIT)],
 )
-def test_quality_falls_as_any_one_variance_grows(coordinate, dtype, highest):
+def test_quality_decreases_with_each_variance(coordinate, dtype, highest):
     log_variance = torch.zeros(100, 4, dtype=dtype)
     log_variance[:, coordinate] = torch.linspace(-LOG_VARIANCE_LIMIT, highest, 100, dtype=dtype)
     assert (localization_quality(log_variance).diff() < 0).all()
@@ -82,19 +82,19 @@ def test_quality_falls_as_any_one_variance_grows(coordinate, dtype, highest):
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
 @pytest.mark.parametrize("extreme", EXTREMES)
-def test_quality_stays_strictly_between_its_bounds(extreme, dtype, scale):
+def test_quality_is_strictly_within_its_range(extreme, dtype, scale):
     signs = torch.tensor([[1, 1, 1, 1], [-1, -1, -1, -1], [1, -1, 1, -1]], dtype=dtype)
     quality = localization_quality(signs * extreme, scale=scale)
     assert ((quality > 0) & (quality < 0.5 * scale)).all()
 
 
-def test_quality_ignores_the_order_of_the_coordinates():
+def test_quality_does_not_depend_on_the_order_of_coordinates():
     log_variance = double(10, 4)
     shuffled = log_variance[:, [2, 0, 3, 1]]
     assert_close(localization_quality(shuffled), localization_quality(log_variance))
 
 
-def test_quality_judges_every_box_alone():
+def test_quality_of_each_box_is_independent():
     log_variance, order = double(10, 4), torch.randperm(10)
     quality = localization_quality(log_variance)
     assert_close(localization_quality(log_variance[order]), quality[order])
@@ -102,7 +102,7 @@ def test_quality_judges_every_box_alone():
 
 @each_limit
 @each_outlier
-def test_quality_bounds_the_log_variance(value, options, limit):
+def test_quality_clamps_the_log_variance(value, options, limit):
     quality = localization_quality(torch.tensor([value, 0, 0, 0], dtype=torch.float64), **options)
     bounded = math.copysign(limit, value)
     expected = 1 / (1 + math.exp((math.exp(bounded) + 3) / 4))
@@ -116,12 +116,12 @@ def test_scale_multiplies_the_quality():
     )
 
 
-def test_quality_has_the_right_gradient():
+def test_quality_has_a_correct_gradient():
     assert gradcheck(localization_quality, double(3, 4, requires_grad=True))
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
-def test_quality_has_a_finite_gradient_at_the_extremes(extreme):
+def test_quality_has_a_finite_gradient_for_extreme_values(extreme):
     log_variance = torch.tensor([[extreme] * 4, [-extreme] * 4], requires_grad=True)
     localization_quality(log_variance).sum().backward()
     assert log_variance.grad.isfinite().all()
@@ -136,7 +136,7 @@ def test_quality_of_half_precision_is_computed_in_float32(dtype, autocast):
             assert_close(localization_quality(given), expected, rtol=0, atol=0)
 
 
-# --- KL regression loss ---------------------------------------------------------------------------
+# kl_regression_loss
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,15 @@ def test_quality_of_half_precision_is_computed_in_float32(dtype, autocast):
     ],
 )
 @pytest.mark.parametrize("sign", [1, -1])
-def test_loss_has_the_values_of_equations_8_and_9(error, variance, expected, sign):
+def test_loss_matches_equations_8_and_9(error, variance, expected, sign):
     target = torch.full((1, 4), 10.0, dtype=torch.float64)
     log_variance = torch.full_like(target, math.log(variance))
     loss = kl_regression_loss(target + sign * error, target, log_variance)
     assert_close(loss, torch.full_like(target, expected), rtol=1e-13, atol=1e-13)
 
 
-def test_loss_for_small_errors_is_the_divergence_of_a_gaussian_from_the_true_box():
-    """Up to the constant that the paper drops: the true box is a point, so KL = -log density."""
+def test_loss_for_small_errors_is_the_negative_log_density_of_the_target():
+    """Up to a constant that the paper drops. The target is a point, so KL = -log density."""
     target, log_variance = double(50, 4), double(50, 4)
     prediction = target + torch.empty_like(target).uniform_(-1, 1)
     density = Normal(prediction, log_variance.exp().sqrt()).log_prob(target)
@@ -171,7 +171,7 @@ def test_loss_for_small_errors_is_the_divergence_of_a_gaussian_from_the_true_box
 
 
 @pytest.mark.parametrize("num_boxes", [0, 1, 50])
-def test_loss_agrees_with_a_loop_over_coordinates(num_boxes):
+def test_loss_matches_a_loop_over_coordinates(num_boxes):
     prediction, target, log_variance = double(3, num_boxes, 4) * 2
     loss = kl_regression_loss(prediction, target, log_variance)
     assert loss.shape == (num_boxes, 4)
@@ -183,7 +183,7 @@ def test_loss_agrees_with_a_loop_over_coordinates(num_boxes):
             assert loss[row, k].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-def test_loss_with_variance_1_is_smooth_l1():
+def test_loss_with_variance_1_equals_smooth_l1():
     prediction, target = torch.randn(2, 50, 4) * 2
     expected = F.smooth_l1_loss(prediction, target, reduction="none", beta=1.0)
     loss = kl_regression_loss(prediction, target, torch.zeros(50, 4))
@@ -205,7 +205,7 @@ def test_loss_and_its_slope_are_continuous_at_an_error_of_1(sign, log_variance):
 
 
 @pytest.mark.parametrize("error", [0.1, 0.9, 1.0, 5.0])
-def test_loss_is_smallest_where_the_variance_is_twice_the_smooth_l1_distance(error):
+def test_loss_is_minimal_if_the_variance_is_twice_the_smooth_l1_distance(error):
     prediction = torch.full((1, 4), error, dtype=torch.float64)
     target = torch.zeros_like(prediction)
     best = (2 * F.smooth_l1_loss(prediction, target, reduction="none")).log().requires_grad_()
@@ -216,21 +216,21 @@ def test_loss_is_smallest_where_the_variance_is_twice_the_smooth_l1_distance(err
         assert (kl_regression_loss(prediction, target, best + shift) > loss).all()
 
 
-def test_loss_judges_every_coordinate_alone():
+def test_loss_of_each_coordinate_is_independent():
     tensors, order = double(3, 10, 4), torch.randperm(40)
     shuffled = tensors.reshape(3, 40)[:, order].reshape(3, 10, 4)
     expected = kl_regression_loss(*tensors).reshape(40)[order].reshape(10, 4)
     assert_close(kl_regression_loss(*shuffled), expected)
 
 
-def test_loss_has_the_right_gradients():
+def test_loss_has_correct_gradients():
     tensors = (double(5, 4) * 2, double(5, 4), double(5, 4))
     assert gradcheck(kl_regression_loss, [tensor.requires_grad_() for tensor in tensors])
 
 
 @each_limit
 @each_outlier
-def test_loss_bounds_the_log_variance(value, options, limit):
+def test_loss_clamps_the_log_variance(value, options, limit):
     target = torch.zeros(1, 4, dtype=torch.float64)
     loss = kl_regression_loss(target + 1, target, torch.full_like(target, value), **options)
     bounded = math.copysign(limit, value)
@@ -240,7 +240,7 @@ def test_loss_bounds_the_log_variance(value, options, limit):
 
 @pytest.mark.parametrize("error", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("extreme", EXTREMES)
-def test_loss_and_its_gradients_are_finite_at_the_extremes(extreme, error):
+def test_loss_and_its_gradients_are_finite_for_extreme_values(extreme, error):
     log_variance = torch.tensor([[extreme, -extreme] * 2], requires_grad=True)
     prediction = torch.full((1, 4), error, requires_grad=True)
     loss = kl_regression_loss(prediction, torch.zeros(1, 4), log_variance)
@@ -261,7 +261,7 @@ def test_loss_of_half_precision_is_computed_in_float32(dtype, autocast):
 @pytest.mark.parametrize(
     "shapes", [((3, 4), (1, 4), (3, 4)), ((3, 4), (3, 4), (3, 1)), ((4,), (3, 4), (3, 4))]
 )
-def test_loss_refuses_shapes_that_would_broadcast(shapes):
-    with pytest.raises(ValueError, match="must have one shape") as error:
+def test_loss_rejects_shapes_that_would_broadcast(shapes):
+    with pytest.raises(ValueError, match="must have the same shape") as error:
         kl_regression_loss(*map(torch.zeros, shapes))
     assert all(str(shape) in str(error.value) for shape in shapes)

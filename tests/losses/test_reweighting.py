@@ -1,4 +1,4 @@
-"""LER (Eq. 11) and PRC (Eq. 12, 13 and 14)."""
+"""Weights and losses of LER (Eq. 11) and PRC (Eq. 12-14)."""
 
 import math
 
@@ -41,26 +41,26 @@ def teacher_outputs(num_proposals, columns=K, dtype=torch.float64):
 
 
 def student_outputs(num_proposals):
-    """Logits and the reliability that the teacher gives them."""
+    """Logits and reliability scores."""
     logits = torch.randn(num_proposals, K + 1, dtype=torch.float64)
     return logits, torch.rand(num_proposals, dtype=torch.float64)
 
 
 def box_losses(num_boxes):
-    """Losses of foreground boxes and the quality of their pseudo-labels."""
+    """Losses of foreground boxes and quality scores of their pseudo-labels."""
     loss = torch.rand(num_boxes, 4, dtype=torch.float64)
     return loss, torch.rand(num_boxes, dtype=torch.float64) / 2
 
 
-# --- reliability of proposals ---------------------------------------------------------------------
+# proposal_reliability
 
 
 @pytest.mark.parametrize(
     ("label", "expected"),
     [(0, 0.5 / (1 + math.e**3)), (1, 0.5 / (1 + math.e**3)), (2, 0.3)],
 )
-def test_reliability_has_the_values_of_equations_12_and_13(label, expected):
-    """Of classes 0 and 1 the second is likelier, with the variances 1, 2, 3, 6: 3 on average."""
+def test_reliability_matches_equations_12_and_13(label, expected):
+    """Class 1 is more likely than class 0. Its variances are 1, 2, 3, 6, with a mean of 3."""
     probabilities = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
     log_variance = torch.tensor([[[1, 1, 1, 1], [1, 2, 3, 6]]], dtype=torch.float64).log()
     weight = proposal_reliability(probabilities, log_variance, as_labels([label]))
@@ -69,7 +69,7 @@ def test_reliability_has_the_values_of_equations_12_and_13(label, expected):
 
 @each_label_set
 @pytest.mark.parametrize("columns", [K, 1])
-def test_reliability_agrees_with_a_loop_over_proposals(labels, columns):
+def test_reliability_matches_a_loop_over_proposals(labels, columns):
     probabilities, log_variance = teacher_outputs(len(labels), columns)
     weights = proposal_reliability(probabilities, log_variance, as_labels(labels))
     expected = []
@@ -82,7 +82,7 @@ def test_reliability_agrees_with_a_loop_over_proposals(labels, columns):
     assert_close(weights, torch.tensor(expected, dtype=torch.float64))
 
 
-def test_class_agnostic_variance_counts_as_that_of_every_class():
+def test_class_agnostic_variance_is_used_for_every_class():
     probabilities, shared = teacher_outputs(7, columns=1)
     labels = as_labels(LABELS["both"])
     assert_close(
@@ -100,8 +100,8 @@ def test_foreground_reliability_does_not_depend_on_the_assigned_class():
 
 @pytest.mark.parametrize("best", range(K + 1))
 @pytest.mark.parametrize("label", range(K + 1))
-def test_reliability_of_certain_teachers(best, label):
-    """Probabilities of exactly 0 and 1; every variance is 1."""
+def test_reliability_for_probabilities_of_0_and_1(best, label):
+    """All variances are 1."""
     probabilities = torch.eye(K + 1)[[best]]
     weight = proposal_reliability(probabilities, torch.zeros(1, K, 4), as_labels([label]))
     foreground = 0.0 if best == K else torch.sigmoid(torch.tensor(-1.0)).item()
@@ -110,7 +110,7 @@ def test_reliability_of_certain_teachers(best, label):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
 @pytest.mark.parametrize("extreme", [7.0, -7.0, 1e4, -1e4, math.inf, -math.inf])
-def test_reliability_stays_within_0_and_1_at_the_extremes(extreme, dtype):
+def test_reliability_is_within_0_and_1_for_extreme_values(extreme, dtype):
     probabilities = torch.eye(K + 1, dtype=dtype)
     log_variance = torch.full((K + 1, K, 4), extreme, dtype=dtype)
     for label in range(K + 1):
@@ -119,7 +119,7 @@ def test_reliability_stays_within_0_and_1_at_the_extremes(extreme, dtype):
         assert ((weights >= 0) & (weights <= 1)).all()
 
 
-def test_proposals_are_judged_one_by_one():
+def test_reliability_of_each_proposal_is_independent():
     probabilities, log_variance = teacher_outputs(7)
     labels, order = as_labels(LABELS["both"]), torch.randperm(7)
     weights = proposal_reliability(probabilities, log_variance, labels)
@@ -127,7 +127,7 @@ def test_proposals_are_judged_one_by_one():
     assert_close(shuffled, weights[order])
 
 
-def test_reliability_ignores_the_order_of_the_foreground_classes():
+def test_reliability_does_not_depend_on_the_order_of_foreground_classes():
     probabilities, log_variance = teacher_outputs(7)
     labels, order = as_labels(LABELS["both"]), [2, 0, 1]
     weights = proposal_reliability(probabilities, log_variance, labels)
@@ -136,7 +136,7 @@ def test_reliability_ignores_the_order_of_the_foreground_classes():
     )
 
 
-def test_scale_and_limit_reach_the_foreground_quality_alone():
+def test_scale_and_limit_affect_foreground_proposals_only():
     probabilities, log_variance = teacher_outputs(7)
     labels = as_labels(LABELS["both"])
     plain = proposal_reliability(probabilities, log_variance.clamp(-0.5, 0.5), labels)
@@ -146,7 +146,7 @@ def test_scale_and_limit_reach_the_foreground_quality_alone():
 
 
 @each_label_set
-def test_reliability_carries_no_gradient(labels):
+def test_reliability_has_no_gradient(labels):
     outputs = [tensor.requires_grad_() for tensor in teacher_outputs(len(labels))]
     assert not proposal_reliability(*outputs, as_labels(labels)).requires_grad
 
@@ -166,7 +166,7 @@ def test_reliability_of_half_precision_is_computed_in_float32(dtype, autocast):
     ("log_variance", "labels"),
     [((5, 2, 4), (5,)), ((4, K, 4), (5,)), ((5, K), (5,)), ((5, K, 4), (4,)), ((5, K, 4), (5, 1))],
 )
-def test_reliability_refuses_shapes_that_do_not_fit(log_variance, labels):
+def test_reliability_rejects_inconsistent_shapes(log_variance, labels):
     with pytest.raises(ValueError, match="log_variance must be") as error:
         proposal_reliability(
             torch.ones(5, K + 1), torch.zeros(log_variance), torch.zeros(labels, dtype=torch.int64)
@@ -174,14 +174,14 @@ def test_reliability_refuses_shapes_that_do_not_fit(log_variance, labels):
     assert all(str(shape) in str(error.value) for shape in ((5, K + 1), log_variance, labels))
 
 
-# --- classification loss --------------------------------------------------------------------------
+# reliability_weighted_cross_entropy
 
 
 @pytest.mark.parametrize(
     ("per_sampled_proposal", "expected"), [(False, 0.3 + 0.7), (True, 2.7 / 5)]
 )
-def test_cross_entropy_has_the_values_of_equation_14(per_sampled_proposal, expected):
-    """The foreground weights average 0.3, the background's 0.7; every cross entropy is log 2."""
+def test_cross_entropy_matches_equation_14(per_sampled_proposal, expected):
+    """The mean weight is 0.3 in the foreground, 0.7 in the background. Each loss is log 2."""
     logits = torch.zeros(5, 2, dtype=torch.float64)
     reliability = torch.tensor([0.2, 0.5, 0.4, 0.6, 1.0], dtype=torch.float64)
     loss = reliability_weighted_cross_entropy(
@@ -195,7 +195,7 @@ def test_cross_entropy_has_the_values_of_equation_14(per_sampled_proposal, expec
 
 @each_label_set
 @each_normalizer
-def test_cross_entropy_agrees_with_a_loop_over_proposals(labels, per_sampled_proposal):
+def test_cross_entropy_matches_a_loop_over_proposals(labels, per_sampled_proposal):
     logits, reliability = student_outputs(len(labels))
     sums, counts = {True: 0.0, False: 0.0}, {True: 0, False: 0}
     for scores, weight, label in zip(logits.tolist(), reliability.tolist(), labels, strict=True):
@@ -214,7 +214,7 @@ def test_cross_entropy_agrees_with_a_loop_over_proposals(labels, per_sampled_pro
 
 
 @each_normalizer
-def test_cross_entropy_of_no_proposals_is_an_exact_zero_that_keeps_the_graph(per_sampled_proposal):
+def test_cross_entropy_of_no_proposals_is_a_zero_that_keeps_the_graph(per_sampled_proposal):
     layer = nn.Linear(5, K + 1)
     loss = reliability_weighted_cross_entropy(
         layer(torch.zeros(0, 5)),
@@ -229,7 +229,7 @@ def test_cross_entropy_of_no_proposals_is_an_exact_zero_that_keeps_the_graph(per
 
 
 @pytest.mark.parametrize("kind", ["foreground only", "background only"])
-def test_empty_set_adds_exactly_nothing_to_the_mean_of_the_other(kind):
+def test_empty_set_adds_zero_to_the_mean_of_the_other_set(kind):
     labels = LABELS[kind]
     logits, reliability = student_outputs(len(labels))
     equation, sampled = (
@@ -243,7 +243,7 @@ def test_empty_set_adds_exactly_nothing_to_the_mean_of_the_other(kind):
 
 @each_label_set
 @each_normalizer
-def test_cross_entropy_has_the_right_gradient(labels, per_sampled_proposal):
+def test_cross_entropy_has_a_correct_gradient(labels, per_sampled_proposal):
     logits, reliability = student_outputs(len(labels))
     assert gradcheck(
         lambda scores: reliability_weighted_cross_entropy(
@@ -254,7 +254,7 @@ def test_cross_entropy_has_the_right_gradient(labels, per_sampled_proposal):
 
 
 @each_normalizer
-def test_reliability_takes_no_gradient_from_the_cross_entropy(per_sampled_proposal):
+def test_cross_entropy_gives_no_gradient_to_the_reliability(per_sampled_proposal):
     logits, reliability = (tensor.requires_grad_() for tensor in student_outputs(7))
     reliability_weighted_cross_entropy(
         logits,
@@ -267,7 +267,7 @@ def test_reliability_takes_no_gradient_from_the_cross_entropy(per_sampled_propos
 
 
 @each_normalizer
-def test_unreliable_proposals_do_not_teach(per_sampled_proposal):
+def test_proposals_with_zero_reliability_get_no_gradient(per_sampled_proposal):
     logits, reliability = student_outputs(7)
     reliability[2:4] = 0
     reliability_weighted_cross_entropy(
@@ -276,12 +276,12 @@ def test_unreliable_proposals_do_not_teach(per_sampled_proposal):
         reliability,
         per_sampled_proposal=per_sampled_proposal,
     ).backward()
-    silent = logits.grad.eq(0).all(dim=1)
-    assert silent.tolist() == [False, False, True, True, False, False, False]
+    no_gradient = logits.grad.eq(0).all(dim=1)
+    assert no_gradient.tolist() == [False, False, True, True, False, False, False]
 
 
 @each_normalizer
-def test_cross_entropy_ignores_the_order_of_the_proposals(per_sampled_proposal):
+def test_cross_entropy_does_not_depend_on_the_order_of_proposals(per_sampled_proposal):
     logits, reliability = student_outputs(7)
     labels, order = as_labels(LABELS["both"]), torch.randperm(7)
     options = {"per_sampled_proposal": per_sampled_proposal}
@@ -294,7 +294,7 @@ def test_cross_entropy_ignores_the_order_of_the_proposals(per_sampled_proposal):
 
 
 def test_cross_entropy_is_exact_for_extreme_logits():
-    """The first student is certain and right, the second is certain and wrong."""
+    """The first prediction is right, the second one is wrong."""
     logits = torch.tensor([[1e4, -1e4], [1e4, -1e4]], requires_grad=True)
     loss = reliability_weighted_cross_entropy(logits, as_labels([0, 1]), torch.tensor([1.0, 0.5]))
     loss.backward()
@@ -314,13 +314,13 @@ def test_cross_entropy_of_half_precision_is_computed_in_float32(dtype, autocast)
             assert_close(loss, expected, rtol=0, atol=0)
 
 
-# --- box loss -------------------------------------------------------------------------------------
+# quality_weighted_box_loss
 
 
 @pytest.mark.parametrize("count", [int, torch.tensor], ids=["number", "tensor"])
 @pytest.mark.parametrize(("num_foreground", "expected"), [(2, 1.5), (6, 0.5), (1, 3.0), (0, 3.0)])
-def test_box_loss_has_the_values_of_equation_11(num_foreground, expected, count):
-    """Summed over the coordinates, divided by the given number, which is at least 1."""
+def test_box_loss_matches_equation_11(num_foreground, expected, count):
+    """The sum over coordinates and boxes is divided by the given number, at least by 1."""
     quality = torch.tensor([0.5, 0.25])
     loss = quality_weighted_box_loss(torch.ones(2, 4), quality, count(num_foreground))
     assert loss.shape == ()
@@ -328,7 +328,7 @@ def test_box_loss_has_the_values_of_equation_11(num_foreground, expected, count)
 
 
 @pytest.mark.parametrize("num_boxes", [0, 1, 7])
-def test_box_loss_agrees_with_a_loop_over_boxes(num_boxes):
+def test_box_loss_matches_a_loop_over_boxes(num_boxes):
     loss, quality = box_losses(num_boxes)
     expected = sum(q * sum(box) for q, box in zip(quality.tolist(), loss.tolist(), strict=True))
     result = quality_weighted_box_loss(loss, quality, num_boxes)
@@ -336,7 +336,7 @@ def test_box_loss_agrees_with_a_loop_over_boxes(num_boxes):
 
 
 @pytest.mark.parametrize("num_foreground", [0, torch.tensor(0)], ids=["number", "tensor"])
-def test_box_loss_of_no_boxes_is_an_exact_zero_that_keeps_the_graph(num_foreground):
+def test_box_loss_of_no_boxes_is_a_zero_that_keeps_the_graph(num_foreground):
     layer = nn.Linear(5, 4)
     loss = quality_weighted_box_loss(layer(torch.zeros(0, 5)), torch.zeros(0), num_foreground)
     loss.backward()
@@ -345,19 +345,19 @@ def test_box_loss_of_no_boxes_is_an_exact_zero_that_keeps_the_graph(num_foregrou
         assert_close(parameter.grad, torch.zeros_like(parameter), rtol=0, atol=0)
 
 
-def test_box_loss_has_the_right_gradient():
+def test_box_loss_has_a_correct_gradient():
     loss, quality = box_losses(5)
     assert gradcheck(lambda x: quality_weighted_box_loss(x, quality, 5), loss.requires_grad_())
 
 
-def test_quality_takes_no_gradient_from_the_box_loss():
+def test_box_loss_gives_no_gradient_to_the_quality():
     loss, quality = (tensor.requires_grad_() for tensor in box_losses(5))
     quality_weighted_box_loss(loss, quality, 5).backward()
     assert quality.grad is None
     assert_close(loss.grad, quality.detach()[:, None].expand(5, 4) / 5)
 
 
-def test_box_loss_ignores_the_order_of_the_boxes():
+def test_box_loss_does_not_depend_on_the_order_of_boxes():
     loss, quality = box_losses(5)
     order = torch.randperm(5)
     assert_close(
@@ -368,7 +368,7 @@ def test_box_loss_ignores_the_order_of_the_boxes():
 
 @each_half
 def test_box_loss_of_half_precision_is_computed_in_float32(dtype, autocast):
-    """The losses are so large that their sum does not fit into half precision."""
+    """The sum of the losses would overflow in half precision."""
     loss, quality = (tensor.to(dtype) for tensor in box_losses(50))
     loss = loss * 1e4
     expected = quality_weighted_box_loss(loss.float(), quality.float(), 50)
@@ -377,7 +377,7 @@ def test_box_loss_of_half_precision_is_computed_in_float32(dtype, autocast):
             assert_close(quality_weighted_box_loss(*given, 50), expected, rtol=0, atol=0)
 
 
-def test_weights_of_another_shape_are_an_error_and_not_broadcast():
+def test_weights_with_a_different_shape_are_rejected():
     logits, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"reliability is \(4, 1\), labels \(4,\)"):
         reliability_weighted_cross_entropy(logits, labels, torch.ones(4, 1))

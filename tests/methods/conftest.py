@@ -1,3 +1,5 @@
-"""Fixtures shared with the tests of the engine."""
+"""Fixtures of trainings, shared with tests/engine."""
 
-from tests.engine.conftest import datasets, make_trainer  # noqa: F401
+from tests.engine.conftest import datasets, make_trainer
+
+__all__ = ["datasets", "make_trainer"]

@@ -1,10 +1,10 @@
-"""What each method does with pseudo-labels, against its formula in loops over single numbers."""
+"""Losses and pseudo-labels of each method, compared with loops over single numbers."""
 
 from __future__ import annotations
 
+import inspect
 import math
-import re
-from pathlib import Path
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-import locreweight
+from locreweight import methods
 from locreweight.errors import UsageError
 from locreweight.losses import reweighting
 from locreweight.methods import (
@@ -24,12 +24,11 @@ from locreweight.methods import (
     SemiSupervisedMethod,
     build_method,
 )
-from locreweight.methods.base import unweighted_box_loss, unweighted_classification_loss
-from locreweight.methods.loc_reweight import ler, prc
-from locreweight.methods.shuffled_loc_reweight import shuffled
-from locreweight.methods.soft_teacher import SoftTeacherParts, refine
+from locreweight.methods.base import to_pseudo_labels
+from locreweight.methods.loc_reweight import LocReweight
+from locreweight.methods.shuffled_loc_reweight import shuffle_within_groups
+from locreweight.methods.soft_teacher import SoftTeacher, regress_boxes
 from tests.modeling.output_layer_cases import (
-    LABELS,
     K,
     coded,
     count,
@@ -48,6 +47,10 @@ from tests.modeling.output_layer_cases import (
 )
 from tests.modeling.tiny_model import random_image, tiny_config, tiny_model
 
+PAPER = LocReweight(pseudo_label_threshold=0.8, ler=True, prc=True)
+BASELINE = LocReweight(pseudo_label_threshold=0.8, ler=False, prc=False)
+SOFT_TEACHER = SoftTeacher(pseudo_label_threshold=0.9)
+
 
 @pytest.fixture(autouse=True)
 def _storage():
@@ -55,97 +58,155 @@ def _storage():
         yield
 
 
-def never_asked():
-    pytest.fail("the teacher was asked in vain")
+def fail_if_called():
+    pytest.fail("the teacher's predictions are not needed")
 
 
 def sample(labels, predictor=None, *, class_agnostic=False, teacher=None, **fields):
-    """Proposals of images with these labels; ``gt_`` fields, one number a proposal, as given."""
-    proposals = make_proposals(labels)
+    """Proposals with these labels for each image; ``gt_`` fields have one number per proposal."""
+    instances = make_proposals(labels)
     for name, values in fields.items():
-        parts = values.split([len(p) for p in proposals])
-        for found, part in zip(proposals, parts, strict=True):
-            if found.has("gt_boxes"):  # an image without pseudo-labels has no such field
-                found.set(name, part)
+        parts = values.split([len(x) for x in instances])
+        for x, part in zip(instances, parts, strict=True):
+            if x.has("gt_boxes"):  # absent in an image without pseudo-labels
+                x.set(name, part)
     return SampledProposals(
-        proposals,
+        instances,
         make_predictions(count(labels), class_agnostic),
         predictor or make_predictor(class_agnostic=class_agnostic),
-        predict_rois=never_asked if teacher is None else lambda: teacher,
+        predict_rois=fail_if_called if teacher is None else lambda: teacher,
     )
 
 
-def box_terms(sampled, coding, class_agnostic, beta):
-    """Row and summed smooth L1 of every foreground proposal."""
-    for row, (label, proposal, target) in enumerate(rows_of(sampled.proposals)):
+def expected_box_losses(proposals, coding, class_agnostic, beta):
+    """Yield the row and the summed smooth L1 loss of every foreground proposal."""
+    for row, (label, proposal, target) in enumerate(rows_of(proposals.instances)):
         if label < K:
-            said = four_of(sampled.predictions.deltas, row, label, class_agnostic)
-            wanted = coded(coding, proposal, target)
-            yield row, sum(smooth_l1(a - b, beta) for a, b in zip(said, wanted, strict=True))
+            predicted = four_of(proposals.predictions.deltas, row, label, class_agnostic)
+            expected = coded(coding, proposal, target)
+            pairs = zip(predicted, expected, strict=True)
+            yield row, sum(smooth_l1(a - b, beta) for a, b in pairs)
 
 
-# --- the paper's ----------------------------------------------------------------------------------
+# Parts that methods share
+
+
+def detections_with(scores):
+    count = len(scores)
+    boxes = [[float(i), 0, i + 10, 10] for i in range(count)]
+    return Instances(
+        (64, 64),
+        pred_boxes=Boxes(torch.tensor(boxes).reshape(-1, 4)),
+        scores=torch.tensor(scores),
+        pred_classes=torch.arange(count) % K,
+        localization_quality=torch.arange(count) / 100,
+    )
+
+
+def test_pseudo_labels_have_scores_above_the_threshold_and_not_equal_to_it():
+    labels = to_pseudo_labels(detections_with([0.81, 0.8, 0.79, 0.9]), 0.8)
+    assert labels.gt_classes.tolist() == [0, 0]
+    assert labels.gt_boxes.tensor[:, 0].tolist() == [0.0, 3.0]
+    assert_close(labels.gt_localization_quality, torch.tensor([0.0, 0.03]))
+    assert_close(labels.gt_score, torch.tensor([0.81, 0.9]))
+    assert labels.get_fields().keys() == {
+        *("gt_boxes", "gt_classes", "gt_localization_quality", "gt_score")
+    }
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.2], []])
+def test_pseudo_labels_can_be_empty(scores):
+    assert len(to_pseudo_labels(detections_with(scores), 0.8)) == 0
+
+
+def test_matched_gt_field_is_zero_in_an_image_without_pseudo_labels():
+    with_labels = Instances((8, 8), gt_classes=torch.tensor([0, 1]))
+    with_labels.gt_localization_quality = torch.tensor([0.1, 0.4])
+    without = Instances((8, 8), gt_classes=torch.tensor([K]))
+    proposals = SampledProposals([with_labels, without], None, None, None)
+    quality = proposals.matched_gt_field("gt_localization_quality")
+    assert_close(quality, torch.tensor([0.1, 0.4, 0.0]))
+
+
+# LER and PRC
 
 
 @each_coding
 @each_regression
 @each_normalizer
 @each_labels
-@pytest.mark.parametrize("weighted", [True, False])
-def test_the_box_loss_is_equation_11(coding, class_agnostic, by_sampled, labels, weighted):
+@pytest.mark.parametrize("method", [PAPER, BASELINE], ids=["LER", "unweighted"])
+def test_box_loss_matches_equation_11(coding, class_agnostic, by_sampled, labels, method):
     predictor = make_predictor(
         coding, class_agnostic, normalize_by_sampled=by_sampled, smooth_l1_beta=0.7
     )
     quality = torch.rand(count(labels)) / 2
-    sampled = sample(
+    proposals = sample(
         labels, predictor, class_agnostic=class_agnostic, gt_localization_quality=quality
     )
-    terms = list(box_terms(sampled, coding, class_agnostic, beta=0.7))
-    total = sum(loss * (quality[row].item() if weighted else 1.0) for row, loss in terms)
-    expected = total / max(count(labels) if by_sampled else len(terms), 1)
-    loss = (ler if weighted else unweighted_box_loss)(sampled)
-    assert_close(loss, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    losses = list(expected_box_losses(proposals, coding, class_agnostic, beta=0.7))
+    total = sum(loss * (quality[row].item() if method is PAPER else 1.0) for row, loss in losses)
+    expected = total / max(count(labels) if by_sampled else len(losses), 1)
+    assert_close(method.box_loss(proposals), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@each_regression
+def test_reliability_matches_equations_12_and_13(class_agnostic):
+    predictor = make_predictor(class_agnostic=class_agnostic, quality_scale=1.5)
+    labels = [0, 2, K, K, 1]
+    teacher = make_predictions(len(labels), class_agnostic)
+    expected = []
+    for row, label in enumerate(labels):
+        probabilities = teacher.scores[row].softmax(dim=0).tolist()
+        best = max(range(K), key=lambda k: probabilities[k])
+        variances = [math.exp(v) for v in four_of(teacher.log_variance, row, best, class_agnostic)]
+        quality = 1.5 * (1 - 1 / (1 + math.exp(-sum(variances) / 4)))
+        expected.append(probabilities[best] * quality if label < K else probabilities[K])
+    proposals = sample([labels], predictor, class_agnostic=class_agnostic, teacher=teacher)
+    assert_close(PAPER.reliability(proposals), torch.tensor(expected))
 
 
 @each_normalizer
 @each_labels
-def test_the_classification_loss_is_equation_14(by_sampled, labels):
+def test_classification_loss_matches_equation_14(by_sampled, labels):
     predictor = make_predictor(normalize_by_sampled=by_sampled)
-    teacher = make_predictions(count(labels))
-    sampled = sample(labels, predictor, teacher=teacher)
-    reliability = predictor.reliability(teacher, sampled.labels)
+    proposals = sample(labels, predictor, teacher=make_predictions(count(labels)))
+    reliability = PAPER.reliability(proposals)
 
-    sums, numbers = {True: 0.0, False: 0.0}, {True: 0, False: 0}
-    for row, (label, _, _) in enumerate(rows_of(sampled.proposals)):
-        of_scores = cross_entropy_of(sampled.predictions.scores[row].tolist(), label)
-        sums[label < K] += reliability[row].item() * of_scores
-        numbers[label < K] += 1
+    sums, counts = {True: 0.0, False: 0.0}, {True: 0, False: 0}
+    for row, (label, _, _) in enumerate(rows_of(proposals.instances)):
+        loss = cross_entropy_of(proposals.predictions.scores[row].tolist(), label)
+        sums[label < K] += reliability[row].item() * loss
+        counts[label < K] += 1
     if by_sampled:
         expected = (sums[True] + sums[False]) / count(labels)
     else:
-        expected = sum(sums[kind] / max(numbers[kind], 1) for kind in sums)
-    assert_close(prc(sampled), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+        expected = sum(sums[group] / max(counts[group], 1) for group in sums)
+    loss = PAPER.classification_loss(proposals)
+    assert_close(loss, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 @each_normalizer
 @each_labels
-def test_without_weights_the_classification_loss_is_detectron2s(by_sampled, labels):
-    sampled = sample(labels, make_predictor(normalize_by_sampled=by_sampled))
-    theirs = predictor_of(FastRCNNOutputLayers).losses(sampled.predictions[:2], sampled.proposals)
-    assert torch.equal(unweighted_classification_loss(sampled), theirs["loss_cls"])
+def test_unweighted_classification_loss_equals_detectron2(by_sampled, labels):
+    proposals = sample(labels, make_predictor(normalize_by_sampled=by_sampled))
+    detectron2 = predictor_of(FastRCNNOutputLayers)
+    expected = detectron2.losses(proposals.predictions[:2], proposals.instances)["loss_cls"]
+    assert torch.equal(BASELINE.classification_loss(proposals), expected)
 
 
-@pytest.mark.parametrize("regress", [ler, unweighted_box_loss])
-@pytest.mark.parametrize("classify", [prc, unweighted_classification_loss])
+@pytest.mark.parametrize("ler", [True, False])
+@pytest.mark.parametrize("prc", [True, False])
 @each_labels
-def test_losses_are_finite_and_pass_gradients_to_all_but_the_variance(regress, classify, labels):
+def test_losses_are_finite_and_have_no_gradient_for_variances_and_weights(ler, prc, labels):
     quality = torch.rand(count(labels), requires_grad=True)
     teacher = make_predictions(count(labels))
-    sampled = sample(labels, teacher=teacher, gt_localization_quality=quality)
-    total = regress(sampled) + classify(sampled)
+    proposals = sample(labels, teacher=teacher, gt_localization_quality=quality)
+    method = LocReweight(pseudo_label_threshold=0.8, ler=ler, prc=prc)
+    total = sum(method.losses(proposals).values())
     assert total.isfinite()
     total.backward()
-    predictions = sampled.predictions
+    predictions = proposals.predictions
     assert predictions.scores.grad.abs().sum() > 0
     assert predictions.deltas.grad is not None
     assert (predictions.deltas.grad != 0).any() == any(k < K for image in labels for k in image)
@@ -153,103 +214,108 @@ def test_losses_are_finite_and_pass_gradients_to_all_but_the_variance(regress, c
     assert all(x.grad is None for x in (quality, *teacher))
 
 
-# --- its control ----------------------------------------------------------------------------------
+# Shuffled control
 
 
-def test_the_control_deals_each_kind_its_own_weights_and_each_place_any_of_them():
+def test_shuffle_assigns_each_weight_of_a_group_to_each_place_equally_often():
     weights = torch.arange(1.0, 8.0)
-    foreground = torch.tensor([0, 1, 1, 0, 1, 0, 0]).bool()
+    is_foreground = torch.tensor([0, 1, 1, 0, 1, 0, 0]).bool()
     torch.manual_seed(0)
-    draws = torch.stack([shuffled(weights, foreground) for _ in range(2000)])
-    for kind in (foreground, ~foreground):
-        own = weights[kind]
-        assert torch.equal(draws[:, kind].sort(dim=1).values, own.expand(2000, -1))
-        share = (draws[:, kind][..., None] == own).float().mean(dim=0)
-        assert_close(share, torch.full_like(share, 1 / len(own)), rtol=0, atol=0.06)
+    draws = torch.stack([shuffle_within_groups(weights, is_foreground) for _ in range(2000)])
+    for group in (is_foreground, ~is_foreground):
+        expected = weights[group]
+        assert torch.equal(draws[:, group].sort(dim=1).values, expected.expand(2000, -1))
+        frequency = (draws[:, group][..., None] == expected).float().mean(dim=0)
+        uniform = torch.full_like(frequency, 1 / len(expected))
+        assert_close(frequency, uniform, rtol=0, atol=0.06)
 
 
-@pytest.mark.parametrize("kind", [True, False], ids=["foreground", "background"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_control_works_with_one_kind_and_with_none(kind, dtype):
+@pytest.mark.parametrize("is_foreground", [True, False], ids=["foreground", "background"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_shuffle_works_with_one_group_and_with_no_proposal(is_foreground, dtype):
     weights = torch.rand(5, dtype=dtype)
-    dealt = shuffled(weights, torch.full((5,), kind))
-    assert dealt.dtype == dtype and torch.equal(dealt.sort().values, weights.sort().values)
-    assert shuffled(weights[:0], torch.zeros(0).bool()).shape == (0,)
+    shuffled = shuffle_within_groups(weights, torch.full((5,), is_foreground))
+    assert shuffled.dtype == dtype and torch.equal(shuffled.sort().values, weights.sort().values)
+    assert shuffle_within_groups(weights[:0], torch.zeros(0).bool()).shape == (0,)
 
 
 @each_normalizer
 @each_labels
-def test_the_control_has_the_papers_losses_with_its_own_weights(by_sampled, labels):
+def test_shuffled_control_computes_the_paper_losses_with_shuffled_weights(by_sampled, labels):
     predictor = make_predictor(normalize_by_sampled=by_sampled)
-    teacher = make_predictions(count(labels))
     quality = torch.rand(count(labels)) / 2
-    sampled = sample(labels, predictor, teacher=teacher, gt_localization_quality=quality)
+    proposals = sample(
+        labels,
+        predictor,
+        teacher=make_predictions(count(labels)),
+        gt_localization_quality=quality,
+    )
     torch.manual_seed(0)
-    losses = strategy_of("ShuffledLocReweight").losses(sampled)
+    losses = make_method("ShuffledLocReweight").losses(proposals)
 
     torch.manual_seed(0)
-    reliability = predictor.reliability(teacher, sampled.labels)
-    reliability = shuffled(reliability, sampled.is_foreground)
-    dealt = shuffled(
-        sampled.matched_gt_field("gt_localization_quality"), sampled.is_foreground
-    ).tolist()
-    boxes = [(row, loss * dealt[row]) for row, loss in box_terms(sampled, "corners", False, 1.0)]
-    expected = sum(loss for _, loss in boxes) / max(count(labels) if by_sampled else len(boxes), 1)
+    reliability = shuffle_within_groups(PAPER.reliability(proposals), proposals.is_foreground)
+    quality = PAPER.localization_quality(proposals)
+    shuffled = shuffle_within_groups(quality, proposals.is_foreground).tolist()
+    boxes = [
+        loss * shuffled[row] for row, loss in expected_box_losses(proposals, "corners", False, 1.0)
+    ]
+    expected = sum(boxes) / max(count(labels) if by_sampled else len(boxes), 1)
     assert_close(losses["loss_box_reg"], torch.tensor(expected), rtol=1e-4, atol=1e-5)
     weighted = reweighting.reliability_weighted_cross_entropy(
-        sampled.predictions.scores, sampled.labels, reliability, per_sampled_proposal=by_sampled
+        proposals.predictions.scores,
+        proposals.labels,
+        reliability,
+        per_sampled_proposal=by_sampled,
     )
     assert_close(losses["loss_cls"], weighted)
 
 
-# --- Soft Teacher ---------------------------------------------------------------------------------
-
-PARTS = SoftTeacherParts(class_threshold=0.9)
+# Soft Teacher
 
 
-def test_soft_teachers_classification_weighs_background_by_its_share_of_the_teachers_scores():
+def test_soft_teacher_weights_background_by_its_share_of_the_teacher_scores():
     labels = [[0, K, 2, K], [1, 1, K]]
     scores = torch.tensor([0.95, 0.95, 0.6, 0.95, 0.99, 0.91, 0.3])  # of the pseudo-labels
     teacher = make_predictions(7)
-    sampled = sample(labels, teacher=teacher, gt_score=scores)
-    # Row 2 is matched to a candidate that is no object: for classification it is background.
+    proposals = sample(labels, teacher=teacher, gt_score=scores)
+    # Row 2 is matched to a candidate that is not an object, so it is background.
     objects = {0: 0, 4: 1, 5: 1}
     background = teacher.scores.softmax(dim=1)[:, K].tolist()
     others = [row for row in range(7) if row not in objects]
     shares = {row: background[row] / sum(background[r] for r in others) for row in others}
-    logits = sampled.predictions.scores.tolist()
+    logits = proposals.predictions.scores.tolist()
     expected = sum(cross_entropy_of(logits[row], label) for row, label in objects.items()) / 3
     expected += sum(share * cross_entropy_of(logits[row], K) for row, share in shares.items())
-    assert_close(PARTS.classify(sampled), torch.tensor(expected))
+    assert_close(SOFT_TEACHER.classification_loss(proposals), torch.tensor(expected))
 
 
 @each_coding
-@pytest.mark.parametrize("by_sampled", [False, True])
-def test_soft_teacher_regresses_to_boxes_that_the_teacher_agrees_on_and_no_others(
-    coding, by_sampled
-):
+@each_normalizer
+def test_soft_teacher_regresses_only_to_boxes_with_low_variance(coding, by_sampled):
     labels = [[0, K, 2, K], [1, 1, K]]
     variance = torch.tensor([0.01, 0.0, 0.03, 0.0, 0.019, 0.021, 0.0])
     score = torch.tensor([0.6, 0.6, 0.95, 0.6, 0.95, 0.95, 0.6])
     predictor = make_predictor(coding, normalize_by_sampled=by_sampled)
-    sampled = sample(labels, predictor, gt_variance=variance, gt_score=score)
-    terms = dict(box_terms(sampled, coding, False, beta=1.0))
-    expected = (terms[0] + terms[4]) / (7 if by_sampled else 2)
-    assert_close(PARTS.regress_boxes(sampled), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    proposals = sample(labels, predictor, gt_variance=variance, gt_score=score)
+    losses = dict(expected_box_losses(proposals, coding, False, beta=1.0))
+    expected = (losses[0] + losses[4]) / (7 if by_sampled else 2)
+    loss = SOFT_TEACHER.box_loss(proposals)
+    assert_close(loss, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
-@pytest.mark.parametrize("variance", [0.0, 1.0], ids=["agreed", "disagreed"])
-def test_soft_teachers_losses_are_finite_whatever_is_missing(labels, variance):
+@each_labels
+@pytest.mark.parametrize("variance", [0.0, 1.0], ids=["low variance", "high variance"])
+def test_soft_teacher_losses_are_finite_without_foreground_or_targets(labels, variance):
     fields = {
         "gt_variance": torch.full((count(labels),), variance),
         "gt_score": torch.full((count(labels),), 0.95),
     }
-    sampled = sample(labels, teacher=make_predictions(count(labels)), **fields)
-    box_loss = PARTS.regress_boxes(sampled)
-    (box_loss + PARTS.classify(sampled)).backward()
-    assert sampled.predictions.deltas.grad.isfinite().all()
-    assert sampled.predictions.scores.grad.abs().sum() > 0
+    proposals = sample(labels, teacher=make_predictions(count(labels)), **fields)
+    box_loss = SOFT_TEACHER.box_loss(proposals)
+    (box_loss + SOFT_TEACHER.classification_loss(proposals)).backward()
+    assert proposals.predictions.deltas.grad.isfinite().all()
+    assert proposals.predictions.scores.grad.abs().sum() > 0
     foreground = any(k < K for image in labels for k in image)
     assert (box_loss > 0) == (foreground and variance < 0.02)
 
@@ -259,106 +325,105 @@ def teacher():
     return tiny_model().eval()
 
 
-def test_candidates_are_the_detections_above_the_lower_threshold_with_their_variance(teacher):
-    seen = teacher.detect([{"image": random_image(seed=i)} for i in range(2)])
-    scores = cat([found.scores for found in seen.detections])
-    low = scores.median().item()
-    parts = SoftTeacherParts(class_threshold=scores.max().item() - 1e-6, box_threshold=low)
-    found = parts.candidates(teacher, seen)
-    for candidates, detections in zip(found, seen.detections, strict=True):
-        assert len(candidates) == (detections.scores > low).sum()
-        assert (candidates.gt_variance > 0).all() and candidates.gt_variance.isfinite().all()
-    assert sum(len(parts.objects(candidates)) for candidates in found) == 1
+def test_soft_teacher_candidates_are_the_detections_above_the_lower_threshold(teacher):
+    output = teacher.detect([{"image": random_image(seed=i)} for i in range(2)])
+    scores = cat([x.scores for x in output.detections])
+    method = SoftTeacher(pseudo_label_threshold=scores.max().item() - 1e-6)
+    method.candidate_threshold = low = scores.median().item()
+    candidates = method.select_pseudo_labels(teacher, output)
+    for labels, detections in zip(candidates, output.detections, strict=True):
+        assert len(labels) == (detections.scores > low).sum()
+        assert (labels.gt_variance > 0).all() and labels.gt_variance.isfinite().all()
+    assert sum(len(method.rpn_labels(labels)) for labels in candidates) == 1
 
 
-def test_without_candidates_there_is_nothing_to_refine(teacher):
-    seen = teacher.detect([{"image": random_image()}])
-    (found,) = SoftTeacherParts(class_threshold=1.0, box_threshold=1.0).candidates(teacher, seen)
-    assert len(found) == 0 and found.gt_variance.shape == (0,)
+def test_soft_teacher_without_candidates_has_no_pseudo_labels(teacher):
+    output = teacher.detect([{"image": random_image()}])
+    method = SoftTeacher(pseudo_label_threshold=1.0)
+    method.candidate_threshold = 1.0
+    (labels,) = method.select_pseudo_labels(teacher, output)
+    assert len(labels) == 0 and labels.gt_variance.shape == (0,)
 
 
-def test_refined_boxes_are_the_teachers_of_the_asked_class(teacher):
-    seen = teacher.detect([{"image": random_image(seed=i)} for i in range(2)])
+def test_regress_boxes_uses_the_regressor_of_the_given_class(teacher):
+    output = teacher.detect([{"image": random_image(seed=i)} for i in range(2)])
     boxes = [torch.tensor([[4.0, 4, 30, 40], [10, 10, 60, 60]]), torch.tensor([[0.0, 0, 50, 64]])]
     classes = [torch.tensor([0, 2]), torch.tensor([1])]
-    refined = refine(teacher, seen, boxes, classes)
-    assert [len(x) for x in refined] == [2, 1]
+    regressed = regress_boxes(teacher, output, boxes, classes)
+    assert [len(x) for x in regressed] == [2, 1]
     predictor = teacher.roi_heads.box_predictor
-    deltas = teacher.predict_rois(seen, boxes).deltas
+    deltas = teacher.predict_rois(output, boxes).deltas
     for row, (box, label) in enumerate(zip(torch.cat(boxes), torch.cat(classes), strict=True)):
-        moved = predictor.box2box_transform.apply_deltas(deltas[row : row + 1], box[None])[0]
-        assert_close(torch.cat(refined)[row], moved[4 * label : 4 * label + 4])
+        expected = predictor.box2box_transform.apply_deltas(deltas[row : row + 1], box[None])[0]
+        assert_close(torch.cat(regressed)[row], expected[4 * label : 4 * label + 4])
 
 
-# --- all of them ----------------------------------------------------------------------------------
+# All methods
 
 
-def strategy_of(name, **settings):
+def make_method(name, **settings):
     return build_method(tiny_config({"SEMI.METHOD": name} | settings))
 
 
-def test_the_config_names_the_method_and_its_parts():
-    both = strategy_of("LocReweight")
-    assert (both.classify, both.regress_boxes) == (prc, ler)
-    neither = strategy_of("LocReweight", **{"SEMI.LER": False, "SEMI.PRC": False})
-    assert (neither.classify, neither.regress_boxes) == (
-        unweighted_classification_loss,
-        unweighted_box_loss,
-    )
-    without = strategy_of("ShuffledLocReweight", **{"SEMI.LER": False, "SEMI.PRC": False})
-    assert (without.classify, without.regress_boxes) == (
-        unweighted_classification_loss,
-        unweighted_box_loss,
-    )
-    stac = strategy_of("Stac")
-    assert stac.frozen_pseudo_labeler and stac.regress_boxes is unweighted_box_loss
-    assert strategy_of("UnbiasedTeacher").regress_boxes is None
-    assert not both.frozen_pseudo_labeler
+@pytest.mark.parametrize(
+    "name", ["LocReweight", "ShuffledLocReweight", "Stac", "UnbiasedTeacher", "SoftTeacher"]
+)
+def test_build_method_reads_the_config(name):
+    parts = {"SEMI.LER": True, "SEMI.PRC": False}
+    method = make_method(name, **parts | {"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
+    assert type(method).__name__ == name
+    assert method.pseudo_label_threshold == 0.65
+    assert method.frozen_pseudo_labeler == (name == "Stac")
+    if isinstance(method, LocReweight):
+        assert method.ler and not method.prc
 
 
-def test_an_unknown_method_is_an_error_that_names_the_known():
+def test_build_method_lists_the_known_names():
     with pytest.raises(UsageError, match=r"SEMI.METHOD 'Unbiased'.*LocReweight.*SoftTeacher"):
-        strategy_of("Unbiased")
+        make_method("Unbiased")
 
 
 @pytest.mark.parametrize("name", ["LocReweight", "Stac", "UnbiasedTeacher"])
-def test_the_threshold_is_the_configs(name):
-    found = Instances(
-        (8, 8), pred_boxes=Boxes(torch.rand(3, 4)), scores=torch.tensor([0.9, 0.7, 0.6])
-    )
-    found.pred_classes, found.localization_quality = torch.arange(3), torch.rand(3)
-    strategy = strategy_of(name, **{"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
-    (chosen,) = strategy.choose_pseudo_labels(None, SimpleNamespace(detections=[found]))
-    assert chosen.gt_score.tolist() == pytest.approx([0.9, 0.7])
+def test_pseudo_labels_are_the_detections_above_the_threshold(name):
+    detections = detections_with([0.9, 0.7, 0.6])
+    method = make_method(name, **{"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
+    (labels,) = method.select_pseudo_labels(None, SimpleNamespace(detections=[detections]))
+    assert labels.gt_score.tolist() == pytest.approx([0.9, 0.7])
+    assert method.rpn_labels(labels) is labels
 
 
-def test_the_method_that_the_readme_adds_works_as_it_stands():
-    readme = Path(locreweight.__file__).parents[1] / "README.md"
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if "def OnlyConfident" in block]
-    package = "locreweight.methods"
+def test_unbiased_teacher_has_no_box_loss():
+    losses = make_method("UnbiasedTeacher").losses(sample([[0, K, 2], [K]]))
+    assert losses.keys() == {"loss_cls"}
+
+
+def test_documented_example_of_a_new_method_works():
+    """The example in the package's docstring, as a file of the package."""
+    example = inspect.getdoc(methods).split(".. code-block:: python\n")[1]
+    package = methods.__name__
+    names = {"__name__": f"{package}.score_weighted", "__package__": package}
     try:
-        exec(code, {"__name__": f"{package}.only_confident", "__package__": package})
-        strategy = strategy_of("OnlyConfident")
+        exec(textwrap.dedent(example), names)
+        method = make_method("ScoreWeighted")
     finally:
-        METHOD_REGISTRY._obj_map.pop("OnlyConfident", None)
-    labels = [[0, K, 2, K], [1, 1, K]]
+        METHOD_REGISTRY._obj_map.pop("ScoreWeighted", None)
     score = torch.rand(7)
-    sampled = sample(labels, gt_score=score)
-    terms = list(box_terms(sampled, "corners", False, 1.0))
-    expected = sum(loss * score[row].item() ** 2 for row, loss in terms) / len(terms)
-    losses = strategy.losses(sampled)
-    assert_close(losses["loss_box_reg"], torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert_close(losses["loss_cls"], unweighted_classification_loss(sampled))
+    proposals = sample([[0, K, 2, K], [1, 1, K]], gt_score=score)
+    losses = list(expected_box_losses(proposals, "corners", False, 1.0))
+    expected = sum(loss * score[row].item() ** 2 for row, loss in losses) / len(losses)
+    found = method.losses(proposals)
+    assert_close(found["loss_box_reg"], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert_close(found["loss_cls"], BASELINE.classification_loss(proposals))
 
 
-def test_a_method_can_be_added_from_outside():
-    def Mine(cfg) -> SemiSupervisedMethod:
-        return SemiSupervisedMethod(lambda *_: [], lambda s: s.labels.sum() * 0.0, None)
+def test_a_method_can_be_registered_from_outside_and_add_a_loss():
+    class Extended(SemiSupervisedMethod):
+        def losses(self, proposals):
+            return super().losses(proposals) | {"loss_extra": proposals.labels.sum() * 0.0}
 
-    METHOD_REGISTRY.register(Mine)
+    METHOD_REGISTRY.register(Extended)
     try:
-        losses = strategy_of("Mine").losses(sample([[0, K]]))
+        losses = make_method("Extended").losses(sample([[0, K]]))
     finally:
-        del METHOD_REGISTRY._obj_map["Mine"]
-    assert set(losses) == {"loss_cls"} and math.isclose(losses["loss_cls"], 0)
+        del METHOD_REGISTRY._obj_map["Extended"]
+    assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_extra"}

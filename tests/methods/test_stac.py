@@ -1,4 +1,4 @@
-"""A method whose pseudo-labels come from a teacher that stays as it was after burn-in (STAC)."""
+"""Trainings with a frozen pseudo-labeler (STAC)."""
 
 import torch
 
@@ -14,26 +14,20 @@ STAC = {
 }
 
 
-def test_the_labeler_is_the_student_at_the_end_of_burn_in_and_stays(make_trainer):
+def test_pseudo_labeler_is_frozen_at_the_end_of_burn_in_and_kept_by_a_resume(make_trainer):
     trainer = make_trainer(STAC)
     record = recorded_training(trainer)
     assert same(copy_of(trainer.pseudo_labeler), record.students[1])
     assert not same(record.students[1], record.students[2])
-    # With a keep rate of 0 the student is the result.
+    # With a keep rate of 0 the teacher, which is the result, equals the student.
     assert all(same(a, b) for a, b in zip(record.students, record.teachers, strict=True))
 
-
-def test_a_resumed_run_has_the_same_labeler(make_trainer):
-    trainer = make_trainer(STAC)
-    recorded_training(trainer)
     resumed = make_trainer(STAC | {"SOLVER.MAX_ITER": 6}, resume=True)
     assert same(copy_of(resumed.pseudo_labeler), copy_of(trainer.pseudo_labeler))
     assert not same(copy_of(resumed.pseudo_labeler), copy_of(resumed.student))
 
 
-def test_without_burn_in_the_labeler_has_the_weights_that_training_starts_from(
-    make_trainer, tmp_path
-):
+def test_pseudo_labeler_without_burn_in_has_the_initial_weights(make_trainer, tmp_path):
     source = recorded_training(make_trainer({"SEMI.BURN_IN_ITERS": 4})).students[-1]
     torch.save({"model": source}, tmp_path / "start.pth")
     trainer = make_trainer(
@@ -44,6 +38,6 @@ def test_without_burn_in_the_labeler_has_the_weights_that_training_starts_from(
     assert not same(record.students[-1], source)
 
 
-def test_other_methods_have_no_second_model(make_trainer):
+def test_other_methods_use_the_teacher_as_pseudo_labeler(make_trainer):
     trainer = make_trainer({})
     assert trainer.pseudo_labeler is trainer.teacher

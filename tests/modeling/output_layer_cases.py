@@ -1,4 +1,4 @@
-"""Predictors, proposals and predictions of three classes, and oracles, number by number."""
+"""Random inputs for the output layers, with three classes, and reference computations in loops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ each_coding = pytest.mark.parametrize("coding", CODINGS.keys())
 each_regression = pytest.mark.parametrize("class_agnostic", [False, True])
 each_normalizer = pytest.mark.parametrize("by_sampled", [False, True])
 
-# Labels of the proposals of each image; an image without foreground has no pseudo-labels either.
+# Labels of the proposals of each image. An image without foreground has no pseudo-labels.
 LABELS = {
     "mixed": [[0, K, 2, K], [1, 1, K]],
     "no foreground": [[K, K], [K, K, K]],
@@ -53,15 +53,15 @@ def random_boxes(count):
 
 
 def make_proposals(labels):
-    """Proposals of each image; ground truth a little off, and none where all is background."""
+    """Proposals with these labels in each image, and ground truth near the foreground ones."""
     proposals = []
     for image_labels in labels:
         boxes = random_boxes(len(image_labels))
-        found = Instances((64, 64), proposal_boxes=Boxes(boxes))
-        found.gt_classes = torch.tensor(image_labels)
+        instances = Instances((64, 64), proposal_boxes=Boxes(boxes))
+        instances.gt_classes = torch.tensor(image_labels)
         if any(label < K for label in image_labels):
-            found.gt_boxes = Boxes(boxes + torch.randn(len(boxes), 4))
-        proposals.append(found)
+            instances.gt_boxes = Boxes(boxes + torch.randn(len(boxes), 4))
+        proposals.append(instances)
     return proposals
 
 
@@ -78,11 +78,11 @@ def count(labels):
     return sum(len(image_labels) for image_labels in labels)
 
 
-# --- loops over single numbers --------------------------------------------------------------------
+# Reference computations on single numbers
 
 
 def coded(coding, proposal, target):
-    """The offsets of one box from its proposal, from their definition."""
+    """Coded offsets of one box from its proposal."""
     (x1, y1, x2, y2), (u1, v1, u2, v2) = proposal, target
     width, height = x2 - x1, y2 - y1
     if coding == "corners":
@@ -105,15 +105,15 @@ def smooth_l1(error, beta=1.0):
 
 
 def rows_of(proposals):
-    """Label, proposal and (pseudo) ground truth of every row, image after image."""
-    for found in proposals:
-        for i, label in enumerate(found.gt_classes.tolist()):
-            target = found.gt_boxes.tensor[i].tolist() if label < K else None
-            yield label, found.proposal_boxes.tensor[i].tolist(), target
+    """Yield label, proposal and ground truth of every row, in the order of the images."""
+    for x in proposals:
+        for i, label in enumerate(x.gt_classes.tolist()):
+            target = x.gt_boxes.tensor[i].tolist() if label < K else None
+            yield label, x.proposal_boxes.tensor[i].tolist(), target
 
 
 def four_of(values, row, label, class_agnostic):
-    """The four numbers of a row's class."""
+    """Select the four numbers of a row's class."""
     first = 0 if class_agnostic else 4 * label
     return values[row, first : first + 4].tolist()
 

@@ -1,4 +1,4 @@
-"""The detector: Detectron2's own in training on labels and at inference, and its mixed forward."""
+"""SemiSupervisedRCNN: equal to Detectron2 without unlabeled images, and its mixed forward pass."""
 
 import copy
 
@@ -27,8 +27,8 @@ from tests.modeling.tiny_model import (
     tiny_model,
 )
 
-# With these a forward pass of the whole detector differs from Detectron2's in nothing: its coding,
-# its normalizer, its smooth L1; frozen statistics, so that a batch does not mix its images.
+# Settings with which the detector computes the same as Detectron2's. With frozen batch norm, the
+# features of an image do not depend on the other images in the batch.
 AS_DETECTRON2 = {
     "MODEL.ROI_BOX_HEAD.CORNER_CODING": False,
     "SEMI.NORMALIZE_BY_SAMPLED": True,
@@ -43,7 +43,7 @@ def _shared_model():
 
 @pytest.fixture
 def model(_shared_model):
-    """The shared detector; its weights are for reading only."""
+    """A detector shared by the module. Tests must not change its weights."""
     yield _shared_model.eval()
     _shared_model.zero_grad()
 
@@ -70,18 +70,18 @@ def unlabeled_inputs():
 
 
 def train_forward(model, *inputs, seed=3):
-    """A forward pass in training mode; the seed decides which anchors and proposals are drawn."""
+    """Run a forward pass in training mode. The seed determines the sampled proposals."""
     model.train()
     torch.manual_seed(seed)
     return model(*inputs)
 
 
-# --- training on labeled images alone -------------------------------------------------------------
+# Training on labeled images
 
 
-@pytest.mark.parametrize("further", [(), ([],), (None,)])
-def test_on_labeled_images_alone_training_is_detectron2s(model, storage, further):
-    losses = train_forward(model, labeled_inputs(), *further)
+@pytest.mark.parametrize("unlabeled", [(), ([],), (None,)], ids=str)
+def test_training_without_unlabeled_images_equals_generalized_rcnn(model, storage, unlabeled):
+    losses = train_forward(model, labeled_inputs(), *unlabeled)
     model.train()
     torch.manual_seed(3)
     reference = GeneralizedRCNN.forward(model, labeled_inputs())
@@ -89,17 +89,17 @@ def test_on_labeled_images_alone_training_is_detectron2s(model, storage, further
     assert_close(losses, reference, rtol=0, atol=0)
 
 
-def test_losses_are_those_of_a_plain_detector_with_its_coding_and_normalizer(storage):
-    ours = tiny_model(AS_DETECTRON2)
-    torch.nn.init.zeros_(ours.roi_heads.box_predictor.log_variance.weight)
-    theirs = build_model(plain_config(tiny_config(AS_DETECTRON2)))
-    missing = theirs.load_state_dict(ours.state_dict(), strict=False)
+def test_losses_equal_detectron2_with_its_coding_and_normalizer(storage):
+    model = tiny_model(AS_DETECTRON2)
+    torch.nn.init.zeros_(model.roi_heads.box_predictor.log_variance.weight)
+    original = build_model(plain_config(tiny_config(AS_DETECTRON2)))
+    missing = original.load_state_dict(model.state_dict(), strict=False)
     assert not missing.missing_keys
-    losses = train_forward(ours, labeled_inputs())
-    assert_close(losses, train_forward(theirs, labeled_inputs()))
+    losses = train_forward(model, labeled_inputs())
+    assert_close(losses, train_forward(original, labeled_inputs()))
 
 
-def test_a_labeled_image_without_objects_is_learned_from(model, storage):
+def test_labeled_image_without_objects_gives_losses_and_gradients(model, storage):
     empty = {"image": random_image(), "instances": ground_truth([], [])}
     losses = train_forward(model, [empty])
     assert all(loss.isfinite() for loss in losses.values())
@@ -109,10 +109,10 @@ def test_a_labeled_image_without_objects_is_learned_from(model, storage):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-# --- labeled and unlabeled images together --------------------------------------------------------
+# Training on labeled and unlabeled images
 
 
-def test_the_backbone_runs_once_on_all_images(model, storage):
+def test_backbone_runs_once_on_all_images(model, storage):
     sizes = []
     hook = model.backbone.register_forward_hook(lambda _, x, out: sizes.append(len(x[0])))
     train_forward(model, labeled_inputs(2), unlabeled_inputs())
@@ -120,15 +120,14 @@ def test_the_backbone_runs_once_on_all_images(model, storage):
     assert sizes == [5]
 
 
-def test_supervised_losses_are_those_without_unlabeled_images(storage):
+def test_supervised_losses_do_not_depend_on_unlabeled_images(storage):
     model = tiny_model(AS_DETECTRON2)
     alone = train_forward(model, labeled_inputs())
     together, _ = train_forward(model, labeled_inputs(), unlabeled_inputs())
     assert_close(together, alone)
 
 
-def test_unlabeled_output_is_that_of_the_unlabeled_images(storage):
-    """The same sampled proposals and predictions as if they were the labeled ones."""
+def test_unlabeled_predictions_equal_those_of_the_unlabeled_images_alone(storage):
     model = tiny_model(AS_DETECTRON2)
     inputs = unlabeled_inputs()
     _, output = train_forward(model, labeled_inputs(), inputs)
@@ -136,9 +135,8 @@ def test_unlabeled_output_is_that_of_the_unlabeled_images(storage):
     model.eval()
     features = model.backbone(model.preprocess_image(inputs).tensor)
     expected = model.roi_heads.predict(features, [p.proposal_boxes for p in output.proposals])
-    for found, wanted in zip(output.predictions, expected, strict=True):
-        assert len(found) == sum(len(p) for p in output.proposals)
-        assert_close(found, wanted)
+    assert len(output.predictions.scores) == sum(len(p) for p in output.proposals)
+    assert_close(output.predictions, expected)
 
 
 def test_images_of_different_sizes_share_a_batch(model, storage):
@@ -152,7 +150,7 @@ def test_images_of_different_sizes_share_a_batch(model, storage):
     assert proposals.proposal_boxes.tensor[:, 3].max() <= 40
 
 
-def test_proposals_carry_the_quality_of_the_pseudo_label_that_they_match(model, storage):
+def test_proposals_get_the_fields_of_their_matched_pseudo_label(model, storage):
     inputs = unlabeled_inputs()
     _, output = train_forward(model, labeled_inputs(), inputs)
     for proposals, x in zip(output.proposals[:2], inputs[:2], strict=True):
@@ -160,19 +158,19 @@ def test_proposals_carry_the_quality_of_the_pseudo_label_that_they_match(model, 
         best = overlap.argmax(dim=0)
         foreground = proposals.gt_classes < NUM_CLASSES
         assert foreground.any()
-        wanted = x["instances"][best]
+        matched = x["instances"][best]
         for field in ("gt_localization_quality", "gt_classes"):
-            found = proposals.get(field)
-            assert torch.equal(found[foreground], wanted.get(field)[foreground])
+            values = proposals.get(field)
+            assert torch.equal(values[foreground], matched.get(field)[foreground])
         assert torch.equal(
-            proposals.gt_boxes.tensor[foreground], wanted.gt_boxes.tensor[foreground]
+            proposals.gt_boxes.tensor[foreground], matched.gt_boxes.tensor[foreground]
         )
     without = output.proposals[2]
     assert (without.gt_classes == NUM_CLASSES).all()
     assert not without.has("gt_localization_quality")
 
 
-def test_events_of_unlabeled_images_have_names_of_their_own(model, storage):
+def test_events_of_unlabeled_images_have_a_prefix(model, storage):
     train_forward(model, labeled_inputs(), unlabeled_inputs())
     names = set(storage.latest())
     for name in ("roi_head/num_fg_samples", "roi_head/num_bg_samples", "rpn/num_pos_anchors"):
@@ -181,8 +179,8 @@ def test_events_of_unlabeled_images_have_names_of_their_own(model, storage):
     assert "fast_rcnn/cls_accuracy" in names
 
 
-def test_events_of_labeled_images_do_not_count_the_unlabeled_ones(model, storage):
-    """Of images without objects no proposal is foreground, whatever the pseudo-labels say."""
+def test_events_of_labeled_images_do_not_count_unlabeled_images(model, storage):
+    """The labeled image has no objects and so no foreground proposals."""
     empty = {"image": random_image(), "instances": ground_truth([], [])}
     train_forward(model, [empty], unlabeled_inputs())
     latest = storage.latest()
@@ -190,45 +188,43 @@ def test_events_of_labeled_images_do_not_count_the_unlabeled_ones(model, storage
     assert latest["unlabeled/roi_head/num_fg_samples"][0] > 0
 
 
-# --- the teacher's looks --------------------------------------------------------------------------
+# Teacher
 
 
-def test_a_look_gives_the_detections_of_inference_before_rescaling(model):
+def test_detect_returns_the_detections_of_inference_without_postprocessing(model):
     inputs = [{"image": random_image(seed=i)} for i in range(2)]
-    seen = model.detect(inputs)
-    for found, expected in zip(
-        seen.detections, model.inference(inputs, do_postprocess=False), strict=True
-    ):
-        assert len(found) > 0
-        assert_close(found.get_fields()["scores"], expected.scores)
-        assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
-        assert not found.localization_quality.requires_grad
+    detections = model.detect(inputs).detections
+    for x, expected in zip(detections, model.inference(inputs, do_postprocess=False), strict=True):
+        assert len(x) > 0
+        assert_close(x.scores, expected.scores)
+        assert_close(x.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert not x.localization_quality.requires_grad
 
 
-def test_a_look_is_not_for_training_mode(model):
+def test_detect_requires_eval_mode(model):
     with pytest.raises(AssertionError, match="eval mode"):
         model.train().detect([{"image": random_image()}])
 
 
-def test_the_second_look_takes_the_features_of_the_first(model):
+def test_predict_rois_reuses_the_features_of_detect(model):
     inputs = [{"image": random_image(seed=i)} for i in range(2)]
-    seen = model.detect(inputs)
+    output = model.detect(inputs)
     boxes = [torch.tensor([[4.0, 4, 30, 40], [10, 10, 60, 60]]), torch.tensor([[0.0, 0, 64, 64]])]
     calls = []
     hook = model.backbone.register_forward_hook(lambda *_: calls.append(1))
-    found = model.predict_rois(seen, boxes)
+    predictions = model.predict_rois(output, boxes)
     hook.remove()
     assert not calls
-    assert found.scores.shape == (3, NUM_CLASSES + 1)
-    assert not any(values.requires_grad for values in found)
-    # Image by image it is the same: each box is looked at in its own image.
+    assert predictions.scores.shape == (3, NUM_CLASSES + 1)
+    assert not any(values.requires_grad for values in predictions)
+    # The same, image by image: each box is pooled from its own image.
     first = model.predict_rois(model.detect(inputs[:1]), boxes[:1])
     second = model.predict_rois(model.detect(inputs[1:]), boxes[1:])
-    for values, one, two in zip(found, first, second, strict=True):
+    for values, one, two in zip(predictions, first, second, strict=True):
         assert_close(values, torch.cat([one, two]))
 
 
-def test_the_rpn_can_learn_from_other_pseudo_labels_than_the_roi_head(model):
+def test_rpn_is_trained_on_rpn_instances(model):
     view = {"image": random_image(), "instances": ground_truth([[8, 8, 40, 40]], [1])}
     targets = {}
     model.train()
@@ -242,7 +238,7 @@ def test_the_rpn_can_learn_from_other_pseudo_labels_than_the_roi_head(model):
     assert all((t.proposals[0].gt_classes == 1).any() for t in targets.values())
 
 
-# --- inference as any Detectron2 model ------------------------------------------------------------
+# Inference with Detectron2's tools
 
 
 @pytest.fixture(scope="module")
@@ -255,46 +251,46 @@ def predictor(tmp_path_factory, _shared_model):
 PHOTO = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
 
 
-def test_default_predictor_gives_detections_in_pixels_of_the_given_image(predictor):
-    found = predictor(PHOTO)["instances"]
-    assert found.image_size == PHOTO.shape[:2]
-    assert set(found.get_fields()) == {
+def test_default_predictor_returns_detections_in_pixels_of_the_input_image(predictor):
+    detections = predictor(PHOTO)["instances"]
+    assert detections.image_size == PHOTO.shape[:2]
+    assert set(detections.get_fields()) == {
         "pred_boxes",
         "scores",
         "pred_classes",
         "localization_quality",
         "log_variance",
     }
-    assert len(found) > 0
-    assert found.localization_quality.shape == found.scores.shape
-    assert ((found.localization_quality > 0) & (found.localization_quality < 0.5)).all()
-    assert found.pred_boxes.tensor[:, 2].max() > SIZE  # the model saw 64 pixels of width
+    assert len(detections) > 0
+    assert detections.localization_quality.shape == detections.scores.shape
+    assert ((detections.localization_quality > 0) & (detections.localization_quality < 0.5)).all()
+    assert detections.pred_boxes.tensor[:, 2].max() > SIZE  # the model's input is 64 pixels wide
 
 
-def test_default_predictor_agrees_with_the_model(predictor, model):
+def test_default_predictor_matches_the_model(predictor, model):
     image = torch.as_tensor(np.ascontiguousarray(PHOTO[:48, :64].transpose(2, 0, 1)))
     with torch.no_grad():
         (expected,) = model([{"image": image, "height": 48, "width": 64}])
-    found = predictor(np.ascontiguousarray(PHOTO[:48, :64]))["instances"]
-    assert_close(found.scores, expected["instances"].scores)
-    assert_close(found.localization_quality, expected["instances"].localization_quality)
+    detections = predictor(np.ascontiguousarray(PHOTO[:48, :64]))["instances"]
+    assert_close(detections.scores, expected["instances"].scores)
+    assert_close(detections.localization_quality, expected["instances"].localization_quality)
 
 
-def test_postprocessing_keeps_each_box_its_quality(model):
-    (found,) = model.detect([{"image": random_image()}]).detections
-    found.pred_boxes.tensor[1] = 5.0  # no area: it falls out
-    kept = detector_postprocess(copy.deepcopy(found), 2 * SIZE, 2 * SIZE)
-    rest = torch.arange(len(found)) != 1
-    assert torch.equal(kept.localization_quality, found.localization_quality[rest])
-    assert_close(kept.pred_boxes.tensor, 2 * found.pred_boxes.tensor[rest])
+def test_postprocessing_keeps_the_quality_of_each_box(model):
+    (detections,) = model.detect([{"image": random_image()}]).detections
+    detections.pred_boxes.tensor[1] = 5.0  # no area, so postprocessing removes it
+    kept = detector_postprocess(copy.deepcopy(detections), 2 * SIZE, 2 * SIZE)
+    rest = torch.arange(len(detections)) != 1
+    assert torch.equal(kept.localization_quality, detections.localization_quality[rest])
+    assert_close(kept.pred_boxes.tensor, 2 * detections.pred_boxes.tensor[rest])
 
 
-def test_coco_evaluation_reads_its_detections(predictor, tmp_path):
-    """The detections, taken as the ground truth, are found again."""
-    found = predictor(PHOTO)["instances"]
+def test_coco_evaluator_reads_the_detections(predictor, tmp_path):
+    """The ground truth is made of the detections, so the AP is 100."""
+    detections = predictor(PHOTO)["instances"]
     name = f"photo_{tmp_path.name}"
     record = {"file_name": "photo.png", "image_id": 1, "height": 96, "width": 128}
-    boxes, classes = found.pred_boxes.tensor.tolist(), found.pred_classes.tolist()
+    boxes, classes = detections.pred_boxes.tensor.tolist(), detections.pred_classes.tolist()
     record["annotations"] = [
         {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "iscrowd": 0}
         for box, label in zip(boxes, classes, strict=True)
@@ -303,12 +299,12 @@ def test_coco_evaluation_reads_its_detections(predictor, tmp_path):
     MetadataCatalog.get(name).set(thing_classes=["a", "b", "c"])
     evaluator = COCOEvaluator(name, tasks=("bbox",), output_dir=str(tmp_path))
     evaluator.reset()
-    evaluator.process([record], [{"instances": found}])
+    evaluator.process([record], [{"instances": detections}])
     assert evaluator.evaluate()["bbox"]["AP50"] == pytest.approx(100)
 
 
 def test_detections_can_be_drawn(predictor):
-    found = predictor(PHOTO)["instances"]
-    drawn = Visualizer(PHOTO).draw_instance_predictions(found).get_image()
+    detections = predictor(PHOTO)["instances"]
+    drawn = Visualizer(PHOTO).draw_instance_predictions(detections).get_image()
     assert drawn.shape == PHOTO.shape
     assert (drawn != PHOTO).any()

@@ -1,4 +1,4 @@
-"""A detector that is small enough to be built and run many times on one core."""
+"""A detector small enough for tests on one core."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 NUM_CLASSES = 3
 SIZE = 64  # height and width of images, in pixels
 
-# Nothing is trained in most tests, so the first stages are not frozen and thresholds are low: a
-# random detector gives each class about a quarter.
+# No stage is frozen, because most tests use random weights. A random detector gives each class a
+# score of about 0.25.
 TINY = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
@@ -48,12 +48,12 @@ TINY = {
 
 
 def as_options(settings: dict) -> list[str]:
-    """``KEY VALUE`` pairs, as on the command line."""
+    """Convert to ``KEY VALUE`` pairs, as on the command line."""
     return [str(part) for pair in settings.items() for part in pair]
 
 
 def tiny_config(settings: dict | None = None) -> CfgNode:
-    """The project's base config with the tiny detector; settings are config keys and values."""
+    """The base config with the tiny detector. Settings are config keys and values."""
     base = str(ROOT / "configs/Base-LocReweight.yaml")
     return load_config(base, as_options(TINY | (settings or {})))
 
@@ -64,7 +64,7 @@ def tiny_model(settings: dict | None = None):
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:
-    """The same architecture from Detectron2's own classes alone."""
+    """The config of the same architecture with Detectron2's classes."""
     plain = cfg.clone()
     plain.defrost()
     plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
@@ -87,7 +87,7 @@ def random_image(size=(SIZE, SIZE), seed=0):
 
 
 def labeled_inputs(count=2) -> list[dict]:
-    """Images in Detectron2's format; the first has two objects, every other one has one."""
+    """Images in Detectron2's format. The first has two objects, the others have one."""
     targets = [ground_truth([[4, 6, 40, 44], [30, 20, 60, 60]], [0, 2])]
     targets += [ground_truth([[8, 8, 36 + i, 50]], [i % NUM_CLASSES]) for i in range(1, count)]
     return [

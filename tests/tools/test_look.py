@@ -16,9 +16,7 @@ import compare_detections
 import export_pseudo_labels
 import plot_localization_quality
 import show_views
-from locreweight.config import load_config
 from locreweight.data.datasets.catalog import load_coco
-from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine.predictor import load_predictor
 from tests.modeling.tiny_model import TINY, as_options
 
@@ -48,42 +46,6 @@ def size_of(file):
 # --- views ----------------------------------------------------------------------------------------
 
 
-def decode_image(picture, color):
-    """x1, y1, x2, y2 of what has this color."""
-    rows, columns = np.nonzero((picture == color).all(axis=2))
-    return [columns.min(), rows.min(), columns.max(), rows.max()]
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_wrong_matrix_is_seen(wrong):
-    """A bright square in both views: its box lies on it in the strong one only by a true matrix."""
-    weak = torch.full((3, 100, 100), 50, dtype=torch.uint8)
-    weak[:, 10:30, 10:30] = 250
-    strong = torch.roll(weak, (40, 20), dims=(1, 2))
-    shift = torch.tensor([[1, 0, 20], [0, 1, 40], [0, 0, 1]], dtype=torch.float64)
-    if wrong:
-        shift[0, 2] = -5
-    sample = UnlabeledSample(
-        "a", View(weak, torch.eye(3, dtype=torch.float64)), View(strong, shift)
-    )
-    record = {"annotations": [{"bbox": [10, 10, 20, 20], "bbox_mode": 1, "category_id": 0}]}
-    _, picture = show_views.draw_views(sample, record, Boxes(torch.zeros(0, 4)), "RGB")
-    box = decode_image(picture, show_views.TRUTH)
-    square = [4 * v for v in (30, 50, 50, 70)]
-    assert (np.abs(np.subtract(box, square)).max() < 8) != wrong
-
-
-def test_proposals_are_carried_into_the_weak_view():
-    view = torch.full((3, 100, 100), 128, dtype=torch.uint8)
-    shift = torch.tensor([[1, 0, 20], [0, 1, 40], [0, 0, 1]], dtype=torch.float64)
-    sample = UnlabeledSample("a", View(view, torch.eye(3, dtype=torch.float64)), View(view, shift))
-    boxes = Boxes(torch.tensor([[40.0, 50, 80, 90]]))
-    weak, strong = show_views.draw_views(sample, {"file_name": "a"}, boxes, "RGB")
-    (color,) = show_views._colors(1)
-    assert decode_image(strong, color) == pytest.approx([160, 200, 320, 360], abs=4)
-    assert decode_image(weak, color) == pytest.approx([80, 40, 240, 200], abs=4)
-
-
 def config_options(run):
     return ["--config-file", BASE], as_options(
         TINY | {"MODEL.RESNETS.NORM": "BN", "DATASETS.TRAIN": (run.test_set,)}
@@ -108,21 +70,6 @@ def test_views_of_given_images_and_a_trained_student(run, call, tmp_path):
         show_views, *config, *inputs, *weights, "--output", tmp_path / "v.png", *options
     )
     assert code == 0 and "2 images" in printed.out
-
-
-def test_views_come_in_the_order_of_the_images(run):
-    """Two seeds draw in different orders; the first row has to be the first image with each."""
-    cfg = load_config(str(BASE), config_options(run)[1])
-    records = [{"file_name": str(run.test_images / f"000{i}.png")} for i in (2, 0, 1)]
-    student = show_views.load_student(cfg, "")
-    shown = []
-    for seed in range(4):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(show_views, "captioned", lambda _, title: shown.append(title))
-            patch.setattr(show_views, "grid", lambda rows: rows)
-            show_views.show_views(cfg, records, student, proposals=1, seed=seed)
-    titles = ["weak: 0002.png", "strong", "weak: 0000.png", "strong", "weak: 0001.png", "strong"]
-    assert shown == 4 * titles
 
 
 def test_no_other_image_is_shown_for_one_that_cannot_be_read(run, call, tmp_path):

@@ -1,6 +1,6 @@
 """Semi-supervised object detection via dynamic reweighting of localization error.
 
-``locreweight.method`` is the paper's mathematics on torch alone; ``locreweight.modeling``,
-``locreweight.data`` and ``locreweight.engine`` bind it to Detectron2. Importing this package
-itself needs nothing but the standard library.
+:mod:`~locreweight.losses`, :mod:`~locreweight.ema` and :mod:`~locreweight.geometry` implement the
+paper's equations and need only PyTorch. The other modules use Detectron2. Importing this package
+needs only the standard library.
 """

@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
+from .installed_detectron2 import check_compiled_kernels
 
 METHODS_FOLDER = Path(__file__).parents[3] / "configs" / "methods"
 
@@ -37,6 +38,9 @@ _RENAMED_VALUES = {
         "StacRecipe": "StacPolicy",
     },
 }
+
+# Former keys without a successor.
+_REMOVED_KEYS = ("MODEL.FOLD_FROZEN_NORM",)
 
 # A config of someone else must not decide which files this machine trusts.
 _UNTRUSTED = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", False]
@@ -115,9 +119,6 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Only numbers are read from MODEL.WEIGHTS. True: unpickle the whole file, which can run
     # arbitrary code; only for files from people you trust.
     cfg.MODEL.TRUST_WEIGHTS = False
-    # Fold the backbone's frozen batch norm into the convolution before it. The results are equal up
-    # to rounding, and a step takes less time. False: two operations, as in Detectron2.
-    cfg.MODEL.FOLD_FROZEN_NORM = True
     # Box coordinates that the box branch predicts and Eq. 4 models. True: corner offsets over the
     # proposal's width and height. False: Detectron2's (dx, dy, dw, dh). Both are multiplied by
     # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS; corners use its first two numbers.
@@ -304,13 +305,18 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
     key = error.strip("'\"").rsplit(": ", 1)[-1]
     if key in _RENAMED_KEYS:
         return f"the config key {key} was renamed: use {_RENAMED_KEYS[key]}"
+    if key in _REMOVED_KEYS:
+        return f"the config key {key} was removed: leave it out"
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"unknown config key {key}{hint}"
 
 
 def _translate_renamed_keys(cfg: CfgNode) -> None:
-    """Replace former keys and values by today's, in place."""
+    """Replace former keys and values by today's and drop removed keys, in place."""
+    for key in _REMOVED_KEYS:
+        section, name = key.rsplit(".", 1)
+        cfg.get(section, {}).pop(name, None)
     for old, new in _RENAMED_KEYS.items():
         old_section, old_name = old.rsplit(".", 1)
         if old_name not in cfg.get(old_section, {}):
@@ -342,11 +348,12 @@ class _BoundedConfig(CfgNode):
 
 
 def check_supported(cfg: CfgNode) -> None:
-    """Reject Detectron2 keys that have no effect here, and an empty OUTPUT_DIR.
+    """Check for keys of Detectron2 that have no effect here or that this installation lacks.
 
     Raises:
-        UsageError: names the first such key.
+        UsageError: names the first such key, or OUTPUT_DIR if it is empty.
     """
+    check_compiled_kernels(cfg)
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
     box_head = cfg.MODEL.ROI_BOX_HEAD

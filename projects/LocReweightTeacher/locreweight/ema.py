@@ -1,4 +1,4 @@
-"""The teacher: an exponential moving average (EMA) of the student (Sec. 3.1)."""
+"""Teacher as the exponential moving average (EMA) of the student (Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 def keep_rate(step: int, final: float) -> float:
-    """Share of itself that the teacher keeps in its update number ``step``.
+    """Compute the EMA keep rate, the fraction of its weights that the teacher keeps in an update.
 
-    The ramp makes the teacher the plain mean of all students so far until ``final`` is reached;
-    a constant rate would hold on to the first one for thousands of iterations. At step 0 the rate
-    is 0: the teacher becomes a copy of the student.
+    The rate is ``min(final, 1 - 1 / (step + 1))``. Until it reaches ``final``, the teacher is the
+    plain mean of all students so far. With a constant rate, the first student would dominate for
+    thousands of iterations. At step 0 the rate is 0, and the teacher becomes a copy of the student.
 
     Args:
-        step: number of updates made before this one, at least 0.
-        final: the rate it ends at, in [0, 1].
+        step: number of updates before this one, at least 0.
+        final: final rate, in [0, 1].
 
     Raises:
-        ValueError: for values outside of these ranges.
+        ValueError: if an argument is out of range.
     """
     if step < 0 or not 0.0 <= final <= 1.0:
         raise ValueError(f"keep_rate needs step >= 0 and 0 <= final <= 1, got {step} and {final}")
@@ -29,23 +29,24 @@ def keep_rate(step: int, final: float) -> float:
 
 
 class MovingAverage:
-    """The EMA of one student, with all that can be done once done once.
+    """EMA of a student that is updated many times.
 
-    Holds on to the modules' tensors: these may change their values, not be replaced by others.
+    The tensors of both modules are collected once, in the constructor. Later their values may
+    change, but they must not be replaced by other tensors.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         """
         Args:
-            teacher, student: modules of one architecture on one device; neither wrapped in
-                ``DistributedDataParallel``. The teacher's parameters are left with
-                ``requires_grad`` off and without gradient.
+            teacher, student: modules of the same architecture on the same device, not wrapped in
+                ``DistributedDataParallel``. ``requires_grad`` of the teacher's parameters is set to
+                False and their gradients are removed.
 
         Raises:
-            ValueError: if names or shapes of the two differ.
+            ValueError: if the names or shapes of their tensors differ.
         """
         targets, sources = _named_tensors(teacher), _named_tensors(student)
-        _check_alike(targets, sources)
+        _check_same_tensors(targets, sources)
         for parameter in teacher.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -55,25 +56,25 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, keep_rate: float) -> None:
-        """``teacher = keep_rate * teacher + (1 - keep_rate) * student``, in place.
+        """Set ``teacher = keep_rate * teacher + (1 - keep_rate) * student`` in place.
 
-        Floating-point parameters and buffers are averaged in a few fused kernels, without a
-        temporary of the size of the model; integer and boolean buffers (counters) are copied.
+        Floating-point parameters and buffers are averaged by a few fused kernels, without a
+        temporary copy of the model. Integer and boolean buffers, such as counters, are copied.
 
         Args:
-            keep_rate: in [0, 1]; 0 copies the student, 1 leaves the teacher alone.
+            keep_rate: in [0, 1]; 0 copies the student, 1 leaves the teacher unchanged.
 
         Raises:
-            ValueError: for a rate outside of [0, 1]; nothing has been changed then.
+            ValueError: if the rate is out of range. The teacher is unchanged in this case.
         """
         if not 0.0 <= keep_rate <= 1.0:
             raise ValueError(f"keep_rate must lie in [0, 1], got {keep_rate}")
         if keep_rate == 1.0:
-            # Not an interpolation: 0 * inf would let a student that goes wrong through.
+            # Interpolation would compute 0 * inf = NaN for a student with infinite weights.
             return
         copied, averaged = self._copied, self._averaged
         if keep_rate == 0.0:
-            # Neither: 0 * inf would keep a teacher that once went wrong wrong.
+            # Interpolation would compute 0 * inf = NaN for a teacher with infinite weights.
             copied, averaged = copied + averaged, []
         for pairs, operation in (
             (copied, torch._foreach_copy_),
@@ -84,7 +85,7 @@ class MovingAverage:
 
 
 def update_teacher(teacher: nn.Module, student: nn.Module, keep_rate: float) -> None:
-    """One update of a teacher, by :class:`MovingAverage`, whose arguments and errors it shares."""
+    """Update a teacher once. For arguments and errors see :class:`MovingAverage`."""
     MovingAverage(teacher, student).update(keep_rate)
 
 
@@ -92,13 +93,15 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(chain(module.named_parameters(), module.named_buffers()))
 
 
-def _check_alike(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+def _check_same_tensors(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
     if targets.keys() != sources.keys():
-        odd = sorted(targets.keys() ^ sources.keys())
-        raise ValueError(f"teacher and student differ in {len(odd)} tensors, the first: {odd[:5]}")
+        names = sorted(targets.keys() ^ sources.keys())
+        raise ValueError(
+            f"{len(names)} tensors exist in only one of teacher and student, such as {names[:5]}"
+        )
     for name, target in targets.items():
         if target.shape != sources[name].shape:
             raise ValueError(
-                f"teacher and student differ in the shape of {name}: "
-                f"{tuple(target.shape)} and {tuple(sources[name].shape)}"
+                f"shape of {name} is {tuple(target.shape)} in the teacher and "
+                f"{tuple(sources[name].shape)} in the student"
             )

@@ -1,7 +1,7 @@
-"""Boxes carried between the augmented views of one image (Sec. 3.4, alignment).
+"""Projection of boxes between augmented views of an image (alignment, Sec. 3.4).
 
-A view is made from the original image by an affine map, given as a ``(3, 3)`` matrix that acts on
-column vectors ``(x, y, 1)`` of continuous pixel coordinates (the first pixel covers ``[0, 1]``).
+An affine transform maps the original image to a view. It is a ``(3, 3)`` matrix that acts on column
+vectors ``(x, y, 1)`` of continuous pixel coordinates, in which the first pixel covers ``[0, 1]``.
 All boxes are xyxy in absolute pixels of the view that is named.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def between_views(source: Tensor, target: Tensor) -> Tensor:
-    """Matrix that carries coordinates of the source view to the target view.
+    """Compute the matrix that maps the source view to the target view.
 
     Args:
         source, target: ``(3, 3)`` matrices, original image -> view.
@@ -21,18 +21,20 @@ def between_views(source: Tensor, target: Tensor) -> Tensor:
         ``(3, 3)`` matrix, source view -> target view: ``target @ inverse(source)``.
 
     Raises:
-        ValueError: if the source view cannot be inverted (it has no area).
+        ValueError: if the source matrix is singular, so the view has no area.
     """
-    # Under autocast a matrix product would lose the coordinates' last digits.
+    # Autocast would compute the product in half precision.
     with torch.autocast(source.device.type, enabled=False):
         try:
             return target @ torch.linalg.inv(source)
         except torch.linalg.LinAlgError as error:
-            raise ValueError(f"this view's matrix cannot be inverted: {source.tolist()}") from error
+            raise ValueError(
+                f"the matrix of the source view cannot be inverted: {source.tolist()}"
+            ) from error
 
 
 def warp_boxes(boxes: Tensor, matrix: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Axis-aligned hulls of the boxes after an affine map, clipped to the target view.
+    """Map boxes by an affine transform, and clip their axis-aligned hulls to the target view.
 
     Args:
         boxes: ``(N, 4)`` xyxy, absolute pixels of the source view.
@@ -41,17 +43,17 @@ def warp_boxes(boxes: Tensor, matrix: Tensor, image_size: tuple[int, int]) -> Te
 
     Returns:
         ``(N, 4)`` xyxy, absolute pixels of the target view. For flips, scales and translations the
-        hull is the box itself; for rotations and shears it contains the mapped box. A box that
-        falls outside of the view becomes one without area on its border.
+        hull is the mapped box itself. For rotations and shears it contains the mapped box. A box
+        outside of the view becomes a box without area on the view's border.
     """
-    # Half precision cannot hold pixel coordinates, and whole numbers cannot hold the matrix.
+    # Half precision is too coarse for pixel coordinates; integers are too coarse for the matrix.
     dtype = torch.promote_types(boxes.dtype, torch.float32)
-    # The host does not wait for the copy, as it would for an index that is a list.
+    # The copy is asynchronous. A list as index would be copied too, and the host would wait for it.
     boxes, matrix = boxes.to(dtype), matrix.to(boxes.device, dtype, non_blocking=True)
     left, top, right, bottom = boxes.unbind(dim=1)
     x = torch.stack([left, right, left, right], dim=1)
     y = torch.stack([top, top, bottom, bottom], dim=1)
-    # Written out and not as a matrix product, which autocast would do in half precision.
+    # Not a matrix product, which autocast would compute in half precision.
     mapped_x = matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]
     mapped_y = matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]
     height, width = image_size

@@ -106,7 +106,7 @@ class TestList:
         assert len(listed(b"0002.png\n0000.png\n")) == 2
 
     def test_a_missing_image_is_skipped_in_training(self, tmp_path):
-        from locreweight.data.loader import Position, Stream
+        from locreweight.data.loader import Stream, StreamPosition
 
         project = Project(tmp_path)
         index = tmp_path / "index.txt"
@@ -114,8 +114,8 @@ class TestList:
         project.set("DATASETS.UNLABELED", [f"list:{index}:{project.unlabeled}"])
         sets, dataset = project.read()
         assert len(sets.unlabeled) == 3
-        samples = [dataset[Position(Stream.UNLABELED, i)] for i in range(3)]
-        (message,) = {message for sample in samples for message in sample.unread}
+        samples = [dataset[StreamPosition(Stream.UNLABELED, i)] for i in range(3)]
+        (message,) = {message for sample in samples for message in sample.read_errors}
         assert str(project.unlabeled / "missing.png") in message
 
 

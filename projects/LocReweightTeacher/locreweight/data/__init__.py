@@ -1,1 +1,1 @@
-"""Binding of the data to Detectron2: data sets, augmented views, and the two endless streams."""
+"""Datasets, augmentations and data loading, built on Detectron2's data package."""

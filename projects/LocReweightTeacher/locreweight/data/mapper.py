@@ -1,4 +1,4 @@
-"""From a data set's record to augmented views."""
+"""Mappers from dataset records to model input and augmented views."""
 
 from __future__ import annotations
 
@@ -14,38 +14,47 @@ from detectron2.data.detection_utils import check_image_size, filter_empty_insta
 from ..errors import UsageError
 from .image_io import SizeLimit, TrainingImage, read_for_training, read_rgb, unreadable_image_errors
 from .transforms.augmentations import ResizeShortestEdge, resize_and_flip
-from .transforms.fast_transforms import FastInput, channels_first
+from .transforms.fast_transforms import FastAugInput, channels_first
 from .transforms.policies import AugmentationPolicy, build_augmentation_policy
-from .transforms.views import UnlabeledSample, View, matrix_of
+from .transforms.views import UnlabeledSample, View, affine_matrix
 
 
 class RecordMapper(DatasetMapper):
-    """Detectron2's, for boxes alone, but images are read by :func:`.images.read_rgb`."""
+    """Detectron2's ``DatasetMapper``, for boxes only, with images read by :func:`.read_rgb`.
+
+    Evaluation calls it on records. :class:`ViewMapper` calls :meth:`map_view` on images that it has
+    read already.
+    """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        _check_format(cfg.INPUT.FORMAT)
+        _check_image_format(cfg.INPUT.FORMAT)
         augmentations = resize_and_flip(cfg, is_train)
         return super().from_config(cfg, is_train) | {"augmentations": augmentations}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """A record with its ``image``: in training with ``instances``, else without annotations."""
+        """Read and transform the image of a record.
+
+        Returns:
+            the record with its ``image``, ``(3, H, W)`` uint8. In training it has ``instances``,
+            otherwise neither these nor ``annotations``.
+        """
         pixels = read_rgb(dataset_dict["file_name"])
         check_image_size(dataset_dict, pixels)
-        # To the bit as Detectron2 does it: what is evaluated must not depend on this project.
+        # Detectron2's own AugInput: evaluation must see exactly the pixels that Detectron2 sees.
         augmented = T.AugInput(pixels)
         transforms = self.augmentations(augmented)
-        return self.record_of(dataset_dict, augmented.image, transforms)
+        return self._model_input(dataset_dict, augmented.image, transforms)
 
-    def view(self, record: dict, source: TrainingImage) -> dict:
-        """One augmented view of a record's image, which was read before; else as a call."""
+    def map_view(self, record: dict, source: TrainingImage) -> dict:
+        """Make one augmented view of a record's image, in the format of :meth:`__call__`."""
         image, transforms = _augment(source.pixels, self.augmentations.augs)
-        return self.record_of(record, image, source.scaling + transforms)
+        return self._model_input(record, image, source.scaling + transforms)
 
-    def record_of(self, record: dict, image: np.ndarray, transforms: T.TransformList) -> dict:
-        """What the model takes of a record whose image was transformed, (H, W, 3) RGB."""
+    def _model_input(self, record: dict, image: np.ndarray, transforms: T.TransformList) -> dict:
+        """Combine a record with its transformed image, ``(H, W, 3)`` RGB."""
         annotations = record.get("annotations", [])
-        # Annotations are changed in place, but nothing inside of them is: copies of one level do.
+        # Detectron2 replaces values of an annotation but does not modify them. Shallow copies do.
         mapped = {**record, "annotations": [dict(annotation) for annotation in annotations]}
         mapped["image"] = channels_first(image, self.image_format)
         if self.is_train:
@@ -56,47 +65,50 @@ class RecordMapper(DatasetMapper):
 
 
 class ViewMapper:
-    """Makes the views of a recipe. Draws from numpy's global generator, as Detectron2 does."""
+    """Make the augmented views of training images.
+
+    Augmentations draw from numpy's global generator, as Detectron2's do.
+    """
 
     @configurable
     def __init__(
-        self, *, recipe: AugmentationPolicy, image_format: str, reduced_decoding: bool = False
+        self, *, policy: AugmentationPolicy, image_format: str, reduced_decoding: bool = False
     ) -> None:
         """
         Args:
-            recipe: the augmentations.
-            image_format: "RGB" or "BGR", the order of channels that the model takes.
-            reduced_decoding: JPEGs may be decoded at less than their size where all views are much
-                smaller still.
+            policy: the augmentations.
+            image_format: "RGB" or "BGR", the channel order of the model input.
+            reduced_decoding: decode JPEGs at a reduced size where all views are much smaller than
+                the image.
         """
-        _check_format(image_format)
-        self.recipe = recipe
+        _check_image_format(image_format)
+        self.policy = policy
         self.image_format = image_format
         self._labeled_mappers = [
             RecordMapper(is_train=True, augmentations=view, image_format=image_format)
-            for view in recipe.labeled
+            for view in policy.labeled
         ]
-        unlabeled = [recipe.weak] if recipe.strong_on_weak else [recipe.weak, recipe.strong]
-        self._labeled_limit = _size_limit(recipe.labeled) if reduced_decoding else SizeLimit()
+        unlabeled = [policy.weak] if policy.strong_on_weak else [policy.weak, policy.strong]
+        self._labeled_limit = _size_limit(policy.labeled) if reduced_decoding else SizeLimit()
         self._unlabeled_limit = _size_limit(unlabeled) if reduced_decoding else SizeLimit()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         return {
-            "recipe": build_augmentation_policy(cfg),
+            "policy": build_augmentation_policy(cfg),
             "image_format": cfg.INPUT.FORMAT,
             "reduced_decoding": cfg.INPUT.REDUCED_DECODING,
         }
 
     def labeled(self, record: dict) -> list[dict]:
-        """The labeled views of one image, in Detectron2's format.
+        """Make the labeled views of an image, in Detectron2's format.
 
         Args:
-            record: Detectron2's standard dictionary, with ``annotations``.
+            record: dataset record in Detectron2's format, with ``annotations``.
 
         Returns:
-            one dictionary a view: ``image`` (3, H, W) uint8, ``instances`` with ``gt_boxes`` (xyxy,
-            absolute pixels of that view) and ``gt_classes``.
+            one dict per view: ``image`` ``(3, H, W)`` uint8, ``instances`` with ``gt_boxes`` (xyxy,
+            absolute pixels of the view) and ``gt_classes``.
 
         Raises:
             UnreadableImage: names the file.
@@ -104,29 +116,32 @@ class ViewMapper:
         with unreadable_image_errors(record["file_name"], ValueError):
             source = read_for_training(record["file_name"], self._labeled_limit)
             check_image_size(record, source)
-            samples = [mapper.view(record, source) for mapper in self._labeled_mappers]
-        for sample in samples:
-            sample["instances"] = filter_empty_instances(sample["instances"])
-        return samples
+            views = [mapper.map_view(record, source) for mapper in self._labeled_mappers]
+        for view in views:
+            view["instances"] = filter_empty_instances(view["instances"])
+        return views
 
     def unlabeled(self, record: dict) -> UnlabeledSample:
-        """The weak and the strong view of one image, drawn independently.
+        """Make the weak and the strong view of an image.
 
         Args:
-            record: ``file_name``; everything else is ignored.
+            record: dataset record; only ``file_name`` is used.
 
         Raises:
             UnreadableImage: names the file.
+            ValueError: if the transforms of a view are not affine.
         """
         with unreadable_image_errors(record["file_name"], ValueError):
             source = read_for_training(record["file_name"], self._unlabeled_limit)
-            resized: dict = {}
-            weak, weak_transforms = _augment(source.pixels, self.recipe.weak, resized)
-            if self.recipe.strong_on_weak:
-                strong, strong_transforms = _augment(weak, self.recipe.strong)
+            resize_cache: dict = {}
+            weak, weak_transforms = _augment(source.pixels, self.policy.weak, resize_cache)
+            if self.policy.strong_on_weak:
+                strong, strong_transforms = _augment(weak, self.policy.strong)
                 strong_transforms = weak_transforms + strong_transforms
             else:
-                strong, strong_transforms = _augment(source.pixels, self.recipe.strong, resized)
+                strong, strong_transforms = _augment(
+                    source.pixels, self.policy.strong, resize_cache
+                )
         return UnlabeledSample(
             file_name=record["file_name"],
             weak=self._view(source, weak, weak_transforms),
@@ -134,24 +149,24 @@ class ViewMapper:
         )
 
     def _view(self, source: TrainingImage, image: np.ndarray, transforms: T.TransformList) -> View:
-        matrix = matrix_of(source.scaling + transforms, source.shape)
+        matrix = affine_matrix(source.scaling + transforms, source.shape)
         return View(channels_first(image, self.image_format), matrix)
 
 
-def _check_format(image_format: str) -> None:
+def _check_image_format(image_format: str) -> None:
     if image_format not in ("RGB", "BGR"):
         raise UsageError(
-            f"INPUT.FORMAT must be RGB or BGR for color operations, not {image_format}"
+            f"INPUT.FORMAT must be RGB or BGR for color augmentations, got {image_format}"
         )
 
 
 def _size_limit(views: Iterable[list[T.Augmentation]]) -> SizeLimit:
-    """How large views can become; they have a limit if each begins with being resized to one."""
+    """Return the largest size of the views. It is limited if all of them start with a resize."""
     limit = SizeLimit(0, 0)
     for view in views:
         first: Any = view[0] if view else None
-        # By the exact type: a class derived from these may look for details in the pixels.
-        # Detectron2's length 0 stands for no change of size.
+        # Compare exact types: a subclass may need the pixels of the full-size image.
+        # A short_edge_length of 0 means no resizing.
         if (
             type(first) not in (ResizeShortestEdge, T.ResizeShortestEdge)
             or 0 in first.short_edge_length
@@ -164,8 +179,8 @@ def _size_limit(views: Iterable[list[T.Augmentation]]) -> SizeLimit:
 
 
 def _augment(
-    pixels: np.ndarray, augmentations: list[T.Augmentation], resized: dict | None = None
+    pixels: np.ndarray, augmentations: list[T.Augmentation], resize_cache: dict | None = None
 ) -> tuple[np.ndarray, T.TransformList]:
-    image = FastInput(pixels, resized)
-    transforms = T.AugmentationList(augmentations)(image)
-    return image.image, transforms
+    augmented = FastAugInput(pixels, resize_cache)
+    transforms = T.AugmentationList(augmentations)(augmented)
+    return augmented.image, transforms

@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..geometry import warp_boxes
 from .checks import RealPaths, check_boxes, check_classes
 from .datasets.image_folders import ImageFiles
-from .loader import Position, Stream, StreamDataset
+from .loader import Stream, StreamDataset, StreamPosition
 from .mapper import ViewMapper
 from .transforms.views import UnlabeledSample
 
@@ -55,7 +55,7 @@ class MonitoredImages:
     def __getitem__(self, index: int) -> MonitoredSample:
         if index >= len(self):
             raise IndexError(index)
-        views = self._dataset[Position(Stream.UNLABELED, index)]
+        views = self._dataset[StreamPosition(Stream.UNLABELED, index)]
         assert isinstance(views, UnlabeledSample)
         record = self._records[views.file_name]
         weak = views.weak

@@ -19,7 +19,7 @@ from ..data.mapper import ViewMapper
 from ..data.monitored import MonitoredImages, MonitoredSample
 from ..data.training_sets import TrainingSets
 from ..data.transforms.views import View
-from ..methods.base import select_pseudo_labels
+from ..methods.base import to_pseudo_labels
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from ..visualization.drawing import (
     TRUTH,
@@ -195,7 +195,7 @@ def draw_pseudo_labels(sample: MonitoredSample, chosen: Instances, style: PanelS
         boxes = sample.truth.gt_boxes.tensor
         weak.insert(0, Layer(boxes, [TRUTH] * len(boxes)))
     # As the student gets them: all were chosen, so none is left out here.
-    labels = select_pseudo_labels(chosen, threshold=-math.inf)
+    labels = to_pseudo_labels(chosen, score_threshold=-math.inf)
     carried = project_to_strong_view(labels, sample.views)
     kept = quality_colors(carried.gt_localization_quality, style.highest_quality)
     strong = [Layer(carried.gt_boxes.tensor, kept)]

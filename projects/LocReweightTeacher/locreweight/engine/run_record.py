@@ -11,11 +11,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import detectron2
 import torch
 import torchvision
 
 from ..checkpoint.files import atomic_write_bytes
+from ..installed_detectron2 import describe_detectron2
 
 RUN_FILE = "run.json"  # in OUTPUT_DIR
 _NO_GPU = "none"
@@ -86,7 +86,7 @@ def _versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "Detectron2": detectron2.__version__,
+        "Detectron2": describe_detectron2(),
     }
     return versions | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
 

@@ -19,9 +19,9 @@ from ..config import scale_to_world_size
 from ..data.inspection.annotations import kept_warnings
 from ..data.inspection.findings import Finding, Severity
 from ..data.inspection.images import ImageFacts
-from ..data.loader import UnreadableImages, check_unreadable_share
 from ..data.mapper import ViewMapper
 from ..data.training_sets import TrainingSets, load_training_sets, register_datasets
+from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
 from ..errors import UsageError
 from .optimizer import amp_dtype
 from .training_step import StepSettings
@@ -158,7 +158,7 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),
         partial(ViewMapper, cfg),
-        partial(UnreadableImages, cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE),
+        partial(UnreadableImageCounter, cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE),
     ]
     return [finding for check in checks for finding in _errors_of(check)]
 
@@ -193,7 +193,7 @@ def unreadable_findings(
     iterations = max(0, cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS)
     drawn = iterations * cfg.SOLVER.IMS_PER_BATCH_UNLABELED
     limit = cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE
-    if check_unreadable_share(len(faulty), drawn * len(faulty) / len(files), drawn, limit):
+    if is_unreadable_share_tolerated(len(faulty), drawn * len(faulty) / len(files), drawn, limit):
         return []
     text = (
         f"{len(faulty)} of {len(files)} unlabeled images cannot be read, which is more than "

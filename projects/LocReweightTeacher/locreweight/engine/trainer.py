@@ -23,9 +23,10 @@ from ..checkpoint.checkpointer import (
     check_weights_exist,
 )
 from ..config import check_supported, scale_to_world_size
-from ..data.loader import Batch, BatchSchedule, StreamDataset, UnreadableImages, build_loader
+from ..data.loader import Batch, StreamDataset, TwoStreamBatchSampler, build_loader
 from ..data.mapper import ViewMapper
 from ..data.training_sets import load_training_sets
+from ..data.unreadable import UnreadableImageCounter
 from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
 from ..modeling.meta_arch import SemiSupervisedRCNN
@@ -82,7 +83,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         check_weights_exist(cfg.MODEL.WEIGHTS)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
-        self.unreadable = UnreadableImages(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
+        self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
 
         self.student: SemiSupervisedRCNN = build_model(cfg)
         self.model = _distributed(self.student).train()
@@ -91,7 +92,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._average = MovingAverage(self.teacher, self.student)
         self._average.update(keep_rate=0.0)
         self.pseudo_labeler, frozen = self.teacher, {}
-        if self.settings.strategy.frozen_pseudo_labeler:
+        if self.settings.method.frozen_pseudo_labeler:
             self.pseudo_labeler = build_model(cfg).eval()
             frozen = {"pseudo_labeler": self.pseudo_labeler}
 
@@ -163,7 +164,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         cfg = self.cfg
         mapper = ViewMapper(cfg)
         dataset = StreamDataset(self.sets.labeled, self.sets.unlabeled, mapper, self.seed)
-        schedule = BatchSchedule(
+        batch_sampler = TwoStreamBatchSampler(
             labeled_batch=cfg.SOLVER.IMS_PER_BATCH,
             unlabeled_batch=cfg.SOLVER.IMS_PER_BATCH_UNLABELED,
             burn_in=cfg.SEMI.BURN_IN_ITERS,
@@ -173,9 +174,9 @@ class SemiSupervisedTrainer(ResumableTrainer):
         )
         return build_loader(
             dataset,
-            schedule,
+            batch_sampler,
             cfg.DATALOADER.NUM_WORKERS,
-            begin_worker=leave_signals_to_trainer,
+            worker_init_fn=leave_signals_to_trainer,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -278,7 +279,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self, batch: Batch, data_time: float
     ) -> tuple[StepResult | None, StepReport]:
         """The losses (None if the forward pass failed), and the report for the other processes."""
-        report = StepReport(batch.file_names, data_time, STOP_REQUEST.received, batch.unread)
+        report = StepReport(batch.file_names, data_time, STOP_REQUEST.received, batch.read_errors)
         autocast = self.cfg.SOLVER.AMP.ENABLED
         try:
             with torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=autocast):

@@ -1,14 +1,16 @@
-"""One training step on labeled and unlabeled images, from views to losses (Fig. 2).
+"""One training step, from a batch of views to the losses (Fig. 2).
 
-Frames: pseudo-labels are found in the *weak* view and carried to the *strong* one, where the
-student learns; the student's proposals are carried back, for the teacher to judge them.
+The teacher detects objects in the *weak* view of each unlabeled image. The method selects
+pseudo-labels from these detections, which are projected to the *strong* view. The student is
+trained on the labeled images and on the strong views. Some losses need the teacher's predictions
+for the student's proposals; for these, the proposals are projected back to the weak view.
+
 All boxes are xyxy in absolute pixels of the view that is named.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -21,7 +23,7 @@ from ..data.loader import Batch
 from ..data.transforms.views import UnlabeledSample, View
 from ..geometry import between_views, warp_boxes
 from ..methods import SampledProposals, SemiSupervisedMethod, build_method
-from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
+from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import BoxPredictions
 
 UNLABELED_SUFFIX = "_unlabeled"
@@ -30,40 +32,43 @@ HIGHEST_SCORE = "pseudo_labels/highest_score"
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the step takes from the config.
+    """Settings of the training step.
 
     Attributes:
-        strategy: the method: which pseudo-labels, and how they are learned from.
-        loss_weights: name of a loss on unlabeled images -> its factor in the total (Eq. 3); losses
-            on labeled images are not in it: they count as they are.
+        method: selects the pseudo-labels and computes the losses on them.
+        unsupervised_weight: beta of Eq. 3, the weight of all losses on unlabeled images.
+        loss_weights: name of a loss -> further weight of this loss on unlabeled images. The default
+            is 1. Losses on labeled images have no weight here.
     """
 
-    strategy: SemiSupervisedMethod
+    method: SemiSupervisedMethod
+    unsupervised_weight: float
     loss_weights: dict[str, float]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> StepSettings:
-        semi = cfg.SEMI
-        beta = semi.UNSUPERVISED_WEIGHT
-        weights = {
-            "loss_cls": beta,
-            "loss_box_reg": beta * cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
-            "loss_rpn_cls": beta * semi.RPN_OBJECTNESS_LOSS,
-            "loss_rpn_loc": beta * semi.RPN_BOX_LOSS,
-        }
         return cls(
-            strategy=build_method(cfg),
-            loss_weights={name + UNLABELED_SUFFIX: weight for name, weight in weights.items()},
+            method=build_method(cfg),
+            unsupervised_weight=cfg.SEMI.UNSUPERVISED_WEIGHT,
+            loss_weights={
+                "loss_box_reg": cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
+                "loss_rpn_cls": float(cfg.SEMI.RPN_OBJECTNESS_LOSS),
+                "loss_rpn_loc": float(cfg.SEMI.RPN_BOX_LOSS),
+            },
         )
+
+    def weight_of(self, name: str) -> float:
+        """Return the weight of a loss on unlabeled images in the total loss."""
+        return self.unsupervised_weight * self.loss_weights.get(name, 1.0)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives.
+    """Losses and metrics of one step.
 
     Attributes:
-        losses: scalars by name, weighted; their sum is what is minimized.
-        metrics: scalars to be logged, by name; NaN where there was nothing to measure.
+        losses: weighted scalar losses by name. Their sum is minimized.
+        metrics: scalars to log, by name; NaN if there was nothing to measure.
     """
 
     losses: dict[str, Tensor]
@@ -78,90 +83,109 @@ class StepResult:
 def training_step(
     student: nn.Module, teacher: SemiSupervisedRCNN, batch: Batch, settings: StepSettings
 ) -> StepResult:
-    """Losses of a batch: supervised alone if it has no unlabeled images, else Eq. 3.
+    """Compute the losses of a batch (Eq. 3), or the supervised ones alone during burn-in.
 
     Args:
-        student: a :class:`SemiSupervisedRCNN` in training mode, or one wrapped for several GPUs.
-        teacher: the one that labels, in evaluation mode.
-        batch: of this process.
+        student: a :class:`SemiSupervisedRCNN` in training mode, possibly wrapped in
+            ``DistributedDataParallel``.
+        teacher: the model that makes the pseudo-labels, in evaluation mode.
+        batch: the images of this process; without unlabeled images during burn-in.
         settings: from the config.
     """
     if not batch.unlabeled:
         return StepResult(student(batch.labeled), {})
-    strategy, samples = settings.strategy, batch.unlabeled
+    method, samples = settings.method, batch.unlabeled
 
-    seen = teacher.detect([{"image": sample.weak.image} for sample in samples])
-    chosen = strategy.choose_pseudo_labels(teacher, seen)
-    pseudo_labels = [project_to_strong_view(*pair) for pair in zip(chosen, samples, strict=True)]
-    losses, output = student(batch.labeled, _strong_views(samples, pseudo_labels, strategy))
+    # Teacher: weak views -> pseudo-labels, in the frame of the strong views.
+    teacher_output = teacher.detect([{"image": sample.weak.image} for sample in samples])
+    selected = method.select_pseudo_labels(teacher, teacher_output)
+    pseudo_labels = [
+        project_to_strong_view(labels, sample)
+        for labels, sample in zip(selected, samples, strict=True)
+    ]
 
-    detector = student.module if isinstance(student, DistributedDataParallel) else student
-    assert isinstance(detector, SemiSupervisedRCNN)
-    sampled = SampledProposals(
-        output.proposals,
-        output.predictions,
-        detector.roi_heads.box_predictor,
-        predict_rois=partial(predict_student_rois, teacher, seen, output, samples),
-    )
-    for name, loss in (output.rpn_losses | strategy.losses(sampled)).items():
-        weight = settings.loss_weights[name + UNLABELED_SUFFIX]
-        losses[name + UNLABELED_SUFFIX] = weight * loss
-    return StepResult(losses, _metrics(seen, pseudo_labels, sampled))
-
-
-def _strong_views(
-    samples: list[UnlabeledSample], pseudo_labels: list[Instances], strategy: SemiSupervisedMethod
-) -> list[dict]:
-    """What the student is given of each unlabeled image."""
-    return [
+    # Student: labeled images and strong views -> supervised losses, sampled proposals.
+    strong_views = [
         {
             "image": sample.strong.image,
             "instances": labels,
-            "rpn_instances": strategy.for_rpn(labels) if strategy.for_rpn else labels,
+            "rpn_instances": method.rpn_labels(labels),
         }
         for sample, labels in zip(samples, pseudo_labels, strict=True)
     ]
+    losses, output = student(batch.labeled, strong_views)
+
+    # Method: sampled proposals -> unsupervised losses.
+    proposals = SampledProposals(
+        output.proposals,
+        output.predictions,
+        _unwrap(student).roi_heads.box_predictor,
+        predict_rois=lambda: predict_student_rois(
+            teacher, teacher_output, output.proposals, samples
+        ),
+    )
+    for name, loss in (output.rpn_losses | method.losses(proposals)).items():
+        losses[name + UNLABELED_SUFFIX] = settings.weight_of(name) * loss
+    return StepResult(losses, _metrics(teacher_output, pseudo_labels, proposals))
 
 
-def project_to_strong_view(labels: Instances, sample: UnlabeledSample) -> Instances:
-    """Pseudo-labels carried from the weak view to the strong one, without those out of sight."""
-    boxes = project_boxes(labels.gt_boxes.tensor, sample.weak, sample.strong)
-    carried = Instances(sample.strong.image_size, **labels.get_fields())
-    carried.gt_boxes = Boxes(boxes)
-    return carried[carried.gt_boxes.nonempty(threshold=1.0).nonzero().squeeze(1)]
+def project_to_strong_view(pseudo_labels: Instances, sample: UnlabeledSample) -> Instances:
+    """Project pseudo-labels from the weak to the strong view, and drop those outside of it."""
+    projected = Instances(sample.strong.image_size, **pseudo_labels.get_fields())
+    projected.gt_boxes = Boxes(
+        project_boxes(pseudo_labels.gt_boxes.tensor, sample.weak, sample.strong)
+    )
+    return projected[projected.gt_boxes.nonempty(threshold=1.0).nonzero().squeeze(1)]
 
 
 def predict_student_rois(
     teacher: SemiSupervisedRCNN,
-    seen: TeacherOutput,
-    output: UnlabeledOutput,
+    teacher_output: TeacherOutput,
+    proposals: list[Instances],
     samples: list[UnlabeledSample],
 ) -> BoxPredictions:
-    """The teacher's predictions at the student's proposals, carried to where it saw them."""
+    """Project the student's proposals to the weak views and predict there (Sec. 3.4).
+
+    Args:
+        teacher: the model that made the output, in evaluation mode.
+        teacher_output: its features of the weak views.
+        proposals: one ``Instances`` per image with ``proposal_boxes``, strong view.
+        samples: the images.
+
+    Returns:
+        The teacher's predictions for all proposals, in their order.
+    """
     boxes = [
-        project_boxes(proposals.proposal_boxes.tensor, sample.strong, sample.weak)
-        for proposals, sample in zip(output.proposals, samples, strict=True)
+        project_boxes(x.proposal_boxes.tensor, sample.strong, sample.weak)
+        for x, sample in zip(proposals, samples, strict=True)
     ]
-    return teacher.predict_rois(seen, boxes)
+    return teacher.predict_rois(teacher_output, boxes)
 
 
 def project_boxes(boxes: Tensor, source: View, target: View) -> Tensor:
+    """Project ``(N, 4)`` boxes from one view of an image to another, clipped to its size."""
     return warp_boxes(boxes, between_views(source.matrix, target.matrix), target.image_size)
+
+
+def _unwrap(student: nn.Module) -> SemiSupervisedRCNN:
+    model = student.module if isinstance(student, DistributedDataParallel) else student
+    assert isinstance(model, SemiSupervisedRCNN)
+    return model
 
 
 @torch.no_grad()
 def _metrics(
-    seen: TeacherOutput, pseudo_labels: list[Instances], sampled: SampledProposals
+    teacher_output: TeacherOutput, pseudo_labels: list[Instances], proposals: SampledProposals
 ) -> dict[str, Tensor]:
     counts = torch.tensor([float(len(labels)) for labels in pseudo_labels])
     quality = cat([labels.gt_localization_quality for labels in pseudo_labels])
-    scores = cat([found.scores for found in seen.detections])
+    scores = cat([detections.scores for detections in teacher_output.detections])
     return {
         "pseudo_labels/per_image": counts.mean(),
         "pseudo_labels/images_without": (counts == 0).float().mean(),
-        # NaN for none: it is not zero, but unknown.
+        # NaN if there are no pseudo-labels.
         "pseudo_labels/localization_quality": quality.mean(),
         HIGHEST_SCORE: scores.max() if len(scores) else counts.new_zeros(()),
-        "proposals/foreground_per_image": sampled.is_foreground.sum() / len(pseudo_labels),
-        **sampled.metrics,
+        "proposals/foreground_per_image": proposals.is_foreground.sum() / len(pseudo_labels),
+        **proposals.metrics,
     }

@@ -1,12 +1,11 @@
-"""LER and PRC: how much each proposal of an unlabeled image counts in the student's losses.
+"""LER and PRC: the weights of proposals in unlabeled images, and the weighted losses.
 
 Shapes:
 
     N: number of proposals
     K: number of foreground classes; class ``K`` is the background, last as in Detectron2
-    C: K, or 1 when box regression is class-agnostic
 
-"Student" losses take gradients; "teacher" weights never do.
+Gradients flow through the student's losses but never through the weights.
 """
 
 from __future__ import annotations
@@ -27,23 +26,24 @@ def proposal_reliability(
     limit: float = LOG_VARIANCE_LIMIT,
     scale: float = 1.0,
 ) -> Tensor:
-    """How reliable the teacher finds each of the student's proposals (Eq. 12 and 13).
+    """Compute the teacher's reliability scores for the student's proposals.
 
-    A proposal labeled foreground gets the teacher's highest foreground probability times the
-    localization quality of the box of that class; one labeled background gets the teacher's
-    background probability.
+    For a foreground proposal, the score is the teacher's highest foreground probability times the
+    localization quality of the box of that class (Eq. 12). For a background proposal, it is the
+    teacher's background probability (Eq. 13).
 
     Args:
-        probabilities: ``(N, K+1)`` the teacher's softmax output.
-        log_variance: ``(N, K, 4)``, or ``(N, 1, 4)`` if class-agnostic, the teacher's.
+        probabilities: ``(N, K+1)`` the teacher's softmax probabilities.
+        log_variance: ``(N, K, 4)`` the teacher's log-variances, or ``(N, 1, 4)`` if box regression
+            is class-agnostic.
         labels: ``(N,)`` classes assigned to the proposals from the pseudo-labels, in ``[0, K]``.
         limit, scale: as in :func:`~locreweight.losses.localization.localization_quality`.
 
     Returns:
-        ``(N,)`` weights in ``[0, 1]`` (for ``scale`` at most 2), without gradient.
+        ``(N,)`` scores in ``[0, 1]`` (if ``scale`` is at most 2), without gradient.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: if the shapes are inconsistent.
     """
     num_proposals, num_classes = probabilities.shape[0], probabilities.shape[1] - 1
     allowed = {(num_proposals, num_classes, 4), (num_proposals, 1, 4)}
@@ -64,21 +64,22 @@ def proposal_reliability(
 def reliability_weighted_cross_entropy(
     logits: Tensor, labels: Tensor, reliability: Tensor, *, per_sampled_proposal: bool = False
 ) -> Tensor:
-    """The student's unsupervised classification loss (Eq. 14).
+    """Compute the unsupervised classification loss of PRC (Eq. 14).
 
     Args:
         logits: ``(N, K+1)`` the student's class scores before softmax.
         labels: ``(N,)`` assigned classes in ``[0, K]``.
-        reliability: ``(N,)`` weights from :func:`proposal_reliability`.
-        per_sampled_proposal: divide both sums by N, as Detectron2 normalizes, and not, as the
-            equation does, each by the number of its own proposals.
+        reliability: ``(N,)`` scores from :func:`proposal_reliability`.
+        per_sampled_proposal: divide both sums by N, as Detectron2 does. By default the foreground
+            sum is divided by the number of foreground proposals and the background sum by the
+            number of background proposals, as in Eq. 14.
 
     Returns:
         Scalar: foreground mean plus background mean. The mean of an empty set is an exact zero that
         keeps the graph, so that every process of a distributed run takes part in the backward pass.
 
     Raises:
-        ValueError: if ``reliability`` is not of the shape of ``labels``.
+        ValueError: if ``reliability`` and ``labels`` have different shapes.
     """
     if reliability.shape != labels.shape:
         raise ValueError(f"reliability is {tuple(reliability.shape)}, labels {tuple(labels.shape)}")
@@ -88,29 +89,28 @@ def reliability_weighted_cross_entropy(
     foreground = labels < logits.shape[1] - 1
     if per_sampled_proposal:
         return weighted.sum() / max(len(labels), 1)
-    # Sums over masks, not over selected rows: selecting would wait for the device.
-    means = [
-        (weighted * chosen).sum() / chosen.sum().clamp(min=1)
-        for chosen in (foreground, ~foreground)
-    ]
-    return means[0] + means[1]
+    # Indexing with the masks would make the host wait for the device.
+    foreground_mean, background_mean = (
+        (weighted * mask).sum() / mask.sum().clamp(min=1) for mask in (foreground, ~foreground)
+    )
+    return foreground_mean + background_mean
 
 
 def quality_weighted_box_loss(
     loss: Tensor, quality: Tensor, num_foreground: int | Tensor
 ) -> Tensor:
-    """The student's unsupervised box loss (Eq. 11, LER).
+    """Compute the unsupervised box loss of LER (Eq. 11).
 
     Args:
         loss: ``(N, 4)`` unreduced box losses of the foreground proposals.
-        quality: ``(N,)`` localization quality of the pseudo-label that each of them is matched to.
-        num_foreground: what the sum is divided by (at least 1): the number of foreground proposals.
+        quality: ``(N,)`` localization quality of the pseudo-label matched to each proposal.
+        num_foreground: number of foreground proposals. The sum is divided by it, at least by 1.
 
     Returns:
-        Scalar; an exact zero that keeps the graph when there is no foreground proposal.
+        Scalar; an exact zero that keeps the graph if there are no foreground proposals.
 
     Raises:
-        ValueError: if ``quality`` is not one number for each row of ``loss``.
+        ValueError: if ``quality`` does not have one number for each row of ``loss``.
     """
     if quality.shape != loss.shape[:1]:
         raise ValueError(f"quality is {tuple(quality.shape)}, loss {tuple(loss.shape)}")

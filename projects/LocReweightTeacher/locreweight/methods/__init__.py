@@ -1,9 +1,27 @@
-"""The methods that can be compared, one file each; ``SEMI.METHOD`` names one.
+"""Semi-supervised methods, one file each. The config key ``SEMI.METHOD`` names one.
 
-A new method is a new file in this folder, which registers itself, and a config that names it:
+To add a method, add a file to this folder and a config that names the method. All files in the
+folder are imported. A method overrides the parts of :class:`SemiSupervisedMethod` in which it
+differs:
+
+.. code-block:: python
+
+    from torch import Tensor
+
+    from ..losses.reweighting import quality_weighted_box_loss
+    from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod
+
 
     @METHOD_REGISTRY.register()
-    def MyMethod(cfg) -> SemiSupervisedMethod: ...
+    class ScoreWeighted(SemiSupervisedMethod):
+        \"\"\"Weight each box by the squared score of its pseudo-label.\"\"\"
+
+        def box_loss(self, proposals: SampledProposals) -> Tensor:
+            foreground = proposals.foreground
+            weight = proposals.matched_gt_field("gt_score")[foreground.rows] ** 2
+            return quality_weighted_box_loss(
+                proposals.smooth_l1_box_loss(), weight, foreground.normalizer
+            )
 """
 
 from __future__ import annotations

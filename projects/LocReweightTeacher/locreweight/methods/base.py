@@ -1,9 +1,10 @@
-"""What a semi-supervised method decides: which pseudo-labels, and how they are learned from.
+"""Base class of semi-supervised methods.
 
 Shapes:
 
-    R: the student's sampled proposals of all unlabeled images of a batch together
-    K: foreground classes; class K is the background
+    R: number of sampled proposals, all unlabeled images of a batch together
+    F: number of foreground proposals among them
+    K: number of foreground classes; class ``K`` is the background
 """
 
 from __future__ import annotations
@@ -12,154 +13,177 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
-from torch import Tensor
+from torch import Tensor, zeros_like
 
-from ..errors import UsageError
+from ..errors import get_registered
 from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
-from ..modeling.output_layers import BoxPredictions, LocalizationAwareOutputLayers
+from ..modeling.output_layers import (
+    BoxPredictions,
+    ForegroundBoxes,
+    LocalizationAwareOutputLayers,
+)
 
 METHOD_REGISTRY = Registry("METHOD")
-METHOD_REGISTRY.__doc__ = "Functions from a config to a :class:`SemiSupervisedMethod`."
+METHOD_REGISTRY.__doc__ = "Subclasses of :class:`SemiSupervisedMethod`, built from a config."
+
+
+def build_method(cfg: CfgNode) -> SemiSupervisedMethod:
+    """Build the method that ``SEMI.METHOD`` names.
+
+    Raises:
+        UsageError: if no method of this name is registered.
+    """
+    return get_registered(METHOD_REGISTRY, "SEMI.METHOD", cfg.SEMI.METHOD)(cfg)
 
 
 @dataclass(frozen=True)
 class SampledProposals:
-    """The student's proposals on unlabeled images, and all that is known of them.
+    """The student's sampled proposals in the strong views of the unlabeled images.
 
     Attributes:
-        proposals: per image, xyxy in absolute pixels of the strong view, with the ``gt_*`` fields
-            of the pseudo-labels that they are matched to.
-        predictions: what the student predicts for them.
-        predictor: the student's output layers, which know its losses.
-        predict_rois: asks the teacher for its predictions at the same places of the weak view; None
-            of its time is spent if a method does not ask.
-        metrics: scalars to be logged, which a method may add to.
+        instances: one ``Instances`` per image with ``proposal_boxes`` (xyxy, absolute pixels,
+            strong view), ``gt_classes``, and the ``gt_*`` fields of the matched pseudo-labels.
+        predictions: the student's predictions for all proposals.
+        box_predictor: the student's output layers.
+        predict_rois: returns the teacher's predictions for the same proposals, projected to the
+            weak view. Called at most once, and only if the method uses them.
+        metrics: scalars to log, by name. Methods may add to them.
     """
 
-    proposals: list[Instances]
+    instances: list[Instances]
     predictions: BoxPredictions
-    predictor: LocalizationAwareOutputLayers
+    box_predictor: LocalizationAwareOutputLayers
     predict_rois: Callable[[], BoxPredictions]
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def labels(self) -> Tensor:
-        """``(R,)`` the class of the pseudo-label that each is matched to, K for background."""
-        return cat([p.gt_classes for p in self.proposals])
+        """``(R,)`` class of the matched pseudo-label, K for background."""
+        return cat([x.gt_classes for x in self.instances])
 
     @cached_property
     def is_foreground(self) -> Tensor:
         """``(R,)`` bool."""
-        return self.labels < self.predictor.num_classes
+        return self.labels < self.box_predictor.num_classes
+
+    @cached_property
+    def foreground(self) -> ForegroundBoxes:
+        """The foreground proposals: predicted and target boxes, and the normalizer of a loss."""
+        return self.box_predictor.select_foreground(self.predictions, self.instances, self.labels)
 
     @cached_property
     def teacher_predictions(self) -> BoxPredictions:
-        """The teacher's, asked for once."""
+        """The teacher's predictions for the proposals, in the same order."""
         return self.predict_rois()
 
+    def smooth_l1_box_loss(self) -> Tensor:
+        """``(F, 4)`` unreduced smooth L1 loss of the foreground proposals."""
+        return self.box_predictor.smooth_l1_box_loss(self.foreground)
+
     def matched_gt_field(self, name: str) -> Tensor:
-        """``(R,)`` a ``gt_*`` field of each proposal's pseudo-label; zero where there is none."""
-        parts = []
-        for p in self.proposals:
-            # An image without pseudo-labels gives its proposals no gt_ field but their class.
-            known = p.has(name)
-            parts.append(p.get(name).float() if known else torch.zeros_like(p.gt_classes).float())
-        return cat(parts)
+        """Return a ``gt_*`` field of the pseudo-label that each proposal is matched to.
 
-    def measure(self, name: str, values: Tensor, where: Tensor) -> None:
-        """Log the mean of ``(R,)`` values over chosen proposals; NaN if none is chosen."""
-        # Not a mean over selected rows: selecting would wait for the device.
-        self.metrics[name] = (values.detach() * where).sum() / where.sum()
+        Returns:
+            ``(R,)`` float32; 0 in images without pseudo-labels.
+        """
+        values = []
+        for x in self.instances:
+            # In an image without pseudo-labels, proposals have no gt_* field but gt_classes.
+            values.append((x.get(name) if x.has(name) else zeros_like(x.gt_classes)).float())
+        return cat(values)
+
+    def log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Log the mean of ``(R,)`` values where the ``(R,)`` mask is true; NaN if it never is."""
+        # Indexing with the mask would make the host wait for the device.
+        self.metrics[name] = (values.detach() * mask).sum() / mask.sum()
 
 
-@dataclass(frozen=True)
 class SemiSupervisedMethod:
-    """A semi-supervised method, in the parts in which methods differ.
+    """Base class of semi-supervised methods.
+
+    The base class is the plain teacher-student method: all detections of the teacher above
+    ``SEMI.PSEUDO_LABEL_THRESHOLD`` are pseudo-labels, and all losses are unweighted. Subclasses
+    override the parts in which they differ, and register themselves in ``METHOD_REGISTRY``.
+
+    :func:`locreweight.engine.training_step.training_step` calls, in each iteration after burn-in,
+    :meth:`select_pseudo_labels`, :meth:`rpn_labels` for each image, and :meth:`losses`.
 
     Attributes:
-        choose_pseudo_labels: ``(teacher, what it saw) -> per image Instances``, in the frame of the
-            weak view: ``gt_boxes``, ``gt_classes``, ``gt_localization_quality``, and whatever
-            further ``gt_*`` fields the losses ask for.
-        classify: ``sampled proposals -> scalar``, the unsupervised classification loss.
-        regress_boxes: the same for the unsupervised box loss; None for no such loss.
-        for_rpn: the pseudo-labels that the proposal network learns from; None for all of them.
-        frozen_pseudo_labeler: pseudo-labels come from the teacher as it was at the end of burn-in, and not
-            from the one that goes on as the student's average.
+        frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
+            pseudo-labels. Otherwise the current teacher makes them.
+        pseudo_label_threshold: a detection is a pseudo-label if its score is above this.
     """
 
-    choose_pseudo_labels: Callable[[SemiSupervisedRCNN, TeacherOutput], list[Instances]]
-    classify: Callable[[SampledProposals], Tensor]
-    regress_boxes: Callable[[SampledProposals], Tensor] | None
-    for_rpn: Callable[[Instances], Instances] | None = None
     frozen_pseudo_labeler: bool = False
 
-    def losses(self, sampled: SampledProposals) -> dict[str, Tensor]:
-        """``loss_cls`` and, if there is one, ``loss_box_reg`` on pseudo-labels, before beta."""
-        losses = {"loss_cls": self.classify(sampled)}
-        if self.regress_boxes is not None:
-            losses["loss_box_reg"] = self.regress_boxes(sampled)
+    @configurable
+    def __init__(self, *, pseudo_label_threshold: float) -> None:
+        self.pseudo_label_threshold = pseudo_label_threshold
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return {"pseudo_label_threshold": cfg.SEMI.PSEUDO_LABEL_THRESHOLD}
+
+    def select_pseudo_labels(
+        self, teacher: SemiSupervisedRCNN, teacher_output: TeacherOutput
+    ) -> list[Instances]:
+        """Select pseudo-labels from the teacher's detections (Sec. 3.1).
+
+        Args:
+            teacher: the model that made the detections, in evaluation mode.
+            teacher_output: its features and detections in N weak views.
+
+        Returns:
+            N ``Instances`` in the frame of the weak view, with ``gt_boxes``, ``gt_classes``,
+            ``gt_localization_quality`` and ``gt_score``. A subclass may add ``gt_*`` fields:
+            :meth:`SampledProposals.matched_gt_field` makes them available to the losses.
+        """
+        threshold = self.pseudo_label_threshold
+        return [to_pseudo_labels(x, threshold) for x in teacher_output.detections]
+
+    def rpn_labels(self, pseudo_labels: Instances) -> Instances:
+        """Return the pseudo-labels of one image that the RPN is trained on. Default: all."""
+        return pseudo_labels
+
+    def classification_loss(self, proposals: SampledProposals) -> Tensor:
+        """Return the unsupervised classification loss, a scalar. Default: unweighted."""
+        scores = proposals.predictions.scores
+        return proposals.box_predictor.classification_loss(scores, proposals.labels)
+
+    def box_loss(self, proposals: SampledProposals) -> Tensor | None:
+        """Return the unsupervised box loss, a scalar, or None for no loss. Default: unweighted."""
+        return proposals.smooth_l1_box_loss().sum() / proposals.foreground.normalizer
+
+    def losses(self, proposals: SampledProposals) -> dict[str, Tensor]:
+        """Return the unsupervised losses of the ROI head by name, not yet multiplied by beta."""
+        losses = {"loss_cls": self.classification_loss(proposals)}
+        box_loss = self.box_loss(proposals)
+        if box_loss is not None:
+            losses["loss_box_reg"] = box_loss
         return losses
 
 
-def build_method(cfg: CfgNode) -> SemiSupervisedMethod:
-    """The strategy that ``SEMI.METHOD`` names.
-
-    Raises:
-        UsageError: for an unknown name.
-    """
-    known = [name for name, _ in METHOD_REGISTRY]
-    if cfg.SEMI.METHOD not in known:
-        raise UsageError(f"unknown SEMI.METHOD {cfg.SEMI.METHOD!r}; known are {', '.join(known)}")
-    return METHOD_REGISTRY.get(cfg.SEMI.METHOD)(cfg)
-
-
-# -- parts that several methods share -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AboveThreshold:
-    """Pseudo-labels are the teacher's detections above a score, after NMS (Sec. 3.1)."""
-
-    threshold: float
-
-    def __call__(self, teacher: SemiSupervisedRCNN, seen: TeacherOutput) -> list[Instances]:
-        return [select_pseudo_labels(found, self.threshold) for found in seen.detections]
-
-
-def select_pseudo_labels(detections: Instances, threshold: float) -> Instances:
-    """The detections above the score threshold, as ground truth for the student.
+def to_pseudo_labels(detections: Instances, score_threshold: float) -> Instances:
+    """Convert the detections above a score threshold to ground truth for the student.
 
     Args:
-        detections: of one image, after NMS.
-        threshold: on the class probability.
+        detections: detections in one image, after NMS.
+        score_threshold: threshold on the class probability.
 
     Returns:
-        ``gt_boxes`` (frame of the detections), ``gt_classes``, ``gt_localization_quality``,
-        ``gt_score``.
+        ``Instances`` in the frame of the detections, with ``gt_boxes``, ``gt_classes``,
+        ``gt_localization_quality`` and ``gt_score``.
     """
-    # Places, and not a mask, which each field would count for itself.
-    chosen = detections[(detections.scores > threshold).nonzero().squeeze(1)]
+    # With a mask, each field would count the selected rows again and wait for the device.
+    selected = detections[(detections.scores > score_threshold).nonzero().squeeze(1)]
     return Instances(
-        detections.image_size,
-        gt_boxes=chosen.pred_boxes,
-        gt_classes=chosen.pred_classes,
-        gt_localization_quality=chosen.localization_quality,
-        gt_score=chosen.scores,
+        selected.image_size,
+        gt_boxes=selected.pred_boxes,
+        gt_classes=selected.pred_classes,
+        gt_localization_quality=selected.localization_quality,
+        gt_score=selected.scores,
     )
-
-
-def unweighted_classification_loss(sampled: SampledProposals) -> Tensor:
-    """The detector's own classification loss: all proposals count alike."""
-    return sampled.predictor.classification_loss(sampled.predictions.scores, sampled.labels)
-
-
-def unweighted_box_loss(sampled: SampledProposals) -> Tensor:
-    """The box loss with all foreground proposals counting alike."""
-    boxes = sampled.predictor.foreground(sampled.predictions, sampled.proposals, sampled.labels)
-    normalizer = sampled.predictor.normalizer(boxes, sampled.labels)
-    return sampled.predictor.box_losses(boxes).sum() / normalizer

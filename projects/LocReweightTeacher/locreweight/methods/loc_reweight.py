@@ -1,62 +1,74 @@
-"""The paper's method: LER and PRC, each with its switch (Table 3; both off is its row 1)."""
+"""The paper's method: reweight the unsupervised losses by localization quality (Sec. 3.3, 3.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..losses.reweighting import quality_weighted_box_loss, reliability_weighted_cross_entropy
-from .base import (
-    METHOD_REGISTRY,
-    AboveThreshold,
-    SampledProposals,
-    SemiSupervisedMethod,
-    unweighted_box_loss,
-    unweighted_classification_loss,
+from ..losses.reweighting import (
+    proposal_reliability,
+    quality_weighted_box_loss,
+    reliability_weighted_cross_entropy,
 )
+from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod
 
 
 @METHOD_REGISTRY.register()
-def LocReweight(cfg: CfgNode) -> SemiSupervisedMethod:
-    """``SEMI.LER`` and ``SEMI.PRC`` turn its two parts on."""
-    return SemiSupervisedMethod(
-        choose_pseudo_labels=AboveThreshold(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
-        classify=prc if cfg.SEMI.PRC else unweighted_classification_loss,
-        regress_boxes=ler if cfg.SEMI.LER else unweighted_box_loss,
-    )
+class LocReweight(SemiSupervisedMethod):
+    """LER and PRC. Without either it is the paper's baseline (Table 3, row 1)."""
 
+    @configurable
+    def __init__(self, *, ler: bool, prc: bool, **kwargs: object) -> None:
+        """
+        Args:
+            ler: weight the box loss (Eq. 11); otherwise it is unweighted.
+            prc: weight the classification loss (Eq. 14); otherwise it is unweighted.
+            kwargs: arguments of :class:`SemiSupervisedMethod`.
+        """
+        super().__init__(**kwargs)
+        self.ler = ler
+        self.prc = prc
 
-# ``(weights, is_foreground) -> weights``, all ``(R,)``: what a variant of the method does to them.
-Rearrange = Callable[[Tensor, Tensor], Tensor]
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return super().from_config(cfg) | {"ler": cfg.SEMI.LER, "prc": cfg.SEMI.PRC}
 
+    def box_loss(self, proposals: SampledProposals) -> Tensor | None:
+        """LER: weight foreground proposals by the quality of their pseudo-label (Eq. 11)."""
+        if not self.ler:
+            return super().box_loss(proposals)
+        foreground = proposals.foreground
+        quality = self.localization_quality(proposals)[foreground.rows]
+        return quality_weighted_box_loss(
+            proposals.smooth_l1_box_loss(), quality, foreground.normalizer
+        )
 
-def as_they_are(weights: Tensor, is_foreground: Tensor) -> Tensor:
-    """The paper's method."""
-    return weights
+    def localization_quality(self, proposals: SampledProposals) -> Tensor:
+        """``(R,)`` localization quality score of the matched pseudo-label (Eq. 5)."""
+        return proposals.matched_gt_field("gt_localization_quality")
 
+    def classification_loss(self, proposals: SampledProposals) -> Tensor:
+        """PRC: weight proposals by how reliable they are to the teacher (Eq. 14)."""
+        if not self.prc:
+            return super().classification_loss(proposals)
+        reliability = self.reliability(proposals)
+        is_foreground = proposals.is_foreground
+        proposals.log_mean("proposals/reliability_foreground", reliability, is_foreground)
+        proposals.log_mean("proposals/reliability_background", reliability, ~is_foreground)
+        return reliability_weighted_cross_entropy(
+            proposals.predictions.scores,
+            proposals.labels,
+            reliability,
+            per_sampled_proposal=proposals.box_predictor.normalize_by_sampled,
+        )
 
-def prc(sampled: SampledProposals, rearrange: Rearrange = as_they_are) -> Tensor:
-    """Proposals weighted by how reliable the teacher finds them (Eq. 12, 13, 14)."""
-    predictor = sampled.predictor
-    reliability = predictor.reliability(sampled.teacher_predictions, sampled.labels)
-    reliability = rearrange(reliability, sampled.is_foreground)
-    sampled.measure("proposals/reliability_foreground", reliability, sampled.is_foreground)
-    sampled.measure("proposals/reliability_background", reliability, ~sampled.is_foreground)
-    return reliability_weighted_cross_entropy(
-        sampled.predictions.scores,
-        sampled.labels,
-        reliability,
-        per_sampled_proposal=predictor.normalize_by_sampled,
-    )
-
-
-def ler(sampled: SampledProposals, rearrange: Rearrange = as_they_are) -> Tensor:
-    """Foreground proposals weighted by the localization quality of their pseudo-label (Eq. 11)."""
-    predictor = sampled.predictor
-    boxes = predictor.foreground(sampled.predictions, sampled.proposals, sampled.labels)
-    quality = sampled.matched_gt_field("gt_localization_quality")
-    quality = rearrange(quality, sampled.is_foreground)[boxes.rows]
-    normalizer = predictor.normalizer(boxes, sampled.labels)
-    return quality_weighted_box_loss(predictor.box_losses(boxes), quality, normalizer)
+    def reliability(self, proposals: SampledProposals) -> Tensor:
+        """``(R,)`` reliability of the proposals (foreground: Eq. 12, background: Eq. 13)."""
+        teacher, box_predictor = proposals.teacher_predictions, proposals.box_predictor
+        return proposal_reliability(
+            teacher.probabilities,
+            teacher.log_variance.unflatten(1, (-1, 4)),
+            proposals.labels,
+            limit=box_predictor.log_variance_limit,
+            scale=box_predictor.quality_scale,
+        )

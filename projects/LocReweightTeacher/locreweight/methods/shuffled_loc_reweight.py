@@ -1,42 +1,34 @@
-"""A control for LER and PRC: their very weights, dealt out by chance.
+"""A control for LER and PRC: the same weights, randomly assigned to the proposals.
 
-The weights of Eq. 11 to 14 lie well below 1, so that they also make the unsupervised losses
-smaller. Whether they choose the right proposals shows in what the method gains over this one, whose
-weights are as small and know nothing of the proposals.
+The weights of Eq. 11 to 14 are well below 1, so they also make the unsupervised losses smaller. The
+difference between :class:`LocReweight` and this control shows how much of its gain comes from
+weighting the right proposals.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-from detectron2.config import CfgNode
 from torch import Tensor
 
-from .base import (
-    METHOD_REGISTRY,
-    AboveThreshold,
-    SemiSupervisedMethod,
-    unweighted_box_loss,
-    unweighted_classification_loss,
-)
-from .loc_reweight import ler, prc
+from .base import METHOD_REGISTRY, SampledProposals
+from .loc_reweight import LocReweight
 
 
 @METHOD_REGISTRY.register()
-def ShuffledLocReweight(cfg: CfgNode) -> SemiSupervisedMethod:
-    """``LocReweight`` with shuffled weights; ``SEMI.LER`` and ``SEMI.PRC`` turn its parts on."""
-    return SemiSupervisedMethod(
-        choose_pseudo_labels=AboveThreshold(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
-        classify=partial(prc, rearrange=shuffled)
-        if cfg.SEMI.PRC
-        else unweighted_classification_loss,
-        regress_boxes=partial(ler, rearrange=shuffled) if cfg.SEMI.LER else unweighted_box_loss,
-    )
+class ShuffledLocReweight(LocReweight):
+    """LER and PRC with shuffled weights."""
+
+    def localization_quality(self, proposals: SampledProposals) -> Tensor:
+        return shuffle_within_groups(
+            super().localization_quality(proposals), proposals.is_foreground
+        )
+
+    def reliability(self, proposals: SampledProposals) -> Tensor:
+        return shuffle_within_groups(super().reliability(proposals), proposals.is_foreground)
 
 
-def shuffled(weights: Tensor, is_foreground: Tensor) -> Tensor:
-    """The weights of foreground and of background proposals, each shuffled among themselves.
+def shuffle_within_groups(weights: Tensor, is_foreground: Tensor) -> Tensor:
+    """Shuffle the weights of the foreground and of the background proposals, each group by itself.
 
     Args:
         weights: ``(R,)``.
@@ -45,8 +37,8 @@ def shuffled(weights: Tensor, is_foreground: Tensor) -> Tensor:
     Returns:
         ``(R,)``.
     """
-    # Any two orders that begin with all of the background; made without waiting for the device.
-    taken, given = (
+    # Two random orders, both with all of the background first. The host does not wait for either.
+    source, target = (
         (torch.rand_like(weights, dtype=torch.float32) + is_foreground).argsort() for _ in range(2)
     )
-    return torch.empty_like(weights).index_copy(0, given, weights[taken])
+    return torch.empty_like(weights).index_copy(0, target, weights[source])

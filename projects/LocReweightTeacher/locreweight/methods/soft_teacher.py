@@ -1,22 +1,29 @@
-"""Soft Teacher: background weighted by the teacher, boxes by whether it agrees with itself.
+"""Soft Teacher: weight background by the teacher's score, regress only to stable boxes.
 
-Xu et al., "End-to-End Semi-Supervised Object Detection with Soft Teacher" (2021). Detections above
-a low score are candidates; those above ``SEMI.PSEUDO_LABEL_THRESHOLD`` are objects for
-classification and the RPN, those whose jittered copies are regressed to the same box are targets of
-box regression.
+Xu et al., "End-to-End Semi-Supervised Object Detection with Soft Teacher" (2021). Section numbers
+are that paper's. Detections above a low score are candidates. For the classification loss and the
+RPN, candidates above ``SEMI.PSEUDO_LABEL_THRESHOLD`` are objects. For the box loss, candidates are
+used whose jittered copies the teacher regresses to nearly the same box.
 
-Differences: proposals are sampled once, against all candidates, and not once for each of the two
-losses. In the strong view one of translation, rotation and shear is drawn, each alike often, where
-the authors' program draws one of translation along x, along y, rotation and shear; translation is
-along both axes and shear along one, not the other way round; and operations have a fixed order.
+Differences from the paper:
+
+- Proposals are sampled once, against all candidates, not once for each of the two losses.
+- The strong view draws one of translation, rotation and shear with equal probability. The authors'
+  code draws one of translation along x, translation along y, rotation and shear. Here translation
+  is along both axes and shear along one; there it is the reverse.
+- Operations are applied in a fixed order.
+
+Shapes:
+
+    N: number of proposals
+    P: number of pseudo-labels
+    J: number of jittered copies of each pseudo-label
+    K: number of foreground classes; class ``K`` is the background
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,120 +31,107 @@ from torch.nn import functional as F
 from ..losses.localization import at_least_float32
 from ..losses.reweighting import quality_weighted_box_loss
 from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
-from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod, select_pseudo_labels
+from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod, to_pseudo_labels
 
 
 @METHOD_REGISTRY.register()
-def SoftTeacher(cfg: CfgNode) -> SemiSupervisedMethod:
-    parts = SoftTeacherParts(class_threshold=cfg.SEMI.PSEUDO_LABEL_THRESHOLD)
-    return SemiSupervisedMethod(
-        choose_pseudo_labels=parts.candidates,
-        classify=parts.classify,
-        regress_boxes=parts.regress_boxes,
-        for_rpn=parts.objects,
-    )
-
-
-@dataclass(frozen=True)
-class SoftTeacherParts:
-    """Soft Teacher's three decisions, with its published values.
+class SoftTeacher(SemiSupervisedMethod):
+    """Soft Teacher with its published values.
 
     Attributes:
-        class_threshold: score above which a candidate is an object; 0.9 as published.
-        box_threshold: score above which a detection is a candidate for box regression.
-        jitters: copies of a candidate that the teacher regresses again.
-        jitter_scale: how far their coordinates are moved, as a share of the box's size.
-        max_variance: of the re-predictions of a box that is regressed to.
+        candidate_threshold: a detection above this score is a candidate for box regression.
+        num_jitters: number of jittered copies of each candidate that the teacher regresses.
+        jitter_scale: maximum jitter of a coordinate, as a fraction of the box's width or height.
+        max_variance: a candidate is a target of box regression if the variance of its regressed
+            copies is below this.
     """
 
-    class_threshold: float
-    box_threshold: float = 0.5
-    jitters: int = 10
+    candidate_threshold: float = 0.5
+    num_jitters: int = 10
     jitter_scale: float = 0.06
     max_variance: float = 0.02
 
-    def candidates(self, teacher: SemiSupervisedRCNN, seen: TeacherOutput) -> list[Instances]:
-        """All that one of the two losses may use, with ``gt_variance`` (Sec. 3.3 there)."""
-        threshold = min(self.box_threshold, self.class_threshold)
-        found = [select_pseudo_labels(x, threshold) for x in seen.detections]
-        copies = [jittered(x.gt_boxes.tensor, self.jitters, self.jitter_scale) for x in found]
-        classes = [x.gt_classes.repeat_interleave(self.jitters) for x in found]
-        refined = refine(teacher, seen, [c.flatten(0, 1) for c in copies], classes)
-        for x, again in zip(found, refined, strict=True):
-            x.gt_variance = box_regression_variance(
-                x.gt_boxes.tensor, again.unflatten(0, (-1, self.jitters))
+    def select_pseudo_labels(
+        self, teacher: SemiSupervisedRCNN, teacher_output: TeacherOutput
+    ) -> list[Instances]:
+        """Select all candidates that one of the losses can use; adds ``gt_variance`` (Sec. 3.3)."""
+        threshold = min(self.candidate_threshold, self.pseudo_label_threshold)
+        candidates = [to_pseudo_labels(x, threshold) for x in teacher_output.detections]
+        copies = [
+            jitter_boxes(x.gt_boxes.tensor, self.num_jitters, self.jitter_scale) for x in candidates
+        ]
+        classes = [x.gt_classes.repeat_interleave(self.num_jitters) for x in candidates]
+        regressed = regress_boxes(
+            teacher, teacher_output, [boxes.flatten(0, 1) for boxes in copies], classes
+        )
+        for labels, boxes in zip(candidates, regressed, strict=True):
+            labels.gt_variance = box_regression_variance(
+                labels.gt_boxes.tensor, boxes.unflatten(0, (-1, self.num_jitters))
             )
-        return found
+        return candidates
 
-    def objects(self, labels: Instances) -> Instances:
-        """The candidates that are objects for classification."""
-        return labels[labels.gt_score > self.class_threshold]
+    def rpn_labels(self, pseudo_labels: Instances) -> Instances:
+        """Return the candidates that are objects."""
+        return pseudo_labels[pseudo_labels.gt_score > self.pseudo_label_threshold]
 
-    def classify(self, sampled: SampledProposals) -> Tensor:
-        """Background weighted by the teacher's background scores (Sec. 3.2 there)."""
-        is_object = sampled.matched_gt_field("gt_score") > self.class_threshold
-        background_class = sampled.predictor.num_classes
-        labels = torch.where(is_object, sampled.labels, background_class)
-        background = sampled.teacher_predictions.scores.float().softmax(dim=1)[:, -1]
-        sampled.measure("proposals/background_score", background, labels == background_class)
+    def classification_loss(self, proposals: SampledProposals) -> Tensor:
+        """Weight background proposals by the teacher's background score (Sec. 3.2)."""
+        box_predictor = proposals.box_predictor
+        is_object = proposals.matched_gt_field("gt_score") > self.pseudo_label_threshold
+        labels = torch.where(is_object, proposals.labels, box_predictor.num_classes)
+        background_score = proposals.teacher_predictions.probabilities[:, -1]
+        is_background = labels == box_predictor.num_classes
+        proposals.log_mean("proposals/background_score", background_score, is_background)
         return background_weighted_cross_entropy(
-            sampled.predictions.scores,
+            proposals.predictions.scores,
             labels,
-            background,
-            per_sampled_proposal=sampled.predictor.normalize_by_sampled,
+            background_score,
+            per_sampled_proposal=box_predictor.normalize_by_sampled,
         )
 
-    def regress_boxes(self, sampled: SampledProposals) -> Tensor:
-        """Mean over the proposals whose pseudo-label is reliably placed (or over all sampled)."""
-        predictor = sampled.predictor
-        boxes = predictor.foreground(sampled.predictions, sampled.proposals, sampled.labels)
-        reliable = self._is_reliable(sampled)[boxes.rows].float()
-        by_sampled = predictor.normalize_by_sampled
-        normalizer = len(sampled.labels) if by_sampled else reliable.sum()
-        return quality_weighted_box_loss(predictor.box_losses(boxes), reliable, normalizer)
+    def box_loss(self, proposals: SampledProposals) -> Tensor:
+        """Regress to candidates with a low variance (Sec. 3.3).
 
-    def _is_reliable(self, sampled: SampledProposals) -> Tensor:
-        score = sampled.matched_gt_field("gt_score")
-        variance = sampled.matched_gt_field("gt_variance")
-        reliable = (score > self.box_threshold) & (variance < self.max_variance)
-        sampled.measure("proposals/reliably_placed", reliable.float(), sampled.is_foreground)
-        return reliable
+        The mean is over the proposals with such a target, or over all sampled proposals if
+        ``SEMI.NORMALIZE_BY_SAMPLED`` is set.
+        """
+        score = proposals.matched_gt_field("gt_score")
+        variance = proposals.matched_gt_field("gt_variance")
+        reliable = (score > self.candidate_threshold) & (variance < self.max_variance)
+        proposals.log_mean("proposals/reliably_placed", reliable.float(), proposals.is_foreground)
+
+        weight = reliable[proposals.foreground.rows].float()
+        by_sampled = proposals.box_predictor.normalize_by_sampled
+        normalizer = len(proposals.labels) if by_sampled else weight.sum()
+        return quality_weighted_box_loss(proposals.smooth_l1_box_loss(), weight, normalizer)
 
 
-def refine(
-    teacher: SemiSupervisedRCNN, seen: TeacherOutput, boxes: list[Tensor], classes: list[Tensor]
+def regress_boxes(
+    teacher: SemiSupervisedRCNN,
+    teacher_output: TeacherOutput,
+    boxes: list[Tensor],
+    classes: list[Tensor],
 ) -> list[Tensor]:
-    """What the teacher regresses boxes to.
+    """Apply the teacher's box regression to boxes of given classes.
 
     Args:
-        teacher: in evaluation mode.
-        seen: what it saw of N images.
-        boxes: per image ``(R_i, 4)`` xyxy, absolute pixels of the weak view.
-        classes: per image ``(R_i,)`` whose box branch to ask.
+        teacher: the model that made the output, in evaluation mode.
+        teacher_output: its features and detections in a list of images.
+        boxes: for each image ``(R_i, 4)`` xyxy, absolute pixels, weak view.
+        classes: for each image ``(R_i,)`` class whose regressor is used.
 
     Returns:
-        per image ``(R_i, 4)`` xyxy in the same frame.
+        For each image ``(R_i, 4)`` xyxy in the same frame.
     """
-    predictions = teacher.predict_rois(seen, boxes)
+    predictions = teacher.predict_rois(teacher_output, boxes)
     proposals = [
-        Instances(found.image_size, proposal_boxes=Boxes(b), gt_classes=c)
-        for found, b, c in zip(seen.detections, boxes, classes, strict=True)
+        Instances(x.image_size, proposal_boxes=Boxes(image_boxes), gt_classes=image_classes)
+        for x, image_boxes, image_classes in zip(
+            teacher_output.detections, boxes, classes, strict=True
+        )
     ]
-    predictor = teacher.roi_heads.box_predictor
-    return list(predictor.predict_boxes_for_gt_classes(predictions, proposals))
-
-
-# --------------------------------------------------------------------------------------------------
-# How Soft Teacher weights pseudo-labels, for comparison.
-#
-# Xu et al., "End-to-End Semi-Supervised Object Detection with Soft Teacher" (2021), Sec. 3.2 and 3.3.
-#
-# Shapes:
-#
-#     N: number of proposals
-#     P: number of pseudo-labels
-#     J: number of jittered copies of each
-#     K: number of foreground classes; class ``K`` is the background
+    box_predictor = teacher.roi_heads.box_predictor
+    return list(box_predictor.predict_boxes_for_gt_classes(predictions, proposals))
 
 
 def background_weighted_cross_entropy(
@@ -147,21 +141,24 @@ def background_weighted_cross_entropy(
     *,
     per_sampled_proposal: bool = False,
 ) -> Tensor:
-    """Unsupervised classification loss (Sec. 3.2 there): foreground mean plus weighted background.
+    """Compute the unsupervised classification loss (Sec. 3.2).
 
-    A background proposal weighs its share of the teacher's background scores: one that the teacher
-    takes for an object which the pseudo-labels lack hardly counts.
+    It is the mean loss of the foreground proposals plus a weighted mean of the background
+    proposals. The weight of a background proposal is the teacher's background score, divided by
+    the sum of these scores. A proposal that the teacher considers an object, although no
+    pseudo-label covers it, therefore has little weight.
 
     Args:
         logits: ``(N, K+1)`` the student's class scores before softmax.
         labels: ``(N,)`` assigned classes in ``[0, K]``.
         background_score: ``(N,)`` the teacher's background probability of each proposal.
-        per_sampled_proposal: divide the whole sum by all weights together, those of foreground
-            being 1, as the authors' program does, and not each part by its own. The equal say that
-            foreground has otherwise can drown a weak detector in false objects.
+        per_sampled_proposal: divide the whole sum by the sum of all weights, where the weight of a
+            foreground proposal is 1, as the authors' code does. Otherwise each of the two parts is
+            divided by its own weights. Foreground and background then count the same, and a weak
+            detector can drown in false objects.
 
     Returns:
-        Scalar; the part of an empty set is an exact zero that keeps the graph.
+        Scalar. The part of an empty set is an exact zero that keeps the graph.
     """
     loss = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     foreground = labels < logits.shape[1] - 1
@@ -174,36 +171,36 @@ def background_weighted_cross_entropy(
     return foreground_mean + (weight * loss).sum()
 
 
-def jittered(boxes: Tensor, copies: int, scale: float) -> Tensor:
-    """Copies of boxes, each coordinate moved by up to ``scale`` of the box's width or height.
+def jitter_boxes(boxes: Tensor, copies: int, scale: float) -> Tensor:
+    """Copy boxes and move each coordinate by a random fraction of the box's width or height.
 
     Args:
-        boxes: ``(P, 4)`` xyxy in absolute pixels of any view.
+        boxes: ``(P, 4)`` xyxy, absolute pixels.
         copies: J.
-        scale: largest share; the moves are drawn uniformly from torch's generator.
+        scale: largest fraction. Fractions are uniform, drawn from torch's default generator.
 
     Returns:
-        ``(P, J, 4)`` xyxy in the same frame; may reach over its border.
+        ``(P, J, 4)`` xyxy in the same frame. Boxes can extend beyond the image.
     """
     size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)[:, None]
-    moves = torch.rand(len(boxes), copies, 4, device=boxes.device, dtype=boxes.dtype) * 2 - 1
-    return boxes[:, None] + scale * size * moves
+    offsets = torch.rand(len(boxes), copies, 4, device=boxes.device, dtype=boxes.dtype) * 2 - 1
+    return boxes[:, None] + scale * size * offsets
 
 
-def box_regression_variance(boxes: Tensor, refined: Tensor) -> Tensor:
-    """How far re-predictions from jittered boxes disagree (Sec. 3.3 there).
+def box_regression_variance(boxes: Tensor, regressed: Tensor) -> Tensor:
+    """Compute how much the boxes regressed from jittered copies differ (Sec. 3.3).
 
     Args:
-        boxes: ``(P, 4)`` pseudo-labels, xyxy in absolute pixels.
-        refined: ``(P, J, 4)`` what the teacher regresses their jittered copies to; J at least 2.
+        boxes: ``(P, 4)`` pseudo-labels, xyxy, absolute pixels.
+        regressed: ``(P, J, 4)`` boxes regressed from the J copies of each; J is at least 2.
 
     Returns:
-        ``(P,)`` mean over the coordinates of the standard deviation among the J, in units of half
-        of the box's width plus height.
+        ``(P,)`` standard deviation over the J boxes, averaged over the coordinates and divided by
+        half the sum of the pseudo-label's width and height.
     """
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(dim=1)
     unit = 0.5 * (width + height)
-    # Written out: torch's std warns where there is no box.
-    squared = (refined - refined.mean(dim=1, keepdim=True)).square()
-    deviation = (squared.sum(dim=1) / (refined.shape[1] - 1)).sqrt()
+    # Not torch.std, which warns if there are no boxes.
+    squared = (regressed - regressed.mean(dim=1, keepdim=True)).square()
+    deviation = (squared.sum(dim=1) / (regressed.shape[1] - 1)).sqrt()
     return deviation.mean(dim=1) / unit.clamp(min=torch.finfo(unit.dtype).tiny)

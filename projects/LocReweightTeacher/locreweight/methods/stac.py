@@ -1,41 +1,30 @@
-"""STAC: pseudo-labels made once, by a teacher that stays as it is.
+"""STAC: pseudo-labels from a frozen teacher, unweighted losses.
 
-Sohn et al., "A Simple Semi-Supervised Learning Framework for Object Detection" (2020). All
-pseudo-labels above a high threshold count alike. To be used with ``INPUT.AUGMENTATION_POLICY StacPolicy``, in
-which the pseudo_labeler sees an image in one way only: the labels that it gives at each visit are then the
-same, as if they had been made once and stored; and with ``SEMI.EMA_KEEP_RATE 0.0``, which makes the
-student itself the result.
+Sohn et al., "A Simple Semi-Supervised Learning Framework for Object Detection" (2020). Use it with
+``INPUT.AUGMENTATION_POLICY StacPolicy``, in which the weak view of an image is always the same. The
+pseudo-labels of an image are then the same in each iteration, as if they had been computed once
+and stored. Also use ``SEMI.EMA_KEEP_RATE 0.0``, which makes the student itself the result.
 
-Differences:
+Differences from the paper:
 
-- STAC trains its teacher to the end of a schedule of its own; here burn-in is that training, and as
-  long as ``SEMI.BURN_IN_ITERS`` says: a short one makes a poor pseudo_labeler for good.
-- The student goes on from burn-in, where STAC starts it from ImageNet weights again.
-- Boxes are not augmented one by one; the strong view has Soft Teacher's operations.
-- Labeled images have one color operation, as for all methods here, where STAC's are only resized
-  and flipped; sizes of images are the config's, and not 500 to 800 pixels.
-- The threshold is the same for all images; the authors' program lowers it for an image whose best
+- STAC trains its teacher to the end of a separate schedule. Here burn-in trains the teacher, so
+  ``SEMI.BURN_IN_ITERS`` has to be long enough.
+- The student continues from the weights at the end of burn-in. STAC starts it from ImageNet
+  weights.
+- Boxes are not augmented one by one. The strong view uses Soft Teacher's operations.
+- Labeled images get one color operation, as in all methods here. STAC only resizes and flips them.
+  Image sizes are those of the config, not 500 to 800 pixels.
+- The threshold is the same for all images. The authors' code lowers it for an image whose best
   score is below it.
 """
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
-
-from .base import (
-    METHOD_REGISTRY,
-    AboveThreshold,
-    SemiSupervisedMethod,
-    unweighted_box_loss,
-    unweighted_classification_loss,
-)
+from .base import METHOD_REGISTRY, SemiSupervisedMethod
 
 
 @METHOD_REGISTRY.register()
-def Stac(cfg: CfgNode) -> SemiSupervisedMethod:
-    return SemiSupervisedMethod(
-        choose_pseudo_labels=AboveThreshold(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
-        classify=unweighted_classification_loss,
-        regress_boxes=unweighted_box_loss,
-        frozen_pseudo_labeler=True,
-    )
+class Stac(SemiSupervisedMethod):
+    """The base class with a frozen pseudo-labeler."""
+
+    frozen_pseudo_labeler = True

@@ -1,4 +1,4 @@
-"""Binding of the method to Detectron2's Faster R-CNN. Importing it registers the model's parts."""
+"""Detectron2 model parts. Importing this package registers them."""
 
 from .box_coding import CornerBoxTransform
 from .meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput

@@ -11,72 +11,81 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from .frozen_norm import fold_frozen_norms
+from ..installed_detectron2 import check_compiled_kernels, missing_kernels
+from .layers import fold_frozen_batchnorm
 from .output_layers import BoxPredictions
-from .roi_align import parallelize_roi_align
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher saw in the weak views of N images."""
+    """Output of the teacher for the weak views of N images."""
 
-    features: dict[str, Tensor]  # feature maps, kept for the second look at the student's proposals
-    detections: list[Instances]  # after NMS; pred_boxes xyxy, absolute pixels of the weak view
+    features: dict[str, Tensor]  # feature maps, for predictions at further boxes
+    detections: list[Instances]  # after NMS; pred_boxes xyxy, absolute pixels, weak view
 
 
 @dataclass(frozen=True)
 class UnlabeledOutput:
-    """What the student says of the strong views of N unlabeled images, before any weighting."""
+    """Output of the student for the strong views of N images."""
 
-    proposals: list[Instances]  # sampled, with gt_* of their pseudo-labels; frame: strong view
-    predictions: BoxPredictions  # of all those proposals, image after image
-    rpn_losses: dict[str, Tensor]  # loss_rpn_cls, loss_rpn_loc
+    proposals: list[Instances]  # sampled, with gt_* of the matched pseudo-labels, strong view
+    predictions: BoxPredictions  # for the proposals of all images, in their order
+    rpn_losses: dict[str, Tensor]  # loss_rpn_cls, loss_rpn_loc, unweighted
 
 
 @META_ARCH_REGISTRY.register()
 class SemiSupervisedRCNN(GeneralizedRCNN):
-    """Detectron2's ``GeneralizedRCNN``, to which unlabeled images can be given in training.
+    """Detectron2's ``GeneralizedRCNN`` that can also be trained on unlabeled images.
 
-    With labeled images alone, and at inference, it behaves as the class that it extends.
+    Without unlabeled images, and at inference, it is the same as ``GeneralizedRCNN``.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        parts = super().from_config(cfg)
-        parallelize_roi_align(parts["roi_heads"])
-        if cfg.MODEL.FOLD_FROZEN_NORM:
-            fold_frozen_norms(parts["backbone"])
+        check_compiled_kernels(cfg)
+        try:
+            parts = super().from_config(cfg)
+        except ImportError as error:
+            if "detectron2._C" not in str(error):
+                raise
+            # What Detectron2 raises when other code, such as a new backbone, uses such a kernel.
+            raise missing_kernels(f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}") from error
+        fold_frozen_batchnorm(parts["backbone"])
         return parts
 
     def forward(
         self, batched_inputs: list[dict], unlabeled_inputs: list[dict] | None = None
     ) -> list[dict] | dict[str, Tensor] | tuple[dict[str, Tensor], UnlabeledOutput]:
-        """One pass of the backbone over labeled and unlabeled images together.
+        """Run the backbone once on labeled and unlabeled images together, then both heads.
 
         Args:
             batched_inputs: labeled images in Detectron2's format: ``image`` (3, H, W) and
                 ``instances`` with ``gt_boxes`` (xyxy, absolute pixels) and ``gt_classes``.
             unlabeled_inputs: strong views in the same format, whose ``instances`` are
-                pseudo-labels; every further ``gt_*`` field travels on to the sampled proposals.
-                ``rpn_instances``, if given, are those that the proposal network learns from.
+                pseudo-labels. Their other ``gt_*`` fields are copied to the sampled proposals.
+                The RPN is trained on ``rpn_instances`` if present.
 
         Returns:
-            Without unlabeled images what ``GeneralizedRCNN`` returns: the losses in training,
-            detections otherwise. With them: the supervised losses and the unlabeled output.
+            Without unlabeled images, the output of ``GeneralizedRCNN``: losses in training,
+            detections otherwise. With unlabeled images, the supervised losses and the output for
+            the unlabeled images.
         """
         if not self.training or not unlabeled_inputs:
             return super().forward(batched_inputs)
         count = len(batched_inputs)
         images = self.preprocess_image([*batched_inputs, *unlabeled_inputs])
-        # Before the device is busy: copying them waits for what it was asked for.
-        truth, pseudo_labels = self._targets(batched_inputs), self._targets(unlabeled_inputs)
+        # Copied first, because a copy waits until the device has finished its queued work.
+        ground_truth = self._targets(batched_inputs)
+        pseudo_labels = self._targets(unlabeled_inputs)
         rpn_labels = self._targets(unlabeled_inputs, "rpn_instances")
-        labeled, unlabeled = _split(self.backbone(images.tensor), count)
+        labeled, unlabeled = _split_features(self.backbone(images.tensor), count)
 
-        losses = self._supervised_losses(_part_of(images, slice(None, count)), labeled, truth)
+        losses = self._supervised_losses(
+            _select_images(images, slice(None, count)), labeled, ground_truth
+        )
         with get_event_storage().name_scope("unlabeled"):
             output = self._unlabeled_output(
-                _part_of(images, slice(count, None)), unlabeled, rpn_labels, pseudo_labels
+                _select_images(images, slice(count, None)), unlabeled, rpn_labels, pseudo_labels
             )
         return losses, output
 
@@ -101,8 +110,12 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
 
     @torch.no_grad()
     def detect(self, batched_inputs: list[dict]) -> TeacherOutput:
-        """The teacher's one backbone pass: detections, and the features that they came from."""
-        assert not self.training, "the teacher looks in eval mode"
+        """Detect objects as the teacher, and keep the feature maps.
+
+        Args:
+            batched_inputs: weak views in Detectron2's format, with ``image`` (3, H, W).
+        """
+        assert not self.training, "detect() needs a model in eval mode"
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         proposals, _ = self.proposal_generator(images, features, None)
@@ -110,29 +123,31 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         return TeacherOutput(features, detections)
 
     @torch.no_grad()
-    def predict_rois(self, view: TeacherOutput, boxes: list[Tensor]) -> BoxPredictions:
-        """The teacher's second look, at given boxes in views that it has seen (Sec. 3.4).
+    def predict_rois(self, teacher_output: TeacherOutput, boxes: list[Tensor]) -> BoxPredictions:
+        """Predict for given boxes from the feature maps of :meth:`detect` (Sec. 3.4).
 
         Args:
-            view: what :meth:`look` returned for N images.
-            boxes: per image ``(R_i, 4)`` xyxy, absolute pixels of the **weak** view.
+            teacher_output: output of :meth:`detect` for N images.
+            boxes: for each image ``(R_i, 4)`` xyxy, absolute pixels, **weak** view.
 
         Returns:
-            predictions of all boxes, image after image.
+            Predictions for the boxes of all images, in their order.
         """
-        return self.roi_heads.predict(view.features, [Boxes(b) for b in boxes])
+        return self.roi_heads.predict(teacher_output.features, [Boxes(b) for b in boxes])
 
     def _targets(self, batched_inputs: list[dict], key: str = "instances") -> list[Instances]:
         return [x.get(key, x["instances"]).to(self.device) for x in batched_inputs]
 
 
-def _part_of(images: ImageList, part: slice) -> ImageList:
+def _select_images(images: ImageList, part: slice) -> ImageList:
     return ImageList(images.tensor[part], images.image_sizes[part])
 
 
-def _split(features: dict[str, Tensor], count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Feature maps of the first ``count`` images, and those of the others."""
-    # Not two slices: each would fill a gradient of all images with zeros.
+def _split_features(
+    features: dict[str, Tensor], count: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split feature maps into those of the first ``count`` images and those of the rest."""
+    # Slicing twice would allocate a zero-filled gradient of the full batch for each slice.
     parts = {name: f.split([count, len(f) - count]) for name, f in features.items()}
-    first, others = ({name: part[i] for name, part in parts.items()} for i in range(2))
-    return first, others
+    first, rest = ({name: part[i] for name, part in parts.items()} for i in range(2))
+    return first, rest

@@ -1,10 +1,11 @@
-"""The ROI head's outputs with the localization-aware branch (Fig. 4), and the losses on them.
+"""Output layers of the ROI head with the localization-aware branch (Fig. 4), and their losses.
 
 Shapes:
 
-    R: proposals of all images of a batch together
-    K: foreground classes; class K is the background
-    C: K, or 1 when box regression is class-agnostic
+    R: number of proposals, all images of a batch together
+    F: number of foreground proposals among them
+    K: number of foreground classes; class ``K`` is the background
+    C: K, or 1 if box regression is class-agnostic
 """
 
 from __future__ import annotations
@@ -25,29 +26,34 @@ from torch.nn import functional as F
 
 from ..losses.focal import focal_cross_entropy
 from ..losses.localization import at_least_float32, kl_regression_loss, localization_quality
-from ..losses.reweighting import proposal_reliability
 from .box_coding import CornerBoxTransform
 
 
 class BoxPredictions(NamedTuple):
-    """What the ROI head says of each proposal."""
+    """Predictions of the ROI head for R proposals."""
 
     scores: Tensor  # (R, K+1) logits
     deltas: Tensor  # (R, C*4) coded box offsets
-    log_variance: Tensor  # (R, C*4) of the coded offsets
+    log_variance: Tensor  # (R, C*4) log-variances of the coded box offsets
+
+    @property
+    def probabilities(self) -> Tensor:
+        """``(R, K+1)`` softmax of the scores, float32."""
+        return self.scores.float().softmax(dim=1)
 
 
 class ForegroundBoxes(NamedTuple):
-    """The rows of a batch that take part in box regression, F of R."""
+    """The foreground proposals of a batch, for the box losses."""
 
-    rows: Tensor  # (F,) indices into the R proposals
-    prediction: Tensor  # (F, 4) coded offsets of the assigned class
-    log_variance: Tensor  # (F, 4)
-    target: Tensor  # (F, 4) coded offsets of the matched (pseudo) ground truth
+    rows: Tensor  # (F,) their indices among the R proposals
+    prediction: Tensor  # (F, 4) predicted coded offsets for the assigned class
+    log_variance: Tensor  # (F, 4) log-variances of the prediction
+    target: Tensor  # (F, 4) coded offsets of the matched ground truth or pseudo-label
+    normalizer: int  # divisor of the summed loss (Eq. 10, 11), at least 1
 
 
 class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
-    """Detectron2's classification and box branch, and one layer beside them for log-variances."""
+    """Detectron2's ``FastRCNNOutputLayers`` with a linear layer that predicts log-variances."""
 
     @configurable
     def __init__(
@@ -64,13 +70,13 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         """
         Args:
             input_shape: shape of the features of one proposal.
-            log_variance_limit, quality_scale: see
+            log_variance_limit, quality_scale: ``limit`` and ``scale`` of
                 :func:`locreweight.losses.localization.localization_quality`.
-            normalize_by_sampled: divide Eq. 10, 11 and 14 by all sampled proposals.
-            gaussian_boxes: fit the variances by Eq. 10; otherwise boxes are trained with smooth L1,
-                and the branch for the variances stays as it was made.
-            focal_gamma: above 0, classify with the focal loss of this exponent.
-            kwargs: those of Detectron2's ``FastRCNNOutputLayers``.
+            normalize_by_sampled: divide Eq. 10, 11 and 14 by the number of all sampled proposals.
+            gaussian_boxes: train boxes of labeled images with the KL loss (Eq. 10). Otherwise they
+                are trained with smooth L1, and the log-variance layer is not trained.
+            focal_gamma: if positive, use the focal loss with this exponent for classification.
+            kwargs: arguments of Detectron2's ``FastRCNNOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
         self.log_variance_limit = log_variance_limit
@@ -79,10 +85,10 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         self.gaussian_boxes = gaussian_boxes
         self.focal_gamma = focal_gamma
         self.log_variance = nn.Linear(self.bbox_pred.in_features, self.bbox_pred.out_features)
-        # Variance 1 at first: the KL loss then starts as smooth L1.
+        # The variance is about 1 at first, so the KL loss starts as smooth L1.
         nn.init.normal_(self.log_variance.weight, std=1e-4)
         nn.init.zeros_(self.log_variance.bias)
-        # Several processes wait for the gradient of every parameter that asks for one.
+        # DistributedDataParallel waits for the gradient of every parameter that requires one.
         self.log_variance.requires_grad_(gaussian_boxes)
 
     @classmethod
@@ -100,40 +106,42 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         }
 
     def forward(self, x: Tensor) -> BoxPredictions:
-        """``(R, ...)`` features of the proposals -> their predictions."""
+        """Predict from ``(R, ...)`` features of the proposals."""
         x = x.flatten(start_dim=1)
         scores, deltas = super().forward(x)
         return BoxPredictions(scores, deltas, self.log_variance(x))
 
-    # -- labeled images ---------------------------------------------------------------------------
-
     def losses(self, predictions: BoxPredictions, proposals: list[Instances]) -> dict[str, Tensor]:
-        """Supervised losses: the detector's classification loss, and Eq. 10 for the boxes.
+        """Compute the supervised losses: classification, and boxes by Eq. 10.
 
         Args:
-            predictions: of the sampled proposals of all images together.
-            proposals: per image, with ``proposal_boxes``, ``gt_classes`` and ``gt_boxes`` (absent
-                in an image without ground truth), xyxy, absolute pixels of the labeled view.
+            predictions: predictions for the sampled proposals of all images.
+            proposals: one ``Instances`` per image with ``proposal_boxes``, ``gt_classes`` and, if
+                the image has ground truth, ``gt_boxes``; xyxy, absolute pixels, labeled view.
+
+        Returns:
+            ``loss_cls`` and ``loss_box_reg``.
         """
         labels = cat([p.gt_classes for p in proposals])
         _log_classification_stats(predictions.scores, labels)
-        boxes = self.foreground(predictions, proposals, labels)
+        foreground = self.select_foreground(predictions, proposals, labels)
         if self.gaussian_boxes:
             box_loss = kl_regression_loss(
-                boxes.prediction, boxes.target, boxes.log_variance, limit=self.log_variance_limit
+                foreground.prediction,
+                foreground.target,
+                foreground.log_variance,
+                limit=self.log_variance_limit,
             )
         else:
-            box_loss = self.box_losses(boxes)
+            box_loss = self.smooth_l1_box_loss(foreground)
         losses = {
             "loss_cls": self.classification_loss(predictions.scores, labels),
-            "loss_box_reg": box_loss.sum() / self.normalizer(boxes, labels),
+            "loss_box_reg": box_loss.sum() / foreground.normalizer,
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
-    # -- parts of losses, on labeled and unlabeled images -----------------------------------------
-
     def classification_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """The detector's own classification loss: mean cross-entropy, or focal loss.
+        """Compute the mean cross-entropy, or the focal loss if ``focal_gamma`` is positive.
 
         Args:
             scores: ``(R, K+1)`` logits.
@@ -143,65 +151,52 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             return focal_cross_entropy(scores, labels, gamma=self.focal_gamma)
         return cross_entropy(scores, labels, reduction="mean")
 
-    def foreground(
+    def select_foreground(
         self, predictions: BoxPredictions, proposals: list[Instances], labels: Tensor
     ) -> ForegroundBoxes:
-        """The foreground proposals: what is predicted for their class, and what it should be.
+        """Select the foreground proposals with their predictions and targets.
 
         Args:
-            predictions: of the sampled proposals of all images together.
-            proposals: per image, as in :meth:`losses`; any view.
-            labels: ``(R,)`` their classes in ``[0, K]``.
+            predictions: predictions for the sampled proposals of all images.
+            proposals: one ``Instances`` per image, as in :meth:`losses`, in any view.
+            labels: ``(R,)`` assigned classes in ``[0, K]``.
         """
         rows = (labels < self.num_classes).nonzero().squeeze(1)
-        # An image without (pseudo) ground truth has no gt_boxes and no foreground proposal.
+        # An image without ground truth has no gt_boxes, and none of its proposals is foreground.
         matched = cat(
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
         )
         source = cat([p.proposal_boxes.tensor for p in proposals])
+        prediction, log_variance = (
+            _select_class(values[rows].unflatten(1, (-1, 4)), labels[rows]).float()
+            for values in (predictions.deltas, predictions.log_variance)
+        )
         return ForegroundBoxes(
             rows,
-            self._of_class(predictions.deltas[rows].unflatten(1, (-1, 4)), labels[rows]).float(),
-            self._of_class(
-                predictions.log_variance[rows].unflatten(1, (-1, 4)), labels[rows]
-            ).float(),
-            self.box2box_transform.get_deltas(source[rows], matched[rows]),
+            prediction,
+            log_variance,
+            target=self.box2box_transform.get_deltas(source[rows], matched[rows]),
+            normalizer=max(len(labels) if self.normalize_by_sampled else len(rows), 1),
         )
 
-    def box_losses(self, boxes: ForegroundBoxes) -> Tensor:
-        """``(F, 4)`` smooth L1, in the scaled units of the box coding."""
+    def smooth_l1_box_loss(self, foreground: ForegroundBoxes) -> Tensor:
+        """Compute the unreduced ``(F, 4)`` smooth L1 loss, in the units of the box coding."""
         return F.smooth_l1_loss(
-            boxes.prediction, boxes.target, reduction="none", beta=self.smooth_l1_beta
+            foreground.prediction, foreground.target, reduction="none", beta=self.smooth_l1_beta
         )
-
-    def normalizer(self, boxes: ForegroundBoxes, labels: Tensor) -> int:
-        """What a sum of box losses is divided by (Eq. 10, 11): foreground or sampled proposals."""
-        return max(len(labels) if self.normalize_by_sampled else len(boxes.rows), 1)
-
-    def reliability(self, predictions: BoxPredictions, labels: Tensor) -> Tensor:
-        """``(R,)`` reliability of proposals with these labels, seen by this model (Eq. 12, 13)."""
-        return proposal_reliability(
-            predictions.scores.float().softmax(dim=1),
-            predictions.log_variance.unflatten(1, (-1, 4)),
-            labels,
-            limit=self.log_variance_limit,
-            scale=self.quality_scale,
-        )
-
-    # -- inference --------------------------------------------------------------------------------
 
     def inference(
         self, predictions: BoxPredictions, proposals: list[Instances]
     ) -> tuple[list[Instances], list[Tensor]]:
-        """As Detectron2's; each ``Instances`` has two fields more.
+        """Run Detectron2's inference and add two fields to the detections.
 
-        ``log_variance``, ``(N, 4)``, bounded, in the units of the box coding, and
-        ``localization_quality``, ``(N,)``, which Eq. 5 makes of it. They are those of the ROI which
-        NMS kept, for the predicted class.
+        The fields are ``log_variance``, ``(N, 4)``, clamped, in the units of the box coding, and
+        ``localization_quality``, ``(N,)``, its quality score (Eq. 5). Both are predictions for the
+        proposal that NMS kept and for the predicted class.
         """
         boxes = self.predict_boxes(predictions, proposals)
         probabilities = self.predict_probs(predictions, proposals)
-        # Of shapes, not by len(), which would be a constant in an exported graph.
+        # For exported graphs: len() would be a constant, and ONNX cannot unflatten zero detections.
         log_variances = predictions.log_variance.unflatten(1, (-1, 4)).split(
             [p.shape[0] for p in probabilities]
         )
@@ -213,19 +208,19 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             self.test_nms_thresh,
             self.test_topk_per_image,
         )
-        for i, found in enumerate(instances):
-            # Rows count only what was finite; without this one bad row would shift the others.
+        for i, detections in enumerate(instances):
+            # fast_rcnn_inference drops non-finite rows first, so kept_rows does not count them.
             finite = boxes[i].isfinite().all(dim=1) & probabilities[i].isfinite().all(dim=1)
-            of_kept = log_variances[i][finite][kept_rows[i]]
-            log_variance = at_least_float32(self._of_class(of_kept, found.pred_classes))
+            kept = log_variances[i][finite][kept_rows[i]]
+            log_variance = at_least_float32(_select_class(kept, detections.pred_classes))
             limit = self.log_variance_limit
-            found.log_variance = log_variance.clamp(-limit, limit)
-            found.localization_quality = localization_quality(
+            detections.log_variance = log_variance.clamp(-limit, limit)
+            detections.localization_quality = localization_quality(
                 log_variance, limit=limit, scale=self.quality_scale
             )
         return instances, kept_rows
 
-    # Detectron2's methods below take (scores, deltas).
+    # Detectron2's implementations of these methods expect (scores, deltas).
 
     def predict_boxes(
         self, predictions: BoxPredictions, proposals: list[Instances]
@@ -242,10 +237,9 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
     ) -> tuple[Tensor, ...]:
         return super().predict_boxes_for_gt_classes(predictions[:2], proposals)
 
-    # -- parts ------------------------------------------------------------------------------------
 
-    def _of_class(self, values: Tensor, classes: Tensor) -> Tensor:
-        """``(F, C, 4), (F,) -> (F, 4)``: the values of each row's class."""
-        if values.shape[1] == 1:
-            return values[:, 0]
-        return values[torch.arange(values.shape[0], device=values.device), classes]
+def _select_class(values: Tensor, classes: Tensor) -> Tensor:
+    """Select the four values of each row's class: ``(N, C, 4), (N,) -> (N, 4)``."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    return values[torch.arange(values.shape[0], device=values.device), classes]

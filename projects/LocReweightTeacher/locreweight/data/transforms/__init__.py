@@ -1,1 +1,1 @@
-"""Augmentations, augmentation policies and views."""
+"""Image augmentations, augmentation policies and augmented views."""

@@ -1,7 +1,10 @@
-"""Augmentations that Detectron2 does not have, as Detectron2 ``Augmentation`` objects.
+"""Augmentations that Detectron2 does not have.
 
-All take and give ``(H, W, 3)`` uint8 images in **RGB**: saturation, gray and hue mean something
-else when the channels are swapped. The mapper swaps them at the very end where a model wants BGR.
+Torchvision has some of them. These are Detectron2 ``Augmentation`` classes: they draw from numpy's
+generator and record transforms, from which the matrix of a view is computed.
+
+All images are ``(H, W, 3)`` uint8 **RGB**, since saturation, hue and grayscale depend on the
+channel order. If the model takes BGR, the mapper swaps the channels afterwards.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from PIL import ImageFilter
 
-from . import color_ops as colors
+from . import color_ops
 
-Fill = tuple[float, float, float]
+Color = tuple[float, float, float]  # RGB, 0 to 255
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, but an image's short side keeps a pixel, however much longer the other is."""
+    """Detectron2's ``ResizeShortestEdge``, but sides of very elongated images keep a pixel."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         resize = super().get_transform(image)
@@ -33,20 +36,24 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def resize_and_flip(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """What Detectron2 does by default, by the same ``INPUT`` keys, for images of any shape."""
+    """Build Detectron2's default augmentations from the same ``INPUT`` keys.
+
+    Unlike ``build_augmentation``, they accept images of any aspect ratio.
+    """
     resize, *others = build_augmentation(cfg, is_train)
     sizes = resize.short_edge_length, resize.max_size, resize.sample_style
     return [ResizeShortestEdge(*sizes), *others]
 
 
 class AffineTransform(T.Transform):
-    """Maps coordinates by a matrix; the image keeps its size, what comes from outside is filled."""
+    """Affine transform that keeps the size of the image and fills areas from outside of it."""
 
-    def __init__(self, matrix: np.ndarray, fill: Fill) -> None:
+    def __init__(self, matrix: np.ndarray, fill: Color) -> None:
         """
         Args:
-            matrix: ``(3, 3)``, continuous pixel coordinates -> the same after the transform.
-            fill: RGB color of what was outside of the image.
+            matrix: ``(3, 3)``, maps continuous pixel coordinates before to those after the
+                transform.
+            fill: color of areas that were outside of the image.
         """
         super().__init__()
         self.matrix = matrix
@@ -64,39 +71,39 @@ class AffineTransform(T.Transform):
     def inverse(self) -> T.Transform:
         return AffineTransform(np.linalg.inv(self.matrix), self.fill)
 
-    def _warp(self, img: np.ndarray, interpolation: int, fill: Fill | int) -> np.ndarray:
-        # OpenCV counts from the center of the first pixel, which lies at (0.5, 0.5).
-        half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-        matrix = np.linalg.inv(half) @ self.matrix @ half
+    def _warp(self, img: np.ndarray, interpolation: int, fill: Color | int) -> np.ndarray:
+        # OpenCV puts the origin at the center of the first pixel, Detectron2 at its corner.
+        offset = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+        matrix = np.linalg.inv(offset) @ self.matrix @ offset
         size = (img.shape[1], img.shape[0])
         return cv2.warpAffine(img, matrix[:2], size, flags=interpolation, borderValue=fill)
 
 
-class RandomGeometry(T.Augmentation):
-    """One of translation, rotation and shear, about the center of the image."""
+class RandomGeometricOperation(T.Augmentation):
+    """Randomly translate, rotate or shear the image about its center (Soft Teacher)."""
 
     def __init__(
         self,
-        fill: Fill,
+        fill: Color,
         max_translation: float = 0.1,
         max_rotation: float = 30.0,
         max_shear: float = 30.0,
     ) -> None:
         """
         Args:
-            fill: RGB color of what was outside of the image.
-            max_translation: share of the image's width and height.
-            max_rotation, max_shear: degrees.
+            fill: color of areas that were outside of the image.
+            max_translation: largest shift, as a fraction of the image's width and height.
+            max_rotation, max_shear: largest angles in degrees.
         """
         super().__init__()
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         height, width = image.shape[:2]
-        draw = (self._translation, self._rotation, self._shear)[np.random.randint(3)]
+        operation = (self._translation, self._rotation, self._shear)[np.random.randint(3)]
         to_origin = np.array([[1, 0, -width / 2], [0, 1, -height / 2], [0, 0, 1]])
         return AffineTransform(
-            np.linalg.inv(to_origin) @ draw(width, height) @ to_origin, self.fill
+            np.linalg.inv(to_origin) @ operation(width, height) @ to_origin, self.fill
         )
 
     def _translation(self, width: int, height: int) -> np.ndarray:
@@ -111,39 +118,39 @@ class RandomGeometry(T.Augmentation):
     def _shear(self, width: int, height: int) -> np.ndarray:
         angles = np.random.uniform(-self.max_shear, self.max_shear, size=2)
         x, y = np.tan(np.radians(angles))
-        # One axis at a time: both at once can fold the image onto a line.
+        # Shear along one axis only: shearing along both can collapse the image to a line.
         along_x = np.array([[1, x, 0], [0, 1, 0], [0, 0, 1]])
         along_y = np.array([[1, 0, 0], [y, 1, 0], [0, 0, 1]])
         return along_x if np.random.uniform() < 0.5 else along_y
 
 
-class OneColorOperation(T.Augmentation):
-    """One color operation out of nine, of random strength (the list of Soft Teacher)."""
+class RandomColorOperation(T.Augmentation):
+    """Apply one of nine color operations with random strength (Soft Teacher)."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        strength = np.random.uniform(0.1, 1.9)  # of an enhancement; 1 is the identity
+        strength = np.random.uniform(0.1, 1.9)  # 1 leaves the image unchanged in the last four
         operations: list[Callable[[np.ndarray], np.ndarray]] = [
             lambda img: img,
-            colors.autocontrast,
-            colors.equalize,
-            lambda img: colors.solarize(img, int(128 * strength)),
-            lambda img: colors.posterize(img, 4 + int(2 * strength)),
-            lambda img: colors.saturation(img, strength),
-            lambda img: colors.contrast(img, strength),
-            lambda img: colors.brightness(img, strength),
-            lambda img: colors.sharpness(img, strength),
+            color_ops.autocontrast,
+            color_ops.equalize,
+            lambda img: color_ops.solarize(img, int(128 * strength)),
+            lambda img: color_ops.posterize(img, 4 + int(2 * strength)),
+            lambda img: color_ops.saturation(img, strength),
+            lambda img: color_ops.contrast(img, strength),
+            lambda img: color_ops.brightness(img, strength),
+            lambda img: color_ops.sharpness(img, strength),
         ]
         return T.ColorTransform(operations[np.random.randint(len(operations))])
 
 
 class ColorJitter(T.Augmentation):
-    """Brightness, contrast, saturation and hue in random order (the list of Unbiased Teacher)."""
+    """Change brightness, contrast, saturation and hue in random order (Unbiased Teacher)."""
 
     def __init__(self, strength: float = 0.4, hue: float = 0.1) -> None:
         """
         Args:
-            strength: brightness, contrast and saturation change by up to this share.
-            hue: shift of the hue by up to this share of the color circle.
+            strength: largest relative change of brightness, contrast and saturation.
+            hue: largest shift of the hue, as a fraction of the color circle.
         """
         super().__init__()
         self._init(locals())
@@ -152,29 +159,29 @@ class ColorJitter(T.Augmentation):
         factors = np.random.uniform(1 - self.strength, 1 + self.strength, size=3)
         shift = np.random.uniform(-self.hue, self.hue)
         operations = [
-            lambda img: colors.brightness(img, factors[0]),
-            lambda img: colors.contrast(img, factors[1]),
-            lambda img: colors.saturation(img, factors[2]),
-            lambda img: colors.hue(img, shift),
+            lambda img: color_ops.brightness(img, factors[0]),
+            lambda img: color_ops.contrast(img, factors[1]),
+            lambda img: color_ops.saturation(img, factors[2]),
+            lambda img: color_ops.hue(img, shift),
         ]
         order = np.random.permutation(len(operations))
         return T.TransformList([T.ColorTransform(operations[i]) for i in order])
 
 
 class Grayscale(T.Augmentation):
-    """The image without color, still with three channels."""
+    """Convert the image to grayscale, with three channels."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        return T.ColorTransform(colors.grayscale)
+        return T.ColorTransform(color_ops.grayscale)
 
 
 class GaussianBlur(T.Augmentation):
-    """Blur of random width."""
+    """Blur the image with a Gaussian filter of random width."""
 
     def __init__(self, min_sigma: float = 0.1, max_sigma: float = 2.0) -> None:
         """
         Args:
-            min_sigma, max_sigma: range of the standard deviation in pixels.
+            min_sigma, max_sigma: range of the filter's standard deviation in pixels.
         """
         super().__init__()
         self._init(locals())
@@ -185,13 +192,13 @@ class GaussianBlur(T.Augmentation):
 
 
 class EraseTransform(T.Transform):
-    """Paints rectangles over the image; coordinates stay."""
+    """Fill rectangles of the image with a color. Coordinates do not change."""
 
-    def __init__(self, patches: list[tuple[int, int, int, int]], fill: Fill) -> None:
+    def __init__(self, patches: list[tuple[int, int, int, int]], fill: Color) -> None:
         """
         Args:
-            patches: xyxy in whole pixels.
-            fill: RGB color of the patches.
+            patches: rectangles, xyxy in whole pixels.
+            fill: color of the patches.
         """
         super().__init__()
         self.patches = patches
@@ -211,21 +218,25 @@ class EraseTransform(T.Transform):
 
 
 class RandomErasing(T.Augmentation):
-    """Paints over a random number of rectangles."""
+    """Fill a random number of random rectangles with a color.
+
+    Unlike torchvision's ``RandomErasing``, it draws any number of patches, and the side of a patch
+    is distributed uniformly instead of its area.
+    """
 
     def __init__(
         self,
-        fill: Fill,
+        fill: Color,
         patches: tuple[int, int] = (1, 4),
         area: tuple[float, float] = (0.0, 0.04),
         aspect_ratio: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         """
         Args:
-            fill: RGB color of the patches.
-            patches: least and greatest number of them.
-            area: range of the share of the image that one covers.
-            aspect_ratio: range of their height over width.
+            fill: color of the patches.
+            patches: smallest and largest number of patches.
+            area: range of a patch's area, as a fraction of the image's.
+            aspect_ratio: range of a patch's height divided by its width.
         """
         super().__init__()
         self._init(locals())
@@ -235,7 +246,6 @@ class RandomErasing(T.Augmentation):
         return EraseTransform([self._patch(*image.shape[:2]) for _ in range(count)], self.fill)
 
     def _patch(self, height: int, width: int) -> tuple[int, int, int, int]:
-        # A square root of a uniform area: sides, not areas, are what one sees.
         side = math.sqrt(height * width) * np.random.uniform(*np.sqrt(self.area))
         ratio = math.exp(np.random.uniform(*np.log(self.aspect_ratio)))
         patch_height = min(round(side * math.sqrt(ratio)), height)

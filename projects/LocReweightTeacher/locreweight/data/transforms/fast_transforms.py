@@ -1,8 +1,8 @@
-"""Detectron2's own transforms of pixels, faster than it does them.
+"""Faster pixel operations for Detectron2's transforms.
 
-What an augmentation draws, and what its recorded transform does to coordinates, stays Detectron2's:
-only the arithmetic on the image is another. Augmentations of any recipe profit that record these
-transforms, Detectron2's and others.
+Detectron2 resizes with Pillow and flips with numpy views; here OpenCV and PyTorch do both, several
+times as fast (benchmarks/loader.py). What augmentations draw, and how recorded transforms map
+coordinates, is unchanged. Any augmentation that records Detectron2's transforms benefits.
 """
 
 from __future__ import annotations
@@ -15,35 +15,34 @@ from PIL import Image
 from torch.nn import functional as F
 
 
-class FastInput(T.AugInput):
-    """An image while it is augmented: ``(H, W, 3)`` uint8, RGB."""
+class FastAugInput(T.AugInput):
+    """Detectron2's ``AugInput`` with faster resizing and flipping of ``(H, W, 3)`` uint8 images."""
 
     image: np.ndarray
 
-    def __init__(self, image: np.ndarray, resized_before: dict | None = None) -> None:
+    def __init__(self, image: np.ndarray, resize_cache: dict | None = None) -> None:
         """
         Args:
-            image: as it is before the first augmentation; it is kept.
-            resized_before: of the same image, by height and width; is added to. Views that have
-                one size share the work, however they differ afterwards.
+            image: the image before the first augmentation. It is not modified.
+            resize_cache: resized versions of this image by ``(height, width)``, filled on demand.
+                Pass the same dict for several views of an image to resize to each size only once.
         """
-        # What views share can only be read: augmentations that write in place are to fail.
+        # Views share these arrays. Read-only arrays make in-place augmentations raise an error.
         super().__init__(_read_only(image))
-        self._original, self._shown = image, self.image
-        self._resized_before = {} if resized_before is None else resized_before
+        self._original, self._original_view = image, self.image
+        self._resize_cache = {} if resize_cache is None else resize_cache
 
     def transform(self, tfm: T.Transform) -> None:
-        """Transforms the image in place, as a recorded transform says."""
+        """Apply a recorded transform to the image, in place."""
         for single in tfm.transforms if isinstance(tfm, T.TransformList) else [tfm]:
             self.image = self._apply(single)
 
     def _apply(self, transform: T.Transform) -> np.ndarray:
-        # By the exact type: a class derived from one of these may do something else to pixels.
+        # Compare exact types: subclasses may treat pixels differently.
         kind = type(transform)
         if kind is T.ResizeTransform and transform.interp == Image.Resampling.BILINEAR:
             return self._resize(transform.new_h, transform.new_w)
-        # numpy's flips leave the pixels where they are, for each later step to collect them
-        # backwards.
+        # numpy flips by negative strides, which slow down every later operation.
         if kind is T.HFlipTransform:
             return cv2.flip(self.image, 1)
         if kind is T.VFlipTransform:
@@ -51,15 +50,15 @@ class FastInput(T.AugInput):
         return transform.apply_image(self.image)
 
     def _resize(self, height: int, width: int) -> np.ndarray:
-        if self.image is not self._shown:
-            return resized(self.image, height, width)
-        if (height, width) not in self._resized_before:
-            self._resized_before[height, width] = resized(self._original, height, width)
-        return _read_only(self._resized_before[height, width])
+        if self.image is not self._original_view:
+            return resize_bilinear(self.image, height, width)
+        if (height, width) not in self._resize_cache:
+            self._resize_cache[height, width] = resize_bilinear(self._original, height, width)
+        return _read_only(self._resize_cache[height, width])
 
 
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, and smoothed before pixels are left out: within 1 of what Pillow does.
+def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize an image with an antialiased bilinear filter, within 1 level of Pillow's result.
 
     Args:
         image: ``(H, W, 3)`` uint8.
@@ -68,16 +67,16 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
         ``(height, width, 3)`` uint8.
     """
     if height >= image.shape[0] and width >= image.shape[1]:
-        # Nothing is left out, so there is nothing to smooth, which OpenCV never does.
+        # Enlarging needs no antialiasing, which OpenCV's bilinear filter does not have.
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    # torch has Pillow's filter on bytes. It wants memory that it may write to.
-    given = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    planes = F.interpolate(given, (height, width), mode="bilinear", antialias=True)[0]
+    # PyTorch implements Pillow's filter for uint8. from_numpy requires writable memory.
+    writable = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    planes = F.interpolate(writable, (height, width), mode="bilinear", antialias=True)[0]
     return cv2.merge([plane.numpy() for plane in planes])
 
 
 def channels_first(image: np.ndarray, image_format: str) -> torch.Tensor:
-    """``(H, W, 3)`` RGB -> ``(3, H, W)`` in the order "RGB" or "BGR", in one pass."""
+    """Convert an ``(H, W, 3)`` RGB image to a ``(3, H, W)`` tensor in the order "RGB" or "BGR"."""
     planes = np.empty((3, *image.shape[:2]), image.dtype)
     cv2.split(image, list(planes if image_format == "RGB" else planes[::-1]))
     return torch.from_numpy(planes)

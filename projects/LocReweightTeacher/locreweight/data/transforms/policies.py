@@ -1,11 +1,15 @@
-"""How the views of an image are augmented. ``INPUT.AUGMENTATION_POLICY`` names one of these, or your own:
+"""Augmentation policies: how the views of labeled and unlabeled images are augmented.
+
+``INPUT.AUGMENTATION_POLICY`` is the name of a function in ``AUGMENTATION_POLICY_REGISTRY``. To add
+your own::
 
     @AUGMENTATION_POLICY_REGISTRY.register()
-    def MyRecipe(cfg) -> AugmentationPolicy: ...
+    def MyPolicy(cfg) -> AugmentationPolicy: ...
 
-Sizes and flips follow Detectron2's ``INPUT.MIN_SIZE_TRAIN``, ``INPUT.MAX_SIZE_TRAIN`` and
-``INPUT.RANDOM_FLIP``. Images are RGB while they are augmented. Views share what they begin with: an
-augmentation returns a new image, and does not write into the one that it is given.
+The policies here take sizes and flips from Detectron2's ``INPUT.MIN_SIZE_TRAIN``,
+``INPUT.MAX_SIZE_TRAIN`` and ``INPUT.RANDOM_FLIP``. Augmentations receive RGB images. They must
+return a new image instead of modifying the one they receive, since the views of an image share
+memory.
 """
 
 from __future__ import annotations
@@ -16,32 +20,34 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils.registry import Registry
 
-from ...errors import UsageError
+from ...errors import get_registered
 from .augmentations import (
+    Color,
     ColorJitter,
-    Fill,
     GaussianBlur,
     Grayscale,
-    OneColorOperation,
+    RandomColorOperation,
     RandomErasing,
-    RandomGeometry,
+    RandomGeometricOperation,
     resize_and_flip,
 )
 
-AUGMENTATION_POLICY_REGISTRY = Registry("RECIPE")
-AUGMENTATION_POLICY_REGISTRY.__doc__ = "Functions from a config to a :class:`AugmentationPolicy`."
+AUGMENTATION_POLICY_REGISTRY = Registry("AUGMENTATION_POLICY")
+AUGMENTATION_POLICY_REGISTRY.__doc__ = """
+Registry of augmentation policies: functions ``f(cfg: CfgNode) -> AugmentationPolicy``.
+"""
 
 
 @dataclass(frozen=True)
 class AugmentationPolicy:
-    """The augmentations of one training run.
+    """The augmentations of a training run.
 
     Attributes:
-        labeled: for each view that a labeled image is shown in, its augmentations.
-        weak: of the view of an unlabeled image that the teacher labels.
-        strong: of the view that the student learns from.
-        strong_on_weak: the strong augmentations act on the weak view, whose geometry they share,
-            and not on the original image.
+        labeled: one list of augmentations for each view of a labeled image.
+        weak: augmentations of the view that the teacher labels.
+        strong: augmentations of the view that the student learns from.
+        strong_on_weak: apply ``strong`` to the weak view, so that both views have the same geometry
+            (unless ``strong`` changes it). Otherwise it is applied to the original image.
     """
 
     labeled: list[list[T.Augmentation]]
@@ -51,31 +57,30 @@ class AugmentationPolicy:
 
 
 def build_augmentation_policy(cfg: CfgNode) -> AugmentationPolicy:
-    """The recipe that ``INPUT.AUGMENTATION_POLICY`` names.
+    """Build the policy ``INPUT.AUGMENTATION_POLICY``.
 
     Raises:
-        UsageError: for an unknown name.
+        UsageError: if no policy of that name is registered.
     """
-    known = [name for name, _ in AUGMENTATION_POLICY_REGISTRY]
-    if cfg.INPUT.AUGMENTATION_POLICY not in known:
-        raise UsageError(
-            f"unknown INPUT.AUGMENTATION_POLICY {cfg.INPUT.AUGMENTATION_POLICY!r}; known are {', '.join(known)}, and what "
-            "you register in AUGMENTATION_POLICY_REGISTRY"
-        )
-    return AUGMENTATION_POLICY_REGISTRY.get(cfg.INPUT.AUGMENTATION_POLICY)(cfg)
+    key, name = "INPUT.AUGMENTATION_POLICY", cfg.INPUT.AUGMENTATION_POLICY
+    return get_registered(AUGMENTATION_POLICY_REGISTRY, key, name)(cfg)
 
 
 @AUGMENTATION_POLICY_REGISTRY.register()
 def SoftTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
-    """Each view has its own size and flip; the strong one color, geometry and erasing as well."""
+    """The augmentations of Soft Teacher (Xu et al., 2021).
+
+    Weak and strong view have their own random size and flip. The strong view also has one color
+    operation, one geometric operation and erased patches; a labeled view has one color operation.
+    """
     fill = _mean_rgb(cfg)
     return AugmentationPolicy(
-        labeled=[[*resize_and_flip(cfg, is_train=True), OneColorOperation()]],
+        labeled=[[*resize_and_flip(cfg, is_train=True), RandomColorOperation()]],
         weak=resize_and_flip(cfg, is_train=True),
         strong=[
             *resize_and_flip(cfg, is_train=True),
-            OneColorOperation(),
-            RandomGeometry(fill),
+            RandomColorOperation(),
+            RandomGeometricOperation(fill),
             RandomErasing(fill),
         ],
     )
@@ -83,13 +88,17 @@ def SoftTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
 
 @AUGMENTATION_POLICY_REGISTRY.register()
 def StacPolicy(cfg: CfgNode) -> AugmentationPolicy:
-    """As SoftTeacherPolicy, but the weak view is always the same: the image as in testing."""
+    """``SoftTeacherPolicy`` with a fixed weak view: the image as it is resized for testing."""
     return replace(SoftTeacherPolicy(cfg), weak=resize_and_flip(cfg, is_train=False))
 
 
 @AUGMENTATION_POLICY_REGISTRY.register()
 def UnbiasedTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
-    """The strong view has the geometry of the weak one; labeled images are shown in both ways."""
+    """The augmentations of Unbiased Teacher (Liu et al., 2021).
+
+    The strong view changes only the appearance of the weak view. A labeled image has both a weak
+    and a strong view.
+    """
     fill = _mean_rgb(cfg)
     appearance = [
         T.RandomApply(ColorJitter(strength=0.4, hue=0.1), prob=0.8),
@@ -105,8 +114,8 @@ def UnbiasedTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
     )
 
 
-def _mean_rgb(cfg: CfgNode) -> Fill:
-    """The model's mean color: after normalization it is zero, as the padding is."""
+def _mean_rgb(cfg: CfgNode) -> Color:
+    """Return ``MODEL.PIXEL_MEAN`` as RGB. Normalization maps it to zero, the value of padding."""
     mean = [float(value) for value in cfg.MODEL.PIXEL_MEAN]
     first, second, third = mean if cfg.INPUT.FORMAT == "RGB" else mean[::-1]
     return first, second, third

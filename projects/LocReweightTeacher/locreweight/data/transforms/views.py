@@ -1,4 +1,4 @@
-"""A view: an augmented image that knows how it was made from the original one."""
+"""Augmented views of an image, with the matrix that maps the original image to each view."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class View:
 
     Attributes:
         image: ``(3, H, W)`` uint8, channels in the order of ``INPUT.FORMAT``.
-        matrix: ``(3, 3)`` float64, original pixel coordinates -> those of this view.
+        matrix: ``(3, 3)`` float64, maps pixel coordinates of the original image to the view.
     """
 
     image: Tensor
@@ -30,30 +30,33 @@ class View:
 
 @dataclass(frozen=True)
 class UnlabeledSample:
-    """The two views of one unlabeled image.
+    """The two views of an unlabeled image.
 
     Attributes:
-        unread: for each image that was drawn before but could not be read, why.
+        file_name: the image file.
+        weak: the view that the teacher labels.
+        strong: the view that the student learns from.
+        read_errors: one message for each image that was drawn first but could not be read.
     """
 
     file_name: str
     weak: View
     strong: View
-    unread: tuple[str, ...] = ()
+    read_errors: tuple[str, ...] = ()
 
 
-def matrix_of(transforms: T.TransformList, image_size: tuple[int, int]) -> Tensor:
-    """The affine map that a list of recorded transforms does to coordinates.
+def affine_matrix(transforms: T.TransformList, image_size: tuple[int, int]) -> Tensor:
+    """Compute the affine matrix of a list of recorded transforms.
 
-    It is read off from where the transforms send three corners of the image, so that any new
-    augmentation is covered as long as it is affine; the fourth corner checks that it is.
+    The matrix follows from where the transforms map three corners of the image. This works for any
+    affine augmentation without extra code. The fourth corner checks that the map is affine.
 
     Args:
-        transforms: recorded on an image of this size.
+        transforms: recorded on an image of size ``image_size``.
         image_size: ``(height, width)`` of the original image in pixels.
 
     Returns:
-        ``(3, 3)`` float64 matrix, original image -> view, for ``(x, y, 1)`` columns.
+        ``(3, 3)`` float64 matrix that maps columns ``(x, y, 1)`` of the original image to the view.
 
     Raises:
         ValueError: if the transforms are not affine.
@@ -62,11 +65,11 @@ def matrix_of(transforms: T.TransformList, image_size: tuple[int, int]) -> Tenso
     corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], dtype=np.float64)
     origin, right, down, opposite = np.asarray(transforms.apply_coords(corners.copy()))
     expected = right + down - origin
-    # As numpy's allclose, of which each view would pay a tenth of a millisecond.
+    # np.allclose does the same but costs a tenth of a millisecond per view.
     if not (abs(opposite - expected) <= 1e-2 + 1e-5 * abs(expected)).all():
         raise ValueError(
-            f"the transforms are not affine: they send the corner {(width, height)} to "
-            f"{opposite.tolist()} and not to {expected.tolist()}: {transforms}"
+            f"the transforms are not affine: they map the corner {(width, height)} to "
+            f"{opposite.tolist()}, an affine map would map it to {expected.tolist()}: {transforms}"
         )
     matrix = np.eye(3)
     matrix[:2, 0] = (right - origin) / width
