@@ -1,15 +1,19 @@
 """Signals that ask a process to stop."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from locreweight.engine import preemption
-from locreweight.engine.preemption import Stopped, StopRequest
+from locreweight.engine.preemption import (
+    STOP_REQUEST,
+    Stopped,
+    StopRequest,
+    leave_signals_to_trainer,
+)
 from tests.engine.tiny_training import restored_loggers_and_signals
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -89,35 +93,28 @@ class Pids(torch.utils.data.Dataset):
         return os.getpid()
 
 
-SCRIPT = """
-import os, signal, torch
-from locreweight.engine.preemption import STOP_REQUEST, leave_signals_to_trainer
-from tests.engine.test_preemption import Pids
-
-STOP_REQUEST.listen()
-with STOP_REQUEST.held():
-    batches = iter(torch.utils.data.DataLoader(
-        Pids(), num_workers=1, prefetch_factor=1, worker_init_fn=leave_signals_to_trainer))
-    worker = int(next(batches))
-    assert worker != os.getpid()
-    os.kill(worker, signal.SIGUSR1)
-    assert int(next(batches)) == worker and not STOP_REQUEST.received
-    os.killpg(0, signal.SIGUSR1)
-    assert int(next(batches)) == worker and STOP_REQUEST.received
-    os.killpg(0, signal.SIGTERM)
-    assert [int(pid) for pid in batches] == [worker] * 5
-print("done")
-"""
+def signal_workers():
+    """Signal a loader worker and the process group, and read all batches."""
+    os.setsid()
+    STOP_REQUEST.listen()
+    with STOP_REQUEST.held():
+        loader = torch.utils.data.DataLoader(
+            Pids(), num_workers=1, prefetch_factor=1, worker_init_fn=leave_signals_to_trainer
+        )
+        batches = iter(loader)
+        worker = int(next(batches))
+        assert worker != os.getpid()
+        os.kill(worker, signal.SIGUSR1)
+        assert int(next(batches)) == worker and not STOP_REQUEST.received
+        os.killpg(0, signal.SIGUSR1)
+        assert int(next(batches)) == worker and STOP_REQUEST.received
+        os.killpg(0, signal.SIGTERM)
+        assert [int(pid) for pid in batches] == [worker] * 5
 
 
 def test_loader_workers_survive_signals():
     """Signals to the process group, as from terminals and schedulers, and SIGUSR1 to a worker."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "done\n"
+    process = multiprocessing.get_context("fork").Process(target=signal_workers)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0

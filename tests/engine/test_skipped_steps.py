@@ -99,8 +99,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "at"),
+    [(case, 2) for case in CASES] + [(case, 1) for case in CASES if "infinite" not in case],
+)
 def test_skipped_step_changes_nothing_and_training_continues(make_trainer, spoiled, case, at):
     """During and after burn-in. The model has batch norm, whose statistics the step changes."""
     spoil, problem = CASES[case]
