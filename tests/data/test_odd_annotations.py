@@ -220,8 +220,8 @@ ERRORS = {
     "voc: size of zero": (voc_text("<width>64", "<width>0"), r"0001\.xml is malformed: .*0 x 64"),
     "voc: fraction for a size": (voc_text("<width>64", "<width>64.5"), r"0001\.xml is malformed"),
     "voc: NaN": (voc_text("<xmin>", "<xmin>nan</xmin><xmin>"), r"0001\.jpg.*DROP_BAD_BOXES True"),
-    "voc: class is a number": (class_that_is_a_number, "CLASS_NAMES holds 3, no text"),
-    "voc: class is a path": (class_that_is_a_path, "'../owl', no text without '/'"),
+    "voc: class is a number": (class_that_is_a_number, "CLASS_NAMES contains 3: use a text"),
+    "voc: class is a path": (class_that_is_a_path, "'../owl': use a text without '/'"),
 }
 
 

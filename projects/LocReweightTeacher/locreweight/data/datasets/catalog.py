@@ -94,8 +94,8 @@ def register(
         if kind not in FORMATS:
             forms = ", ".join(known.form for known in FORMATS.values())
             raise UsageError(
-                f"unknown data set {name!r}. Use a name that is registered in Detectron2, or a name "
-                f"of the form {forms}"
+                f"unknown data set {name!r}. Use a name that is registered in Detectron2, or one of "
+                f"{forms}"
             )
         load, metadata = FORMATS[kind].open(name, expand_path(location), options)
         DatasetCatalog.register(name, load)
