@@ -235,8 +235,8 @@ def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
     if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
         raise UsageError(
             "there are no unlabeled images to learn from: set DATASETS.UNLABELED, or use a part of "
-            "the labels with DATASETS.LABELED_PERCENT, and SOLVER.IMS_PER_BATCH_UNLABELED above 0. Or "
-            "train on labels only with SEMI.BURN_IN_ITERS >= SOLVER.MAX_ITER"
+            "the labels with DATASETS.LABELED_PERCENT, and SOLVER.IMS_PER_BATCH_UNLABELED above 0. "
+            "Or train on labels only with SEMI.BURN_IN_ITERS >= SOLVER.MAX_ITER"
         )
 
 

@@ -94,8 +94,7 @@ def register(
         if kind not in FORMATS:
             forms = ", ".join(known.form for known in FORMATS.values())
             raise UsageError(
-                f"unknown data set {name!r}. Use a name that is registered in Detectron2, or one of "
-                f"{forms}"
+                f"unknown data set {name!r}. Use a name registered in Detectron2, or one of {forms}"
             )
         load, metadata = FORMATS[kind].open(name, expand_path(location), options)
         DatasetCatalog.register(name, load)
@@ -105,8 +104,7 @@ def register(
 def expand_path(path: str) -> str:
     """Replace environment variables and ``~`` in a path.
 
-    ``$DETECTRON2_DATASETS``, the folder of Detectron2's data sets, is ``datasets`` by default, as in
-    Detectron2. Other variables that are not set stay in the path.
+    ``$DETECTRON2_DATASETS``, the folder of Detectron2's data sets, defaults to ``datasets``. Other variables that are not set stay in the path.
     """
     default = os.environ.get(DETECTRON2_DATASETS, "datasets")
     path = re.sub(
