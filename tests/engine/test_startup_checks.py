@@ -217,13 +217,12 @@ def project(tmp_path):
     ],
     ids=str,
 )
-def test_errors_of_training_are_findings_and_the_report_is_complete(
-    project, capsys, settings, message
-):
+def test_errors_of_training_are_findings_and_the_report_is_complete(project, settings, message):
     project.settings |= settings
-    (error,) = project.findings()
+    report = project.report()
+    (error,) = report.findings
     assert error.severity is Severity.ERROR and message in error.text
-    assert "to train:\n  python train_net.py" in capsys.readouterr().out
+    assert report.overview and report.options == project.options
 
 
 def test_split_without_any_box_is_an_error(project):

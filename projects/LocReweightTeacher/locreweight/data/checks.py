@@ -76,7 +76,7 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
     ):
         if faults[fault]:
             logger.warning(
-                "leave out %d boxes that %s: %s",
+                "left out %d boxes that %s: %s",
                 len(faults[fault]),
                 description,
                 first_few(faults[fault]),

@@ -104,7 +104,8 @@ def register(
 def expand_path(path: str) -> str:
     """Replace environment variables and ``~`` in a path.
 
-    ``$DETECTRON2_DATASETS``, the folder of Detectron2's data sets, defaults to ``datasets``. Other variables that are not set stay in the path.
+    ``$DETECTRON2_DATASETS``, the folder of Detectron2's data sets, defaults to ``datasets``.
+    Other variables that are not set stay in the path.
     """
     default = os.environ.get(DETECTRON2_DATASETS, "datasets")
     path = re.sub(
