@@ -143,7 +143,7 @@ def test_another_number_of_classes_is_mended_by_a_key(project):
 def test_other_class_names_in_the_test_set_are_an_error(project):
     edit_json(project.test_json, lambda c: c["categories"][1].update(name="wolf") or None)
     (error,) = project.texts(Severity.ERROR)
-    assert "do not name the same classes" in error and "wolf" in error
+    assert "do not have the same classes" in error and "wolf" in error
 
 
 def test_a_class_without_a_box_is_told_of(project):

@@ -6,15 +6,16 @@ from itertools import chain
 
 from detectron2.config import CfgNode
 
-from ..checks import RealPaths, common_images
-from ..datasets.image_folders import ImageFiles
+from ..checks import common_images
+from ..datasets.packed_records import ImageFiles
+from ..datasets.real_paths import RealPathCache
 from .findings import DataSets, Finding, Severity
 from .images import Copy, ImageFacts, copies_between, copies_within
 
 
 def same_file_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
     """The very same files in two places, whatever links lead to them."""
-    real_paths = RealPaths()
+    real_paths = RealPathCache()
     leave_out = {"DATASETS.EXCLUDE_LABELED": "True"}
     nothing = "; the result would mean nothing: take them out of one of the two"
     findings = []
@@ -58,7 +59,7 @@ def copy_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding]
 
 
 def _listed_again(
-    purpose: str, named: dict[str, list[dict]], real_paths: RealPaths
+    purpose: str, named: dict[str, list[dict]], real_paths: RealPathCache
 ) -> list[Finding]:
     """A warning of files that several entries of the data sets name."""
     seen: set[str] = set()
@@ -92,7 +93,7 @@ def _of_copies(copies: list[Copy], what: str, severity: Severity, why: str) -> l
 
 def _different_files(named: dict[str, list[dict]]) -> list[str]:
     """One path of each file, the first."""
-    real_paths = RealPaths()
+    real_paths = RealPathCache()
     first: dict[str, str] = {}
     for file in _files(named):
         first.setdefault(real_paths(file), file)
