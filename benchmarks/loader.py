@@ -244,16 +244,20 @@ def mean_difference(files: list[str], pillow: PillowMapper, ours: ViewMapper) ->
 
 
 def color_rows(image: np.ndarray, rounds: int) -> list[list]:
-    """Measure each color operation, by Pillow (without conversion from and to arrays) and ours."""
+    """Measure each color operation from array to array, by Pillow and ours."""
     rows = []
     for name, (pillow, ours) in COLOR_OPERATIONS.items():
-        milliseconds: tuple[list[float], list[float]] = ([], [])
+        operations: list[ArrayOperation] = [partial(apply_pillow, pillow), ours]
+        milliseconds: list[list[float]] = [[], []]
         for _ in range(rounds):
-            pillow_image = Image.fromarray(image)
-            milliseconds[0].append(1e3 * cpu_seconds(partial(pillow, pillow_image, 1.3)))
-            milliseconds[1].append(1e3 * cpu_seconds(partial(ours, image, 1.3)))
+            for times, operation in zip(milliseconds, operations, strict=True):
+                times.append(1e3 * cpu_seconds(partial(operation, image, 1.3)))
         rows.append([name, *(statistics.median(times) for times in milliseconds)])
     return rows
+
+
+def apply_pillow(operation: PillowOperation, image: np.ndarray, strength: float) -> np.ndarray:
+    return np.asarray(operation(Image.fromarray(image), strength))
 
 
 def reduced_decoding_rows(files: list[str]) -> list[list]:

@@ -55,9 +55,8 @@ def measure(workload: Workload, baseline: bool, repeats: int, options: list[str]
     """Measure in this process, after one repetition as warm-up."""
     detectron2 = Detectron2Baseline(workload, options)
     device = detectron2.device
-    if baseline:
-        function = detectron2
-    else:
+    function: Detectron2Baseline | TrainerStep = detectron2
+    if not baseline:
         function = TrainerStep(workload, detectron2.student.state_dict(), options)
     del detectron2
     if device.type == "cuda":

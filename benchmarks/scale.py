@@ -213,7 +213,7 @@ ANNOTATED_SOURCES: dict[str, Callable[[Files], Source]] = {
 SOURCES = UNLABELED_SOURCES | ANNOTATED_SOURCES
 
 
-# One run, in a process of its own
+# One run, in a new process
 
 
 @dataclass(frozen=True)

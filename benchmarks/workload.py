@@ -151,7 +151,7 @@ def calibrate_batch_norms(model: nn.Module, images: Tensor) -> None:
     """Set the statistics of all frozen batch norms to those of their inputs.
 
     Args:
-        model: a Detectron2 model, whose frozen batch norms are not folded into convolutions.
+        model: a Detectron2 model.
         images: ``(N, 3, H, W)``, normalized.
     """
 

@@ -1,7 +1,7 @@
-"""Image files of every kind that people have, and of kinds that nobody should have.
+"""Unusual and broken image files.
 
-Each function takes the path to write to. Those of ``SOUND`` give the pixels that reading has to
-find, ``(H, W, 3)`` uint8 RGB; lossy ones come close to them.
+``VALID`` has files that must be read: functions that write a file to a path and return its expected
+pixels, ``(H, W, 3)`` uint8 RGB. ``BROKEN`` has the contents of files that must be refused.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 from PIL import Image
 
 HEIGHT, WIDTH = 40, 60
-LOSSY = 14  # greatest mean difference that is due to compression or to a change of color space
+LOSSY = 14  # largest mean difference due to compression or color conversion
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Smooth, and without any symmetry: each turned or mirrored one is another."""
+    """Make a smooth image without symmetry: rotating or mirroring changes it."""
     y, x = np.mgrid[:height, :width]
     channels = [255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 40 + 0 * x]
     return np.round(np.stack(channels, axis=2)).astype(np.uint8)
 
 
 PICTURE = picture()
-GREY = PICTURE[:, :, 0]
-GREY_RGB = np.repeat(GREY[:, :, None], 3, axis=2)
+GRAY = PICTURE[:, :, 0]
+GRAY_RGB = np.repeat(GRAY[:, :, None], 3, axis=2)
 OTHER = 255 - PICTURE  # a second frame
 
 
@@ -39,7 +39,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _saved(image_format: str, image: np.ndarray = PICTURE, **options) -> Callable:
     def make(path: Path) -> np.ndarray:
         Image.fromarray(image).save(path, image_format, **options)
-        return image if image.ndim == 3 else GREY_RGB
+        return image if image.ndim == 3 else GRAY_RGB
 
     return make
 
@@ -54,13 +54,13 @@ def _converted(mode: str, image_format: str) -> Callable:
 
 
 def _with_opacity(mode: str) -> Callable:
-    """Half transparent; the colors below are what counts."""
+    """Half transparent. Transparency is ignored."""
 
     def make(path: Path) -> np.ndarray:
-        image = Image.fromarray(PICTURE if mode == "RGBA" else GREY).convert(mode)
-        image.putalpha(Image.fromarray(GREY))
+        image = Image.fromarray(PICTURE if mode == "RGBA" else GRAY).convert(mode)
+        image.putalpha(Image.fromarray(GRAY))
         image.save(path, "PNG")
-        return PICTURE if mode == "RGBA" else GREY_RGB
+        return PICTURE if mode == "RGBA" else GRAY_RGB
 
     return make
 
@@ -73,19 +73,19 @@ def transparent_palette(path: Path) -> np.ndarray:
 
 def _sixteen_bits(image_format: str, dtype: str) -> Callable:
     def make(path: Path) -> np.ndarray:
-        # The lower eight bits are noise, which has to go without a trace.
-        noise = np.random.default_rng(0).integers(0, 256, GREY.shape)
-        Image.fromarray((GREY.astype(np.uint16) * 256 + noise).astype(dtype)).save(
+        # The lower eight bits are noise, which must not influence the result.
+        noise = np.random.default_rng(0).integers(0, 256, GRAY.shape)
+        Image.fromarray((GRAY.astype(np.uint16) * 256 + noise).astype(dtype)).save(
             path, image_format
         )
-        return GREY_RGB
+        return GRAY_RGB
 
     return make
 
 
 def sixteen_bit_pgm(path: Path) -> np.ndarray:
-    path.write_bytes(b"P5 60 40 65535 " + (GREY.astype(">u2") * 257).tobytes())
-    return GREY_RGB
+    path.write_bytes(b"P5 60 40 65535 " + (GRAY.astype(">u2") * 257).tobytes())
+    return GRAY_RGB
 
 
 def _frames(image_format: str, **options) -> Callable:
@@ -100,8 +100,8 @@ def _frames(image_format: str, **options) -> Callable:
     return make
 
 
-# How a picture has to be turned for display, for each value of EXIF's orientation.
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+# How to display an image, by its EXIF orientation.
+EXIF_TRANSFORMS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda image: image,
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
@@ -118,7 +118,7 @@ def _orientation(value: int) -> Callable:
         exif = Image.Exif()
         exif[0x0112] = value
         Image.fromarray(PICTURE).save(path, "PNG", exif=exif)
-        return TURNS.get(value, TURNS[1])(PICTURE)
+        return EXIF_TRANSFORMS.get(value, EXIF_TRANSFORMS[1])(PICTURE)
 
     return make
 
@@ -131,17 +131,17 @@ def _sized(height: int, width: int) -> Callable:
     return _saved("PNG", picture(height, width))
 
 
-SOUND: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
-    # name of the case: (name of the file, how it is made, tolerance)
+VALID: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
+    # name of the case: (file name, function that writes the file, tolerance)
     "PNG called jpg": ("a.jpg", _saved("PNG"), 0),
     "JPEG called png": ("a.png", _saved("JPEG", quality=95), LOSSY),
     "GIF called bmp": ("a.bmp", _frames("GIF"), 0),
     "bmp": ("a.bmp", _saved("BMP"), 0),
     "tiff, compressed": ("a.tif", _saved("TIFF", compression="tiff_lzw"), 0),
     "webp": ("a.webp", _saved("WEBP", lossless=True), 0),
-    "suffix in capitals": ("A.PNG", _saved("PNG"), 0),
-    "gray": ("a.png", _saved("PNG", GREY), 0),
-    "gray jpeg": ("a.jpg", _saved("JPEG", GREY, quality=95), LOSSY),
+    "suffix in upper case": ("A.PNG", _saved("PNG"), 0),
+    "gray": ("a.png", _saved("PNG", GRAY), 0),
+    "gray jpeg": ("a.jpg", _saved("JPEG", GRAY, quality=95), LOSSY),
     "one bit": ("a.png", _converted("1", "PNG"), 0),
     "palette": ("a.png", _converted("P", "PNG"), 0),
     "palette with opacity": ("a.png", transparent_palette, 0),
@@ -157,12 +157,12 @@ SOUND: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
     "animated webp": ("a.webp", _frames("WEBP", lossless=True), 0),
     "animated png": ("a.png", _frames("PNG"), 0),
     "tiff of several pages": ("a.tif", _frames("TIFF"), 0),
-    **{f"EXIF orientation {n}": ("a.png", _orientation(n), 0) for n in TURNS},
+    **{f"EXIF orientation {n}": ("a.png", _orientation(n), 0) for n in EXIF_TRANSFORMS},
     "EXIF orientation 0": ("a.png", _orientation(0), 0),
     "EXIF orientation 9": ("a.png", _orientation(9), 0),
     "EXIF of noise": ("a.jpg", _exif(bytes(range(200, 256))), LOSSY),
     "EXIF cut off": ("a.jpg", _exif(b"II*\0\x08\0\0\0\x01\0\x12\x01"), LOSSY),
-    "EXIF in a circle": (
+    "EXIF that refers to itself": (
         "a.jpg",
         _exif(b"II*\0\x08\0\0\0\x01\0\x69\x87\x04\0\x01\0\0\0\x08\0\0\0\x08\0\0\0"),
         LOSSY,
@@ -176,9 +176,9 @@ SOUND: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
     "name with a backslash": ("a\\b.png", _saved("PNG"), 0),
     "name with a newline": ("a\nb.png", _saved("PNG"), 0),
     "name not in UTF-8": ("a\udcffb.png", _saved("PNG"), 0),
-    "name that is a pattern": ("{0}%s*.png", _saved("PNG"), 0),
-    "name that is an option": ("-rf.png", _saved("PNG"), 0),
-    "name as long as can be": ("a" * 251 + ".png", _saved("PNG"), 0),
+    "name with pattern characters": ("{0}%s*.png", _saved("PNG"), 0),
+    "name like an option": ("-rf.png", _saved("PNG"), 0),
+    "longest possible name": ("a" * 251 + ".png", _saved("PNG"), 0),
 }
 
 
@@ -216,12 +216,12 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 """
 
 BROKEN: dict[str, tuple[str, bytes]] = {
-    # name of the case: (name of the file, its content)
+    # name of the case: (file name, content)
     "empty": ("a.png", b""),
     "text called jpg": ("a.jpg", b"not an image\n"),
-    "a web page called png": ("a.png", b"<!DOCTYPE html><title>404</title>"),
+    "HTML called png": ("a.png", b"<!DOCTYPE html><title>404</title>"),
     "svg called png": ("a.png", b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
-    "a program called jpg": ("a.jpg", b"\x7fELF\x02\x01\x01" + bytes(200)),
+    "ELF called jpg": ("a.jpg", b"\x7fELF\x02\x01\x01" + bytes(200)),
     "PostScript called jpg": ("a.jpg", EPS),
     "truncated png": ("a.png", _bytes_of("PNG")[:-60]),
     "truncated jpeg": ("a.jpg", _bytes_of("JPEG")[:-300]),
@@ -229,7 +229,7 @@ BROKEN: dict[str, tuple[str, bytes]] = {
     "truncated gif": ("a.gif", _bytes_of("GIF")[:-200]),
     "truncated tiff": ("a.tif", _bytes_of("TIFF")[:300]),
     "truncated webp": ("a.webp", _bytes_of("WEBP")[:-30]),
-    "nothing but a header": ("a.png", _bytes_of("PNG")[:33]),
+    "header only": ("a.png", _bytes_of("PNG")[:33]),
     "header of zeros": ("a.png", _png((b"IHDR", _header(0, 0)), (b"IEND", b""))),
     "flipped bits in the checksum of the header": ("a.png", _flipped(_bytes_of("PNG"), 30)),
     "bomb: 60000x60000": (
@@ -245,7 +245,7 @@ BROKEN: dict[str, tuple[str, bytes]] = {
             (b"IEND", b""),
         ),
     ),
-    "bomb: a bmp of 4e9 x 4e9": (
+    "bomb: bmp of 4e9 x 4e9": (
         "a.bmp",
         b"BM" + bytes(8) + b"\x36\0\0\0\x0c\0\0\0\xff\xff\xff\xff\x01\0\x18\0",
     ),

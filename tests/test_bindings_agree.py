@@ -186,8 +186,9 @@ def reference_step(case, threshold, literal, beta, monkeypatch):
         [reference.View(image(), matrix) for matrix in matrices] for matrices in case.matrices
     ]
     parts = []
+    proposals = reference.SampledProposals
     for name in ("supervised_losses", "unsupervised_losses"):
-        monkeypatch.setattr(reference.Rois, name, recording(getattr(reference.Rois, name), parts))
+        monkeypatch.setattr(proposals, name, recording(getattr(proposals, name), parts))
     total, count = reference.training_step(student, teacher, labeled, unlabeled, settings)
     total.backward()
     branches = student.roi_heads.box_predictor

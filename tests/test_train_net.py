@@ -44,6 +44,8 @@ def run_script(*arguments: str) -> None:
     """Run the script in this process, as ``python train_net.py`` does."""
     with pytest.MonkeyPatch.context() as patch, restored_loggers_and_signals():
         patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        # Locks that are kept here only, so that they end with the run.
+        patch.setattr("locreweight.engine.startup_checks._locks", {})
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

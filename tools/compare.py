@@ -28,7 +28,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from locreweight.config import check_supported, load_config
-from locreweight.data.datasets.splits import check_split_is_there
+from locreweight.data.datasets.splits import check_split_exists
 from locreweight.data.transforms.policies import build_augmentation_policy
 from locreweight.engine.run_queue import CONSOLE, Attempt, Run, RunQueue, gpu_slots
 from locreweight.engine.run_results import (
@@ -132,7 +132,7 @@ def check_run(run: Run) -> None:
         check_supported(run.cfg)
         build_method(run.cfg)
         build_augmentation_policy(run.cfg)
-        check_split_is_there(run.cfg)
+        check_split_exists(run.cfg)
     except UsageError as error:
         raise UsageError(f"{run.name}: {error}") from error
     if len(run.cfg.DATASETS.TEST) > 1:

@@ -1,4 +1,4 @@
-"""Training reads what evaluation reads, refuses what it refuses, and knows the size of the file."""
+"""Reading for training gives the same pixels and refuses the same files as for evaluation."""
 
 import io
 import math
@@ -12,14 +12,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from locreweight.config import load_config
-from locreweight.data import image_io as training_images
+from locreweight.data import image_io
 from locreweight.data.image_io import SizeLimit, UnreadableImage, read_for_training, read_rgb
 from locreweight.data.mapper import RecordMapper, ViewMapper
 from locreweight.data.transforms.policies import AugmentationPolicy
 from tests.data.transforms.test_color_ops import smooth
-from tests.odd_images import BROKEN, SOUND
+from tests.odd_images import BROKEN, VALID
 
-WHOLE = SizeLimit()
+FULL_SIZE = SizeLimit()
 
 
 def jpeg(path, image=None, **options):
@@ -27,23 +27,23 @@ def jpeg(path, image=None, **options):
     return str(path)
 
 
-def jpeg_turned(path, orientation, image):
+def jpeg_with_orientation(path, orientation, image):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return jpeg(path, image, exif=exif, quality=95)
 
 
-@pytest.mark.parametrize("case", SOUND)
-def test_every_kind_of_file_is_read_as_for_evaluation(case, tmp_path):
-    name, make, _ = SOUND[case]
+@pytest.mark.parametrize("case", VALID)
+def test_read_for_training_equals_read_rgb(case, tmp_path):
+    name, make, _ = VALID[case]
     make(tmp_path / name)
-    read = read_for_training(str(tmp_path / name), WHOLE)
+    read = read_for_training(str(tmp_path / name), FULL_SIZE)
     assert_array_equal(read.pixels, read_rgb(str(tmp_path / name)))
     assert read.shape == read.pixels.shape[:2]
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_every_broken_file_is_refused(case, tmp_path, monkeypatch):
+def test_read_for_training_refuses_broken_files(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, content = BROKEN[case]
     (tmp_path / name).write_bytes(content)
@@ -52,9 +52,9 @@ def test_every_broken_file_is_refused(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_a_jpeg_is_turned_as_its_exif_says(orientation, tmp_path):
-    file = jpeg_turned(tmp_path / "a.jpg", orientation, smooth(60, 88))
-    read = read_for_training(file, WHOLE)
+def test_read_for_training_applies_the_exif_orientation_of_jpegs(orientation, tmp_path):
+    file = jpeg_with_orientation(tmp_path / "a.jpg", orientation, smooth(60, 88))
+    read = read_for_training(file, FULL_SIZE)
     assert_array_equal(read.pixels, read_rgb(file))
     assert read.shape == read.pixels.shape[:2]
 
@@ -70,44 +70,44 @@ def test_a_jpeg_is_turned_as_its_exif_says(orientation, tmp_path):
     ],
     ids=str,
 )
-def test_jpegs_of_all_kinds_are_decoded_alike(options, tmp_path):
+def test_read_for_training_equals_read_rgb_for_kinds_of_jpegs(options, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (45, 67, 3), dtype=np.uint8)
     file = jpeg(tmp_path / "a.jpg", noise, **options)
-    assert_array_equal(read_for_training(file, WHOLE).pixels, read_rgb(file))
+    assert_array_equal(read_for_training(file, FULL_SIZE).pixels, read_rgb(file))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 50, 400])
-def test_a_jpeg_that_lost_its_end_is_read_or_refused_as_by_pillow(cut, tmp_path):
+def test_truncated_jpegs_are_treated_as_by_pillow(cut, tmp_path):
     content = io.BytesIO()
     jpeg(content)
     (tmp_path / "a.jpg").write_bytes(content.getvalue()[: len(content.getvalue()) - cut])
-    assert outcome(read_rgb, tmp_path / "a.jpg") == outcome(read_whole, tmp_path / "a.jpg")
+    assert_same_outcome(str(tmp_path / "a.jpg"))
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_damage_anywhere_is_met_as_by_pillow(seed, tmp_path):
-    draw = np.random.default_rng(seed)
+def test_damaged_jpegs_are_treated_as_by_pillow(seed, tmp_path):
+    rng = np.random.default_rng(seed)
     stored = io.BytesIO()
     jpeg(stored, smooth(40, 56), progressive=bool(seed % 2))
     content = bytearray(stored.getvalue())
-    for position in draw.integers(2, len(content), size=draw.integers(1, 6)):
-        content[position] = draw.integers(256)
-    if seed % 3 == 0:  # a piece is missing in the middle
-        start = int(draw.integers(2, len(content) - 60))
+    for position in rng.integers(2, len(content), size=rng.integers(1, 6)):
+        content[position] = rng.integers(256)
+    if seed % 3 == 0:  # 50 bytes are missing in the middle
+        start = int(rng.integers(2, len(content) - 60))
         del content[start : start + 50]
     (tmp_path / "a.jpg").write_bytes(bytes(content))
-    assert outcome(read_rgb, tmp_path / "a.jpg") == outcome(read_whole, tmp_path / "a.jpg")
+    assert_same_outcome(str(tmp_path / "a.jpg"))
 
 
-def read_whole(file):
-    return read_for_training(file, WHOLE).pixels
-
-
-def outcome(read, path):
+def assert_same_outcome(file):
+    """Both functions return the same pixels, or both refuse the file."""
     try:
-        return read(str(path)).tolist()
+        expected = read_rgb(file)
     except UnreadableImage:
-        return "refused"
+        with pytest.raises(UnreadableImage):
+            read_for_training(file, FULL_SIZE)
+    else:
+        assert_array_equal(read_for_training(file, FULL_SIZE).pixels, expected)
 
 
 class TestReduction:
@@ -122,68 +122,66 @@ class TestReduction:
             ((640, 480), SizeLimit(160, 1333), 2),  # 480 / 2 = 1.5 * 160
             ((640, 480), SizeLimit(161, 1333), 1),
             ((6400, 480), SizeLimit(400, 640), 4),  # 6400 / 4 >= 1.5 * 640
-            ((4032, 3026), SizeLimit(320, 1333), 2),  # of four pixels some would be left over
+            ((4032, 3026), SizeLimit(320, 1333), 2),  # 3026 is not divisible by 4
             ((4032, 3023), SizeLimit(320, 1333), 1),
             ((8000, 8000), SizeLimit(), 1),
         ],
     )
-    def test_it_leaves_spare_pixels_for_the_largest_view(self, size, limit, reduction):
+    def test_leaves_enough_pixels_for_the_largest_view(self, size, limit, reduction):
         assert limit.reduction(*size) == reduction
 
     @pytest.mark.parametrize("reduction", [2, 4, 8])
     @pytest.mark.parametrize("orientation", range(1, 9))
-    def test_a_smaller_image_shows_the_same_and_knows_its_size(
+    def test_reduced_image_has_block_means_and_the_full_shape(
         self, reduction, orientation, tmp_path
     ):
-        file = jpeg_turned(tmp_path / "a.jpg", orientation, smooth(192, 256))
-        side = 192 / reduction / training_images.MIN_OVERSAMPLING
+        file = jpeg_with_orientation(tmp_path / "a.jpg", orientation, smooth(192, 256))
+        side = 192 / reduction / image_io.MIN_OVERSAMPLING
         read = read_for_training(file, SizeLimit(side, math.inf))
-        whole = read_rgb(file)
-        height, width = whole.shape[:2]
+        full = read_rgb(file)
+        height, width = full.shape[:2]
         assert read.shape == (height, width)
         assert read.pixels.shape == (height // reduction, width // reduction, 3)
-        blocks = whole.reshape(height // reduction, reduction, width // reduction, reduction, 3)
-        # Means of blocks, but for what compression lost; the image changes by some 10 a pixel.
+        blocks = full.reshape(height // reduction, reduction, width // reduction, reduction, 3)
+        # Block means up to compression errors. Neighboring pixels differ by about 10.
         assert np.abs(blocks.mean(axis=(1, 3)) - read.pixels).mean() < 3
         corners = np.array([[0.0, 0.0], [width, height]])
         assert_allclose(read.scaling.apply_coords(corners), [[0, 0], read.pixels.shape[1::-1]])
 
-    def test_of_other_formats_there_is_none(self, tmp_path):
+    def test_other_formats_are_not_reduced(self, tmp_path):
         Image.fromarray(smooth(96, 128)).save(tmp_path / "a.png")
         read = read_for_training(str(tmp_path / "a.png"), SizeLimit(8, 8))
         assert_array_equal(read.pixels, smooth(96, 128))
 
-    def test_views_of_a_reduced_image_look_like_those_of_the_whole(self, tmp_path):
+    def test_views_of_reduced_and_full_images_are_similar(self, tmp_path):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640), quality=95)
         resize = [T.ResizeShortestEdge(100), T.RandomFlip(1.0)]
         samples = [
             mapper_of(resize, reduced).unlabeled({"file_name": file}) for reduced in (True, False)
         ]
-        for small, whole in zip(*[(s.weak, s.strong) for s in samples], strict=True):
-            assert_allclose(small.matrix, whole.matrix, atol=1e-9)
-            difference = small.image.float() - whole.image.float()
+        for small, full in zip(*[(s.weak, s.strong) for s in samples], strict=True):
+            assert_allclose(small.matrix, full.matrix, atol=1e-9)
+            difference = small.image.float() - full.image.float()
             assert difference.abs().mean() < 0.5
 
 
 def mapper_of(view, reduced=True):
-    recipe = AugmentationPolicy(labeled=[view], weak=view, strong=view)
-    return ViewMapper(policy=recipe, image_format="RGB", reduced_decoding=reduced)
+    policy = AugmentationPolicy(labeled=[view], weak=view, strong=view)
+    return ViewMapper(policy=policy, image_format="RGB", reduced_decoding=reduced)
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    """The reductions of all JPEGs that are decoded."""
-    found = []
+def reductions(monkeypatch):
+    """The reductions at which JPEGs are decoded."""
+    reductions = []
 
-    class Recorded(dict):
+    class RecordingDict(dict):
         def __getitem__(self, reduction):
-            found.append(reduction)
+            reductions.append(reduction)
             return super().__getitem__(reduction)
 
-    monkeypatch.setattr(
-        training_images, "JPEG_DECODE_FLAGS", Recorded(training_images.JPEG_DECODE_FLAGS)
-    )
-    return found
+    monkeypatch.setattr(image_io, "JPEG_DECODE_FLAGS", RecordingDict(image_io.JPEG_DECODE_FLAGS))
+    return reductions
 
 
 class TestMapper:
@@ -199,63 +197,65 @@ class TestMapper:
             (T.ResizeShortestEdge([50, 100], sample_style="choice"), 2),
             (T.ResizeShortestEdge((60, 170), sample_style="range"), 1),
             (T.ResizeShortestEdge(400, max_size=100), 4),
-            (T.ResizeShortestEdge([0, 50], sample_style="choice"), 1),  # 0: as large as it is
+            (T.ResizeShortestEdge([0, 50], sample_style="choice"), 1),  # 0: not resized
             (T.RandomCrop("absolute", (50, 50)), 1),
             (T.RandomFlip(), 1),
         ],
     )
-    def test_what_a_view_begins_with_decides(self, first, reduction, tmp_path, decoded):
+    def test_reduction_depends_on_the_first_augmentation(
+        self, first, reduction, tmp_path, reductions
+    ):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         mapper = mapper_of([first, T.RandomFlip()])
         mapper.unlabeled({"file_name": file})
         mapper.labeled(self.record(file))
-        assert decoded == [reduction, reduction]
+        assert reductions == [reduction, reduction]
 
-    def test_the_largest_of_all_views_decides(self, tmp_path, decoded):
+    def test_reduction_depends_on_the_largest_view(self, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         small, large = [T.ResizeShortestEdge(50)], [T.ResizeShortestEdge(200)]
-        for recipe, expected in (
+        for policy, expected in (
             (AugmentationPolicy([small, large], small, small), [4, 1]),
             (AugmentationPolicy([small, small], small, large), [1, 4]),
             (AugmentationPolicy([small, []], small, []), [1, 1]),
-            # The strong one is made of the weak one.
+            # The strong view is made from the weak view.
             (AugmentationPolicy([small], small, [T.RandomFlip()], strong_on_weak=True), [4, 4]),
         ):
-            decoded.clear()
-            mapper = ViewMapper(policy=recipe, image_format="RGB", reduced_decoding=True)
+            reductions.clear()
+            mapper = ViewMapper(policy=policy, image_format="RGB", reduced_decoding=True)
             mapper.unlabeled({"file_name": file})
             mapper.labeled(self.record(file))
-            assert decoded == expected
+            assert reductions == expected
 
     @pytest.mark.parametrize(("option", "reduction"), [("True", 2), ("False", 1)])
-    def test_the_config_says_whether(self, option, reduction, tmp_path, decoded):
+    def test_config_switches_reduced_decoding(self, option, reduction, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         options = ["INPUT.MIN_SIZE_TRAIN", "(100,)", "INPUT.REDUCED_DECODING", option]
         ViewMapper(load_config("", options)).unlabeled({"file_name": file})
-        assert decoded == [reduction]
+        assert reductions == [reduction]
 
-    def test_labeled_boxes_and_sizes_are_those_of_the_file(self, tmp_path, decoded):
+    def test_labeled_boxes_are_scaled_from_the_full_size(self, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
         mapper = mapper_of([T.ResizeShortestEdge(120), T.RandomFlip(1.0)])
         record = self.record(file)
         (sample,) = mapper.labeled(record)
-        assert decoded == [2]
+        assert reductions == [2]
         assert (sample["height"], sample["width"]) == (480, 640)
-        # A quarter, and mirrored in 160 pixels.
+        # Scaled by 1/4 and mirrored in 160 pixels.
         assert sample["instances"].gt_boxes.tensor.tolist() == [[80, 12, 144, 60]]
-        assert record == self.record(file)  # it is kept
+        assert record == self.record(file)  # is not modified
         with pytest.raises(UnreadableImage, match="Mismatched image shape") as caught:
             mapper.labeled(self.record(file, 240, 320))
         assert isinstance(caught.value.__cause__, SizeMismatchError)
 
-    def test_one_file_is_decoded_once_for_all_its_labeled_views(self, tmp_path, decoded):
+    def test_labeled_views_share_one_decoding(self, tmp_path, reductions):
         file = jpeg(tmp_path / "a.jpg", smooth(480, 640))
-        recipe = AugmentationPolicy([[T.ResizeShortestEdge(300)]] * 3, [], [])
-        samples = ViewMapper(policy=recipe, image_format="RGB").labeled(self.record(file))
-        assert (len(samples), decoded) == (3, [1])
+        policy = AugmentationPolicy([[T.ResizeShortestEdge(300)]] * 3, [], [])
+        samples = ViewMapper(policy=policy, image_format="RGB").labeled(self.record(file))
+        assert (len(samples), reductions) == (3, [1])
 
     @pytest.mark.parametrize("order", ["RGB", "BGR"])
-    def test_evaluation_sees_detectron2s_pixels_to_the_bit(self, order, tmp_path, decoded):
+    def test_evaluation_pixels_equal_detectron2s(self, order, tmp_path, reductions):
         noise = np.random.default_rng(0).integers(0, 256, (120, 90, 3), dtype=np.uint8)
         file = jpeg(tmp_path / "a.jpg", noise)
         cfg = load_config("", ["INPUT.MIN_SIZE_TEST", "50", "INPUT.FORMAT", order])
@@ -263,4 +263,4 @@ class TestMapper:
         pixels = read_rgb(file) if order == "RGB" else read_rgb(file)[:, :, ::-1]
         expected = T.ResizeTransform(120, 90, 67, 50).apply_image(pixels)
         assert_array_equal(image.numpy().transpose(1, 2, 0), expected)
-        assert decoded == []
+        assert reductions == []

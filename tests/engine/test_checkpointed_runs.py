@@ -1,14 +1,15 @@
-"""Whole trainings whose disk is full, whose files are damaged, or that keep few checkpoints."""
+"""Trainings with a full disk, with damaged checkpoints, and with few checkpoints to keep."""
 
 import logging
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils.events import EventStorage, EventWriter
+from detectron2.utils.events import EventStorage
 
 import train_net
 from locreweight.engine import evaluation
@@ -27,15 +28,15 @@ from tests.engine.tiny_training import (
 )
 from tests.modeling.tiny_model import tiny_config
 
-CHECKPOINT = 1_000_000  # bytes that no checkpoint fits into, and all else does
+FREE = 1_000_000  # bytes: less than a checkpoint, and more than all other files
 
 
 class FullIn(HookBase):
-    """Fills the disk before some iterations and makes room after them."""
+    """Fills the disk before the first of some iterations, and empties it after the last."""
 
     def __init__(self, iterations):
         self.iterations = iterations
-        self.full = full_disk(CHECKPOINT)
+        self.full = full_disk(FREE)
 
     def before_step(self):
         if self.trainer.iter == self.iterations[0]:
@@ -46,6 +47,9 @@ class FullIn(HookBase):
             self.full.__exit__(None, None, None)
 
 
+EACH_ITERATION = {"SOLVER.CHECKPOINT_PERIOD": 1}
+
+
 def checkpoints_in(folder):
     return sorted(file.name for file in folder.glob("*.pth*"))
 
@@ -53,29 +57,28 @@ def checkpoints_in(folder):
 # --- a full disk ----------------------------------------------------------------------------------
 
 
-def test_training_goes_on_while_the_disk_is_full(make_trainer, datasets, tmp_path, caplog):
-    settings = {"SOLVER.CHECKPOINT_PERIOD": 1}
-    undisturbed = recorded_training(
-        build_trainer(training_config(datasets, tmp_path / "undisturbed", settings))
-    )
-    trainer = make_trainer(settings)
-    full = FullIn([1, 2])
-    trainer.register_hooks([full])
-    # Hooks run in order: the disk is full until the checkpoint was tried.
+@pytest.fixture(scope="module")
+def undisturbed(datasets, tmp_path_factory):
+    """Output folder and record of a training with a checkpoint after each of its 4 iterations."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    cfg = training_config(datasets, folder, EACH_ITERATION)
+    return folder, recorded_training(build_trainer(cfg))
+
+
+def test_training_continues_while_the_disk_is_full(undisturbed, make_trainer, tmp_path, caplog):
+    trainer = make_trainer(EACH_ITERATION)
+    # Registered after the checkpoint hooks: the disk is full until they have run.
+    trainer.register_hooks([FullIn([1, 2])])
     with caplog.at_level(logging.ERROR):
         record = recorded_training(trainer)
-    assert [
-        "model_0000001.pth could not be saved" in caplog.text,
-        "model_0000002.pth could not be saved" in caplog.text,
-        "model_0000003.pth could not be saved" in caplog.text,
-    ] == [True, True, False]
+    for i, failed in {1: True, 2: True, 3: False}.items():
+        assert (f"model_000000{i}.pth could not be saved" in caplog.text) == failed
     assert checkpoints_in(tmp_path) == ["model_0000000.pth", "model_0000003.pth", "model_final.pth"]
-    assert all(same(a, b) for a, b in zip(record.students, undisturbed.students, strict=True))
+    assert all(same(a, b) for a, b in zip(record.students, undisturbed[1].students, strict=True))
 
 
-def test_a_training_that_cannot_keep_its_end_fails_and_can_be_resumed(make_trainer, tmp_path):
-    settings = {"SOLVER.CHECKPOINT_PERIOD": 1}
-    trainer = make_trainer(settings)
+def test_training_whose_final_checkpoint_cannot_be_saved_can_be_resumed(make_trainer, tmp_path):
+    trainer = make_trainer(EACH_ITERATION)
     full = FullIn([2])
     trainer.register_hooks([full])
     full.after_step = lambda: None
@@ -85,9 +88,9 @@ def test_a_training_that_cannot_keep_its_end_fails_and_can_be_resumed(make_train
     finally:
         full.full.__exit__(None, None, None)
     assert checkpoints_in(tmp_path) == ["model_0000000.pth", "model_0000001.pth"]
-    again = make_trainer(settings, resume=True)
-    assert again.start_iter == 2
-    again.train()
+    resumed = make_trainer(EACH_ITERATION, resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
     assert "model_final.pth" in checkpoints_in(tmp_path)
 
 
@@ -98,17 +101,19 @@ def arguments_of(cfg, folder, *flags):
     )
 
 
-def test_the_exit_code_says_that_the_end_was_not_kept(datasets, tmp_path):
+def test_command_line_exits_with_an_error_if_the_final_checkpoint_cannot_be_saved(
+    datasets, tmp_path
+):
     cfg = training_config(datasets, tmp_path, {"SOLVER.MAX_ITER": 1})
-    with restored_loggers_and_signals(), full_disk(CHECKPOINT), pytest.raises(SystemExit) as exit_:
+    with restored_loggers_and_signals(), full_disk(FREE), pytest.raises(SystemExit) as exit_:
         train_net.launch(train_net.main, arguments_of(cfg, tmp_path))
     assert exit_.value.code.startswith("error: ")
     assert "model_final.pth could not be saved: File too large" in exit_.value.code
     assert "there is no checkpoint yet" in exit_.value.code
 
 
-def test_a_best_model_that_could_not_be_saved_does_not_count(tmp_path):
-    """A later one that is better than what there is takes its place."""
+def test_best_model_that_cannot_be_saved_does_not_count():
+    """A later model replaces the saved one if it is better than that."""
     saved = []
     outcomes = iter([True, False, True])
     checkpointer = SimpleNamespace(save=lambda name: saved.append(name) or next(outcomes))
@@ -125,28 +130,7 @@ def test_a_best_model_that_could_not_be_saved_does_not_count(tmp_path):
     assert len(saved) == 3
 
 
-def test_metrics_that_cannot_be_written_do_not_end_a_training(caplog):
-    class Writer(EventWriter):
-        def write(self):
-            if next(outcomes):
-                raise OSError(28, os.strerror(28))
-
-        def close(self):
-            raise OSError(28, os.strerror(28))
-
-    outcomes = iter([True, True, False, True])
-    writer = LenientWriter(Writer())
-    said = []
-    with caplog.at_level(logging.ERROR):
-        for _ in range(4):
-            writer.write()
-            said.append(len(caplog.records))
-        writer.close()
-    assert said == [1, 1, 1, 2]
-    assert "Writer cannot write its metrics: [Errno 28] No space left on device" in caplog.text
-
-
-def test_every_writer_of_a_training_is_lenient(make_trainer):
+def test_all_writers_of_a_training_are_lenient(make_trainer):
     trainer = make_trainer({"SOLVER.MAX_ITER": 1})
     trainer.train()
     (writers,) = [h._writers for h in trainer._hooks if hasattr(h, "_writers")]
@@ -155,7 +139,7 @@ def test_every_writer_of_a_training_is_lenient(make_trainer):
 
 
 def test_evaluation_during_training_writes_nothing(make_trainer, datasets, tmp_path):
-    """What it needs on disk is there before training starts."""
+    """The files that it needs are written before training starts."""
 
     def files():
         return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
@@ -167,12 +151,12 @@ def test_evaluation_during_training_writes_nothing(make_trainer, datasets, tmp_p
     assert files() == before
 
 
-def test_a_disk_that_is_full_from_the_start_is_told(datasets, tmp_path, monkeypatch):
+def test_disk_that_is_full_from_the_start_is_an_error(datasets, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(evaluation, "convert_to_coco_json", fail)
-    # Of its own name, so that no other test has written its ground truth.
+    # A new path, so that no other test has written its ground truth.
     kind, json_file, images = datasets["DATASETS.TEST"][0].split(":")
     (tmp_path / "images").symlink_to(images)
     cfg = training_config(
@@ -185,51 +169,52 @@ def test_a_disk_that_is_full_from_the_start_is_told(datasets, tmp_path, monkeypa
 # --- damaged files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("last", ["named", "missing"])
-def test_the_command_line_resumes_from_the_file_before_a_damaged_one(datasets, tmp_path, last):
-    settings = {"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 3}
-    cfg = training_config(datasets, tmp_path, settings)
-    build_trainer(cfg).train()
-    for name in ("model_final.pth", "model_0000002.pth"):
-        truncated_to(0.5)(tmp_path / name)
-    if last == "missing":
-        (tmp_path / "last_checkpoint").unlink()
+@pytest.fixture
+def copied_run(undisturbed, tmp_path):
+    """The test's output folder with the checkpoints of a run."""
+    for file in (*undisturbed[0].glob("*.pth"), undisturbed[0] / "last_checkpoint"):
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def test_command_line_resumes_from_the_checkpoint_before_a_damaged_one(copied_run, datasets):
+    for name in ("model_final.pth", "model_0000003.pth", "model_0000002.pth"):
+        truncated_to(0.5)(copied_run / name)
+    cfg = training_config(datasets, copied_run, EACH_ITERATION | {"SOLVER.MAX_ITER": 3})
     with restored_loggers_and_signals():
-        train_net.main(arguments_of(cfg, tmp_path, "--resume"))
-    log = (tmp_path / "log.txt").read_text()
+        train_net.main(arguments_of(cfg, copied_run, "--resume"))
+    log = (copied_run / "log.txt").read_text()
     assert "resuming from model_0000001.pth" in log
     assert "model_final.pth (" in log and "model_0000002.pth (" in log
     assert "resumed after iteration 1" in log
-    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]["iteration"] == 2
+    assert (
+        torch.load(copied_run / "model_final.pth", weights_only=True)["trainer"]["iteration"] == 2
+    )
 
 
-def test_nothing_of_a_damaged_file_gets_into_the_models(make_trainer, tmp_path):
-    make_trainer({"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 1}).train()
-    expected = torch.load(tmp_path / "model_0000000.pth", weights_only=True)
-    for name in ("model_final.pth", "model_0000001.pth"):
-        content = torch.load(tmp_path / name, weights_only=True)
+def test_nothing_of_a_damaged_checkpoint_is_loaded(copied_run, make_trainer):
+    expected = torch.load(copied_run / "model_0000002.pth", weights_only=True)
+    for name in ("model_final.pth", "model_0000003.pth"):
+        content = torch.load(copied_run / name, weights_only=True)
         del content["student"]
-        torch.save(content, tmp_path / name)
+        torch.save(content, copied_run / name)
     trainer = make_trainer(resume=True)
-    assert trainer.start_iter == 1
+    assert trainer.start_iter == 3
     assert same(copy_of(trainer.teacher), expected["model"])
     assert same(copy_of(trainer.student), expected["student"])
 
 
-def test_a_run_is_not_resumed_with_another_model(make_trainer, tmp_path):
-    make_trainer({"SOLVER.MAX_ITER": 1}).train()
+def test_run_is_not_resumed_with_another_model(copied_run, make_trainer):
     with pytest.raises(UsageError, match="another model than the config") as error:
         make_trainer({"MODEL.ROI_BOX_HEAD.FC_DIM": 24}, resume=True)
-    assert str(tmp_path) in str(error.value) and "fc1.weight" in str(error.value)
+    assert str(copied_run) in str(error.value) and "fc1.weight" in str(error.value)
 
 
-# --- what is in a file, and how many there are ----------------------------------------------------
+# --- content and number of checkpoints ------------------------------------------------------------
 
 
-def test_scores_of_numpy_do_not_keep_a_checkpoint_from_being_read(
-    make_trainer, datasets, tmp_path, monkeypatch
-):
-    """COCO's evaluation counts in numpy; a file with its numbers could not be read as tensors."""
+def test_checkpoint_with_numpy_results_can_be_read(make_trainer, datasets, tmp_path, monkeypatch):
+    """COCO's evaluation returns NumPy numbers, which are not loaded with weights_only."""
 
     def evaluate_teacher_and_student(*_, **__):
         return {"bbox": {"AP": np.float64(12.5)}, "student": {"bbox": {"AP": np.float32(10)}}}
@@ -244,7 +229,7 @@ def test_scores_of_numpy_do_not_keep_a_checkpoint_from_being_read(
     assert hooks["best_model"]["best_metric"] == 12.5
 
 
-def test_a_run_keeps_as_many_as_configured_also_when_resumed(make_trainer, tmp_path):
+def test_number_of_checkpoints_also_holds_after_a_resume(make_trainer, tmp_path):
     settings = {"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.KEEP_CHECKPOINTS": 2}
     make_trainer(settings | {"SOLVER.MAX_ITER": 3}).train()
     assert checkpoints_in(tmp_path) == ["model_0000001.pth", "model_0000002.pth", "model_final.pth"]
@@ -252,7 +237,7 @@ def test_a_run_keeps_as_many_as_configured_also_when_resumed(make_trainer, tmp_p
     assert checkpoints_in(tmp_path) == ["model_0000003.pth", "model_0000004.pth", "model_final.pth"]
 
 
-def test_by_default_three_are_kept_and_no_file_is_trusted():
+def test_defaults_keep_three_checkpoints_and_trust_no_file():
     cfg = tiny_config()
     assert cfg.SOLVER.KEEP_CHECKPOINTS == 3
     assert cfg.MODEL.TRUST_WEIGHTS is False

@@ -1,4 +1,4 @@
-"""The warning that unlabeled images teach nothing."""
+"""NoPseudoLabelWarning."""
 
 import logging
 from types import SimpleNamespace
@@ -14,34 +14,34 @@ PATIENCE = 5
 
 @pytest.fixture
 def warnings_of(caplog):
-    """The warnings of a training with so many pseudo-labels an iteration; None is burn-in."""
+    """Warnings for given numbers of pseudo-labels per image; None is an iteration of burn-in."""
 
-    def watch(per_image, highest=(0.3,)):
+    def run(per_image, highest=(0.3,)):
         caplog.clear()
         hook = NoPseudoLabelWarning(0.8, patience=PATIENCE)
         with caplog.at_level(logging.WARNING, logger=hooks_module.__name__), EventStorage() as s:
             hook.trainer = SimpleNamespace(iter=0, storage=s)
-            for i, found in enumerate(per_image):
+            for i, count in enumerate(per_image):
                 hook.trainer.iter = s.iter = i
-                if found is not None:
+                if count is not None:
                     s.put_scalars(
                         **{
-                            "pseudo_labels/per_image": found,
+                            "pseudo_labels/per_image": count,
                             "pseudo_labels/highest_score": highest[i % len(highest)],
                         }
                     )
                 hook.after_step()
         return [record.getMessage() for record in caplog.records]
 
-    return watch
+    return run
 
 
 @pytest.mark.parametrize("iterations", [PATIENCE, PATIENCE + 1, 4 * PATIENCE])
-def test_without_pseudo_labels_it_warns_once(warnings_of, iterations):
+def test_warns_once_without_pseudo_labels(warnings_of, iterations):
     assert len(warnings_of([0.0] * iterations)) == 1
 
 
-def test_it_is_patient(warnings_of):
+def test_no_warning_before_its_patience_ends(warnings_of):
     assert not warnings_of([0.0] * (PATIENCE - 1))
 
 
@@ -51,15 +51,15 @@ def test_burn_in_does_not_count(warnings_of):
 
 
 @pytest.mark.parametrize("per_image", [[0.5] * 20, [0.0, 0.0, 0.25] * 10, [1.0] + [0.0] * 4])
-def test_with_pseudo_labels_now_and_then_it_is_silent(warnings_of, per_image):
+def test_no_warning_with_occasional_pseudo_labels(warnings_of, per_image):
     assert not warnings_of(per_image)
 
 
-def test_pseudo_labels_that_cease_are_noticed(warnings_of):
+def test_warns_when_pseudo_labels_stop(warnings_of):
     assert len(warnings_of([1.0] * 10 + [0.0] * PATIENCE)) == 1
 
 
-def test_the_warning_names_the_highest_score_the_threshold_and_the_way_out(warnings_of):
+def test_warning_names_score_threshold_and_keys(warnings_of):
     (text,) = warnings_of([0.0] * PATIENCE, highest=(0.3, 0.612, 0.5))
     for part in (
         "0.612",
@@ -71,8 +71,7 @@ def test_the_warning_names_the_highest_score_the_threshold_and_the_way_out(warni
         assert part in text
 
 
-def test_a_resumed_run_goes_on_waiting(warnings_of, monkeypatch):
-    """The warning comes as late, and as seldom, as without the stop."""
+def test_resumed_run_warns_as_an_uninterrupted_one(warnings_of, monkeypatch):
     states = []
 
     class Resumed(NoPseudoLabelWarning):

@@ -1,4 +1,4 @@
-"""How much memory training needs, before it is started."""
+"""Estimated memory of training."""
 
 import torch
 from detectron2.modeling import build_model
@@ -7,18 +7,18 @@ from locreweight.engine.memory_estimate import estimate_memory
 from tests.modeling.tiny_model import tiny_config
 
 
-def test_memory_of_the_models_is_counted_exactly():
+def test_estimate_counts_models_exactly():
     cfg = tiny_config()
     torch.manual_seed(0)
-    bytes_of_one = sum(p.numel() * 4 for p in build_model(cfg).parameters())
+    model_bytes = sum(p.numel() * 4 for p in build_model(cfg).parameters())
     one = estimate_memory(cfg, [(64, 64)], num_gpus=1)
-    assert one.models == 4 * bytes_of_one  # student, teacher, gradients, momentum
-    assert estimate_memory(cfg, [(64, 64)], num_gpus=2).models == 5 * bytes_of_one
+    assert one.models == 4 * model_bytes  # student, teacher, gradients and momentum
+    assert estimate_memory(cfg, [(64, 64)], num_gpus=2).models == 5 * model_bytes
     stac = tiny_config({"SEMI.METHOD": "Stac"})
-    assert estimate_memory(stac, [(64, 64)], num_gpus=1).models == 5 * bytes_of_one
+    assert estimate_memory(stac, [(64, 64)], num_gpus=1).models == 5 * model_bytes
 
 
-def test_memory_grows_with_batch_views_and_size():
+def test_estimate_grows_with_batch_views_and_size():
     settings = {"SOLVER.IMS_PER_BATCH": 2, "SOLVER.IMS_PER_BATCH_UNLABELED": 6}
     plain = estimate_memory(tiny_config(settings), [(64, 64)], num_gpus=1)
     assert plain.images == 8

@@ -1,22 +1,26 @@
-"""Signals that ask a process to stop, without a training."""
+"""Signals that ask a process to stop."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from locreweight.engine import preemption
-from locreweight.engine.preemption import Stopped, StopRequest
+from locreweight.engine.preemption import (
+    STOP_REQUEST,
+    Stopped,
+    StopRequest,
+    leave_signals_to_trainer,
+)
 from tests.engine.tiny_training import restored_loggers_and_signals
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 
 
 @pytest.fixture
-def request_(monkeypatch):
+def stop_request():
     with restored_loggers_and_signals():
         request = StopRequest()
         request.listen()
@@ -25,7 +29,7 @@ def request_(monkeypatch):
 
 @pytest.fixture
 def exits(monkeypatch):
-    """Codes with which the process would have left at once."""
+    """Exit codes of ``os._exit``, which does nothing here."""
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     return codes
@@ -36,47 +40,47 @@ def send(number=signal.SIGTERM):
 
 
 @SIGNALS
-def test_where_nothing_would_be_lost_it_leaves_at_once(request_, number):
+def test_signal_exits_at_once(stop_request, number):
     with pytest.raises(Stopped) as stopped:
         send(number)
     assert stopped.value.code == 75
 
 
 @SIGNALS
-def test_where_something_would_it_is_only_noted(request_, number):
-    with request_.held():
-        assert not request_.received
+def test_signal_is_only_noted_while_held(stop_request, number):
+    with stop_request.held():
+        assert not stop_request.received
         send(number)
-        assert request_.received
+        assert stop_request.received
 
 
-def test_it_leaves_once_nothing_would_be_lost_any_more(request_):
-    with request_.held():
-        with request_.released():
+def test_noted_signal_exits_when_released(stop_request):
+    with stop_request.held():
+        with stop_request.released():
             pass
         send()
-        with pytest.raises(Stopped), request_.released():
-            pytest.fail("it had been asked to stop before")
+        with pytest.raises(Stopped), stop_request.released():
+            pytest.fail("the signal was noted before")
 
 
-def test_what_is_held_is_held_again_after_a_release(request_):
-    with request_.held():
-        with pytest.raises(Stopped), request_.released():
+def test_signals_are_held_again_after_a_release(stop_request):
+    with stop_request.held():
+        with pytest.raises(Stopped), stop_request.released():
             send()
-        send()  # is noted only
+        send()  # only noted
 
 
-def test_one_signal_that_comes_several_times_is_one(request_, exits):
-    """To the process group, and passed on by a launcher."""
-    with request_.held():
+def test_repeated_signals_count_as_one(stop_request, exits):
+    """Sent to the process group, and forwarded by a launcher."""
+    with stop_request.held():
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             send(number)
     assert not exits
 
 
-def test_a_second_one_ends_the_process(request_, exits, monkeypatch):
+def test_second_signal_ends_the_process(stop_request, exits, monkeypatch):
     monkeypatch.setattr(preemption, "SAME_SIGNAL_SECONDS", -1.0)
-    with request_.held():
+    with stop_request.held():
         send()
     assert exits == [75]
 
@@ -89,35 +93,28 @@ class Pids(torch.utils.data.Dataset):
         return os.getpid()
 
 
-SCRIPT = """
-import os, signal, torch
-from locreweight.engine.preemption import STOP_REQUEST, leave_signals_to_trainer
-from tests.engine.test_preemption import Pids
-
-STOP_REQUEST.listen()
-with STOP_REQUEST.held():
-    batches = iter(torch.utils.data.DataLoader(
-        Pids(), num_workers=1, prefetch_factor=1, worker_init_fn=leave_signals_to_trainer))
-    worker = int(next(batches))
-    assert worker != os.getpid()
-    os.kill(worker, signal.SIGUSR1)
-    assert int(next(batches)) == worker and not STOP_REQUEST.received
-    os.killpg(0, signal.SIGUSR1)
-    assert int(next(batches)) == worker and STOP_REQUEST.received
-    os.killpg(0, signal.SIGTERM)
-    assert [int(pid) for pid in batches] == [worker] * 5
-print("done")
-"""
+def signal_workers():
+    """Signal a loader worker and the process group, and read all batches."""
+    os.setsid()
+    STOP_REQUEST.listen()
+    with STOP_REQUEST.held():
+        loader = torch.utils.data.DataLoader(
+            Pids(), num_workers=1, prefetch_factor=1, worker_init_fn=leave_signals_to_trainer
+        )
+        batches = iter(loader)
+        worker = int(next(batches))
+        assert worker != os.getpid()
+        os.kill(worker, signal.SIGUSR1)
+        assert int(next(batches)) == worker and not STOP_REQUEST.received
+        os.killpg(0, signal.SIGUSR1)
+        assert int(next(batches)) == worker and STOP_REQUEST.received
+        os.killpg(0, signal.SIGTERM)
+        assert [int(pid) for pid in batches] == [worker] * 5
 
 
-def test_loader_workers_survive_it(tmp_path):
-    """Sent to the whole process group, as terminals and schedulers do; SIGUSR1 also to each."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "done\n"
+def test_loader_workers_survive_signals():
+    """Signals to the process group, as from terminals and schedulers, and SIGUSR1 to a worker."""
+    process = multiprocessing.get_context("fork").Process(target=signal_workers)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0

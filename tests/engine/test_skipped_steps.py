@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: such a step is left out, and training goes on."""
+"""Steps with non-finite losses or gradients are skipped, and training continues."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import torch
 from detectron2.engine import HookBase
 
 from locreweight.engine import trainer as trainer_module
-from locreweight.engine import writers as metrics
+from locreweight.engine import writers
 from locreweight.engine.optimizer import largest_in_gradients
 from locreweight.engine.step_metrics import StepReport, describe_problems
 from locreweight.engine.training_step import training_step
@@ -18,27 +18,27 @@ from tests.engine.tiny_training import copy_of, same
 FAILURE = "Predicted boxes or scores contain Inf/NaN"
 
 
-def loss_becomes(value):
+def multiply_loss(value):
     def spoil(result):
         result.losses["loss_box_reg"] = result.losses["loss_box_reg"] * value
 
     return spoil
 
 
-def gradient_becomes(value):
+def multiply_gradient(value):
     def spoil(result):
         result.losses["loss_cls"].register_hook(lambda gradient: gradient * value)
 
     return spoil
 
 
-def breaks_off(result):
+def fail(result):
     raise FloatingPointError(FAILURE)  # as Detectron2 does
 
 
 @pytest.fixture
 def spoiled(monkeypatch):
-    """Spoils what the step gives in some iterations; returns the batches of all iterations."""
+    """Spoils the results of some steps; returns the batches of all steps."""
 
     def begin(spoil, iterations):
         batches = []
@@ -57,16 +57,16 @@ def spoiled(monkeypatch):
 
 
 @pytest.fixture
-def looked_at_each_time(monkeypatch):
-    """What a step measured is read after it, and not when the next line is logged."""
-    monkeypatch.setattr(metrics, "PERIOD", 1)
+def metrics_after_each_step(monkeypatch):
+    """Metrics are fetched after each step."""
+    monkeypatch.setattr(writers, "PERIOD", 1)
 
 
 class States(HookBase):
-    """All that an iteration could change, before the first and after each; the rates."""
+    """Models, momenta and learning rate before the first and after each iteration."""
 
     def __init__(self):
-        self.seen, self.rates = [], []
+        self.states, self.rates = [], []
 
     def before_train(self):
         self.after_step()
@@ -75,11 +75,11 @@ class States(HookBase):
         trainer = self.trainer
         optimizer = trainer.optimizer.torch_optimizer.state_dict()["state"]
         momenta = {i: s["momentum_buffer"].clone() for i, s in optimizer.items()}
-        self.seen.append((copy_of(trainer.student), copy_of(trainer.teacher), momenta))
+        self.states.append((copy_of(trainer.student), copy_of(trainer.teacher), momenta))
         self.rates.append(trainer.optimizer.torch_optimizer.param_groups[0]["lr"])
 
 
-def states_of(trainer):
+def train_with_states(trainer):
     states = States()
     trainer.register_hooks([states])
     trainer.train()
@@ -91,27 +91,31 @@ def lines_of(trainer):
 
 
 CASES = {
-    "a loss is NaN": (loss_becomes(math.nan), "loss_box_reg is nan"),
-    "a loss is infinite": (loss_becomes(math.inf), "loss_box_reg is"),
-    "a gradient is NaN": (gradient_becomes(math.nan), "the gradient of"),
-    "a gradient is infinite": (gradient_becomes(math.inf), "the gradient of"),
-    "the forward pass breaks off": (breaks_off, FAILURE),
+    "a loss is NaN": (multiply_loss(math.nan), "loss_box_reg is nan"),
+    "a loss is infinite": (multiply_loss(math.inf), "loss_box_reg is"),
+    "a gradient is NaN": (multiply_gradient(math.nan), "the gradient of"),
+    "a gradient is infinite": (multiply_gradient(math.inf), "the gradient of"),
+    "the forward pass fails": (fail, FAILURE),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("at", [1, 2])
-def test_the_step_leaves_nothing_behind_and_training_goes_on(make_trainer, spoiled, case, at):
-    """In burn-in and after it; the model has batch norm, whose statistics the step had changed."""
+@pytest.mark.parametrize(
+    ("case", "at"),
+    [(case, 2) for case in CASES] + [(case, 1) for case in CASES if "infinite" not in case],
+)
+def test_skipped_step_changes_nothing_and_training_continues(make_trainer, spoiled, case, at):
+    """During and after burn-in. The model has batch norm, whose statistics the step changes."""
     spoil, problem = CASES[case]
     batches = spoiled(spoil, {at})
     trainer = make_trainer({"SOLVER.WARMUP_ITERS": 4})
-    states = states_of(trainer)
+    states = train_with_states(trainer)
     assert len(batches) == 4
     for part in range(3):
-        kept = [same(a[part], b[part]) for a, b in zip(states.seen, states.seen[1:], strict=False)]
+        kept = [
+            same(a[part], b[part]) for a, b in zip(states.states, states.states[1:], strict=False)
+        ]
         assert kept == [i == at for i in range(4)]
-    assert len(set(states.rates)) == 5  # its place in the schedule is used up
+    assert len(set(states.rates)) == 5  # the learning rate schedule continues
 
     (line,) = lines_of(trainer)
     assert line["iteration"] == at and line["process"] == 0
@@ -120,15 +124,15 @@ def test_the_step_leaves_nothing_behind_and_training_goes_on(make_trainer, spoil
     assert set(line["losses"]) >= ({"loss_cls", "loss_box_reg"} if "loss" in case else set())
     counts = [value for value, _ in trainer.storage.history("skipped_steps").values()]
     assert counts == [int(i >= at) for i in range(4)]
-    finite = "gradient" in case  # then the losses are, and are logged
+    finite = "gradient" in case  # then the losses are finite and logged
     logged = [int(i) for _, i in trainer.storage.history("total_loss").values()]
     assert logged == [i for i in range(4) if i != at or finite]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-@pytest.mark.usefixtures("looked_at_each_time")
-def test_so_many_in_a_row_end_training(make_trainer, spoiled, most):
-    batches = spoiled(loss_becomes(math.nan), range(1, 9))
+@pytest.mark.usefixtures("metrics_after_each_step")
+def test_too_many_skipped_steps_in_a_row_stop_training(make_trainer, spoiled, most):
+    batches = spoiled(multiply_loss(math.nan), range(1, 9))
     trainer = make_trainer({"SOLVER.MAX_SKIPPED_STEPS": most, "SOLVER.MAX_ITER": 9})
     with pytest.raises(UsageError) as error:
         trainer.train()
@@ -140,39 +144,39 @@ def test_so_many_in_a_row_end_training(make_trainer, spoiled, most):
 
 
 @pytest.mark.parametrize("period", [2, 4])
-def test_they_end_training_when_the_next_line_is_logged(make_trainer, spoiled, monkeypatch, period):
-    """Until then nothing is lost by going on: each of them changes nothing."""
-    monkeypatch.setattr(metrics, "PERIOD", period)
-    batches = spoiled(loss_becomes(math.nan), range(9))
+def test_training_stops_when_metrics_are_fetched(make_trainer, spoiled, monkeypatch, period):
+    """Skipped steps change nothing, so nothing is lost until then."""
+    monkeypatch.setattr(writers, "PERIOD", period)
+    batches = spoiled(multiply_loss(math.nan), range(9))
     trainer = make_trainer({"SOLVER.MAX_SKIPPED_STEPS": 3, "SOLVER.MAX_ITER": 9})
     start = copy_of(trainer.student)
     with pytest.raises(UsageError, match="3 steps in a row"):
         trainer.train()
-    assert len(batches) == 4  # the first multiple of the period that is not below 3
+    assert len(batches) == 4  # the first multiple of the period from 3 on
     assert [line["iteration"] for line in lines_of(trainer)] == [0, 1, 2]
     assert [line["images"] for line in lines_of(trainer)] == [b.file_names for b in batches[:3]]
     assert same(copy_of(trainer.student), start)
 
 
-def test_the_momentum_of_a_first_step_that_was_left_out_is_zero(make_trainer, spoiled):
-    """PyTorch would leave it as it found the memory."""
-    spoiled(gradient_becomes(math.nan), {0})
+def test_momentum_is_zero_after_a_skipped_first_step(make_trainer, spoiled):
+    """PyTorch alone would leave it uninitialized."""
+    spoiled(multiply_gradient(math.nan), {0})
     trainer = make_trainer({"SOLVER.MAX_ITER": 1})
     trainer.train()
     momenta = [s["momentum_buffer"] for s in trainer.optimizer.torch_optimizer.state.values()]
     assert momenta and not any(momentum.any() for momentum in momenta)
 
 
-def test_as_many_that_are_not_in_a_row_do_not(make_trainer, spoiled):
-    spoiled(loss_becomes(math.nan), {0, 1, 3, 4})
+def test_skipped_steps_that_are_not_in_a_row_do_not_stop_training(make_trainer, spoiled):
+    spoiled(multiply_loss(math.nan), {0, 1, 3, 4})
     trainer = make_trainer({"SOLVER.MAX_SKIPPED_STEPS": 3, "SOLVER.MAX_ITER": 6})
     trainer.train()
     assert [line["iteration"] for line in lines_of(trainer)] == [0, 1, 3, 4]
 
 
-@pytest.mark.usefixtures("looked_at_each_time")
-def test_a_resumed_run_goes_on_counting(make_trainer, spoiled):
-    """Two before the stop, one after it; what is done again is not written down twice."""
+@pytest.mark.usefixtures("metrics_after_each_step")
+def test_resumed_run_continues_counting(make_trainer, spoiled):
+    """Two before the stop, one after it; a repeated step is recorded once."""
     settings = {
         "SOLVER.MAX_SKIPPED_STEPS": 3,
         "SOLVER.CHECKPOINT_PERIOD": 2,
@@ -184,13 +188,13 @@ def test_a_resumed_run_goes_on_counting(make_trainer, spoiled):
             if self.trainer.iter == 3:
                 raise KeyboardInterrupt
 
-    spoiled(loss_becomes(math.nan), {0, 1, 2})
+    spoiled(multiply_loss(math.nan), {0, 1, 2})
     trainer = make_trainer(settings | {"SOLVER.MAX_SKIPPED_STEPS": 4})
     trainer.register_hooks([Stop()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert [line["iteration"] for line in lines_of(trainer)] == [0, 1, 2]
-    spoiled(loss_becomes(math.nan), {0})
+    spoiled(multiply_loss(math.nan), {0})
     resumed = make_trainer(settings, resume=True)
     with pytest.raises(UsageError, match="3 steps in a row"):
         resumed.train()
@@ -198,7 +202,7 @@ def test_a_resumed_run_goes_on_counting(make_trainer, spoiled):
 
 
 @pytest.mark.parametrize("most", [0, -1])
-def test_none_at_all_cannot_be_asked_for(make_trainer, most):
+def test_max_skipped_steps_must_be_positive(make_trainer, most):
     with pytest.raises(UsageError, match="SOLVER.MAX_SKIPPED_STEPS"):
         make_trainer({"SOLVER.MAX_SKIPPED_STEPS": most})
 
@@ -208,24 +212,24 @@ def test_none_at_all_cannot_be_asked_for(make_trainer, most):
 FLOAT16 = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "float16", "SOLVER.MAX_ITER": 3}
 
 
-def test_a_scale_that_is_too_large_comes_down_without_being_counted(make_trainer):
+def test_lowering_the_loss_scale_is_not_counted(make_trainer):
     trainer = make_trainer(FLOAT16 | {"SOLVER.MAX_SKIPPED_STEPS": 1})
     trainer.optimizer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    states = states_of(trainer)
+    states = train_with_states(trainer)
     assert trainer.optimizer.grad_scaler.get_scale() == 2.0**37
     assert not trainer._skipped.file.exists()
-    assert all(same(a[0], states.seen[0][0]) and same(a[1], a[0]) for a in states.seen)
+    assert all(same(a[0], states.states[0][0]) and same(a[1], a[0]) for a in states.states)
 
 
-def test_where_there_is_no_scale_left_it_is_counted(make_trainer, spoiled):
-    spoiled(gradient_becomes(math.nan), {0, 1, 2})
+def test_infinite_gradient_at_the_lowest_loss_scale_is_counted(make_trainer, spoiled):
+    spoiled(multiply_gradient(math.nan), {0, 1, 2})
     trainer = make_trainer(FLOAT16)
     trainer.optimizer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     trainer.train()
     assert [line["iteration"] for line in lines_of(trainer)] == [1, 2]
 
 
-# --- parts ----------------------------------------------------------------------------------------
+# --- problems -------------------------------------------------------------------------------------
 
 
 def gradient_problem(model):
@@ -234,7 +238,7 @@ def gradient_problem(model):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_single_number_in_a_gradient_is_found(value):
+def test_single_non_finite_value_in_a_gradient_is_found(value):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
     model[0].weight.grad = torch.ones(3, 3)
     assert gradient_problem(model) == ""
@@ -242,15 +246,15 @@ def test_a_single_number_in_a_gradient_is_found(value):
     assert gradient_problem(model) == "the gradient of 1 parameters is not finite, such as 1.bias"
 
 
-def test_gradients_may_be_as_large_as_a_number_can_be():
-    """Their Euclidean length would be infinite."""
+def test_largest_finite_gradients_are_not_a_problem():
+    """Their L2 norm would be infinite."""
     model = torch.nn.Linear(3, 3)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, torch.finfo(torch.float32).max)
     assert gradient_problem(model) == ""
 
 
-def test_the_process_that_met_the_problem_is_named():
+def test_describe_problems_names_the_process():
     fine = StepReport([], 0.0, False, losses={"a": 1.0})
     bad = StepReport([], 0.0, False, losses={"a": math.nan, "b": 2.0, "c": math.inf})
     assert describe_problems([fine, fine]) == ""

@@ -1,9 +1,11 @@
 """Checks before training: device, output folder, config and data."""
 
+import logging
 import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from torch import distributed
 import train_net
 from locreweight.data.datasets.splits import split_indices
 from locreweight.data.inspection.findings import Severity
-from locreweight.engine import check_device
-from locreweight.engine.startup_checks import lock_output_dir
+from locreweight.engine import check_device, startup_checks
+from locreweight.engine.startup_checks import lock_output_dir, log_effective_values
 from locreweight.errors import UsageError
 from tests.checked_data import Project
-from tests.engine.tiny_training import restored_loggers_and_signals, training_config
+from tests.engine.tiny_training import TRAINING, restored_loggers_and_signals, training_config
+from tests.modeling.tiny_model import tiny_config
 from tests.tiny_data import edit_json
 
 # --- device ---------------------------------------------------------------------------------------
@@ -138,6 +141,55 @@ def test_lock_warns_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog
     assert "cannot check whether another training" in caplog.text
 
 
+# --- effective values -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log_of(caplog):
+    """The log of the effective values of a config, with 5 labeled and 5 unlabeled images."""
+
+    def log(settings=None):
+        sets = SimpleNamespace(labeled=range(5), unlabeled=range(5))
+        with caplog.at_level(logging.INFO, logger=startup_checks.__name__):
+            log_effective_values(tiny_config(TRAINING | (settings or {})), sets)
+        return caplog.text
+
+    return log
+
+
+def test_effective_values_are_logged(log_of):
+    log = log_of({"SOLVER.IMS_PER_BATCH_UNLABELED": 3, "SOLVER.MAX_ITER": 12})
+    for part in (
+        "on 1 process(es)",
+        "2 labeled + 3 unlabeled images per iteration (2 + 3 per process)",
+        "learning rate 0.001",
+        "12 iterations of which 2 burn-in",
+        "4.8 epochs of 5 labeled",  # 12 * 2 / 5
+        "6.0 epochs of 5 unlabeled",  # 10 * 3 / 5
+    ):
+        assert part in log
+
+
+@pytest.mark.parametrize("burn_in", [3, 4])
+def test_burn_in_without_end_gives_a_warning(log_of, burn_in):
+    log = log_of({"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 4})
+    assert ("unlabeled images are not used" in log) == (burn_in == 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ({}, ""),
+        ({"MODEL.BACKBONE.FREEZE_AT": 2}, "set MODEL.BACKBONE.FREEZE_AT 0. "),
+        ({"MODEL.RESNETS.NORM": "FrozenBN"}, "set MODEL.RESNETS.NORM BN. "),
+    ],
+)
+def test_frozen_random_backbone_gives_a_warning(log_of, settings, fix):
+    log = log_of(settings)
+    assert ("keeps its random weights" in log) == bool(fix)
+    assert fix in log
+
+
 # --- config and data ------------------------------------------------------------------------------
 
 
@@ -165,13 +217,12 @@ def project(tmp_path):
     ],
     ids=str,
 )
-def test_errors_of_training_are_findings_and_the_report_is_complete(
-    project, capsys, settings, message
-):
+def test_errors_of_training_are_findings_and_the_report_is_complete(project, settings, message):
     project.settings |= settings
-    (error,) = project.findings()
+    report = project.report()
+    (error,) = report.findings
     assert error.severity is Severity.ERROR and message in error.text
-    assert "to train:\n  python train_net.py" in capsys.readouterr().out
+    assert report.overview and report.options == project.options
 
 
 def test_split_without_any_box_is_an_error(project):

@@ -1,13 +1,11 @@
-"""Trainings of a few iterations: the two phases, what they log, and where they stop."""
+"""SemiSupervisedTrainer: burn-in, teacher, logged metrics, mixed precision, clipping."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from locreweight.engine import startup_checks
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.training_step import training_step
 from tests.engine.tiny_training import (
@@ -25,7 +23,7 @@ BURN_IN, MAX_ITER, KEEP_RATE = 2, 6, 0.6
 
 @pytest.fixture(scope="module")
 def run(datasets, tmp_path_factory):
-    """One training with an evaluation on the way: the trainer afterwards, and its record."""
+    """Trainer and record of a training with two evaluations."""
     settings = {
         "DATASETS.TEST": datasets["DATASETS.TEST"],
         "SEMI.BURN_IN_ITERS": BURN_IN,
@@ -40,15 +38,15 @@ def run(datasets, tmp_path_factory):
 # --- the teacher ----------------------------------------------------------------------------------
 
 
-def test_in_burn_in_and_at_its_end_the_teacher_is_the_student(run):
+def test_teacher_equals_student_until_burn_in_ends(run):
     _, record = run
     for student, teacher in zip(record.students[:BURN_IN], record.teachers, strict=False):
         assert same(student, teacher)
     assert not same(record.students[0], record.students[1])
 
 
-def test_afterwards_the_teacher_is_the_moving_average_by_the_ramp(run):
-    """An independent recurrence: the rates are 1/2, then 0.6 as 2/3 and 3/4 lie above it."""
+def test_teacher_is_the_moving_average_after_burn_in(run):
+    """The keep rate is 1/2, then 0.6, because the ramp's 2/3 and 3/4 are above it."""
     _, record = run
     expected = {name: value.double() for name, value in record.teachers[BURN_IN - 1].items()}
     rates = [1 / 2, 0.6, 0.6, 0.6]
@@ -66,26 +64,25 @@ def test_afterwards_the_teacher_is_the_moving_average_by_the_ramp(run):
         assert not same(student, teacher)
 
 
-def test_the_teacher_stays_in_evaluation_mode_without_gradient(run):
+def test_teacher_stays_in_evaluation_mode_without_gradients(run):
     trainer, _ = run
     assert not any(module.training for module in trainer.teacher.modules())
     assert all(not p.requires_grad and p.grad is None for p in trainer.teacher.parameters())
     assert trainer.student.training
 
 
-def test_unlabeled_images_come_after_burn_in(run):
+def test_unlabeled_images_are_used_after_burn_in(run):
     _, record = run
     assert [len(images) for images in record.images] == [2] * BURN_IN + [4] * (MAX_ITER - BURN_IN)
 
 
-@pytest.mark.parametrize("max_iter", [2, 4])
-def test_without_burn_in_all_iterations_have_unlabeled_images(make_trainer, max_iter):
-    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": max_iter})
+def test_without_burn_in_all_iterations_use_unlabeled_images(make_trainer):
+    trainer = make_trainer({"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": 2})
     start = copy_of(trainer.student)
     assert same(start, copy_of(trainer.teacher))
     record = recorded_training(trainer)
-    assert [len(images) for images in record.images] == [4] * max_iter
-    # The first update is the mean of the first two students.
+    assert [len(images) for images in record.images] == [4] * 2
+    # The first keep rate is 1/2.
     name = "roi_heads.box_predictor.cls_score.weight"
     torch.testing.assert_close(
         record.teachers[0][name], (start[name] + record.students[0][name]) / 2
@@ -93,7 +90,7 @@ def test_without_burn_in_all_iterations_have_unlabeled_images(make_trainer, max_
 
 
 @pytest.mark.parametrize("burn_in", [2, 5])
-def test_burn_in_to_the_end_is_supervised_training_without_unlabeled_images(make_trainer, burn_in):
+def test_burn_in_to_the_end_is_supervised_training(make_trainer, burn_in):
     trainer = make_trainer(
         {"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 2, "DATASETS.UNLABELED": ()}
     )
@@ -105,7 +102,7 @@ def test_burn_in_to_the_end_is_supervised_training_without_unlabeled_images(make
     assert not any("unlabeled" in name or "pseudo" in name for name in logged)
 
 
-def test_each_labeled_image_may_be_shown_in_two_views(make_trainer):
+def test_policy_may_make_two_views_of_each_labeled_image(make_trainer):
     trainer = make_trainer(
         {
             "INPUT.AUGMENTATION_POLICY": "UnbiasedTeacherPolicy",
@@ -116,7 +113,7 @@ def test_each_labeled_image_may_be_shown_in_two_views(make_trainer):
     assert [len(images) for images in recorded_training(trainer).images] == [4 + 2]
 
 
-# --- what is logged -------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def metrics_of(trainer):
@@ -124,7 +121,7 @@ def metrics_of(trainer):
     return [json.loads(line) for line in lines]
 
 
-def test_metrics_have_plain_names(run):
+def test_names_of_metrics(run):
     trainer, _ = run
     names = set().union(*metrics_of(trainer))
     expected = {
@@ -152,8 +149,8 @@ def test_metrics_have_plain_names(run):
         "student/bbox/AP50",
     }
     assert names >= expected
-    of_detectron2 = ("fast_rcnn/", "roi_head/", "rpn/", "unlabeled/")
-    others = {n for n in names - expected if not n.startswith(of_detectron2)}
+    prefixes_of_detectron2 = ("fast_rcnn/", "roi_head/", "rpn/", "unlabeled/")
+    others = {n for n in names - expected if not n.startswith(prefixes_of_detectron2)}
     assert {n.removeprefix("student/").split("-")[0] for n in others} <= {
         *("bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl"),
     }
@@ -163,7 +160,7 @@ def history(trainer, name):
     return {int(at): value for value, at in trainer.storage.history(name).values()}
 
 
-def test_the_total_loss_is_the_sum_of_all_others(run):
+def test_total_loss_is_the_sum_of_all_losses(run):
     trainer, _ = run
     total = history(trainer, "total_loss")
     parts = [history(trainer, name) for name in SUPERVISED | UNLABELED]
@@ -172,30 +169,27 @@ def test_the_total_loss_is_the_sum_of_all_others(run):
         assert value == pytest.approx(sum(part.get(at, 0.0) for part in parts), rel=1e-6)
 
 
-def test_losses_on_unlabeled_images_are_logged_from_the_end_of_burn_in(run):
+def test_losses_on_unlabeled_images_are_logged_after_burn_in(run):
     trainer, _ = run
     for name in [*UNLABELED, "pseudo_labels/per_image"]:
         assert list(history(trainer, name)) == list(range(BURN_IN, MAX_ITER))
     assert history(trainer, "pseudo_labels/per_image")[MAX_ITER - 1] > 0
 
 
-def test_teacher_and_student_are_evaluated_on_the_way_and_at_the_end(run):
+def test_teacher_and_student_are_evaluated_periodically_and_at_the_end(run):
     trainer, _ = run
     for name in ("bbox/AP", "student/bbox/AP"):
         assert list(history(trainer, name)) == [2, MAX_ITER - 1]
 
 
-@pytest.mark.parametrize(
-    ("burn_in", "expected"),
-    [(0, [False, False]), (1, [True, False]), (2, [True, True]), (9, [True, True])],
-)
-def test_while_both_models_are_alike_they_are_evaluated_once(
+@pytest.mark.parametrize(("burn_in", "expected"), [(0, [False, False]), (1, [True, False])])
+def test_equal_models_are_evaluated_once_during_burn_in(
     datasets, make_trainer, monkeypatch, burn_in, expected
 ):
-    alike_each_time = []
+    calls = []
 
     def evaluate_teacher_and_student(*_, alike):
-        alike_each_time.append(alike)
+        calls.append(alike)
         return {"bbox": {"AP": 1.0}}
 
     monkeypatch.setattr(
@@ -209,50 +203,11 @@ def test_while_both_models_are_alike_they_are_evaluated_once(
             "SOLVER.MAX_ITER": 2,
         }
     ).train()
-    assert alike_each_time == expected
+    assert calls == expected
 
 
-def test_training_returns_the_latest_results(datasets, make_trainer):
-    trainer = make_trainer({"DATASETS.TEST": datasets["DATASETS.TEST"], "SOLVER.MAX_ITER": 1})
-    results = trainer.train()
-    assert {"bbox/AP", "bbox/AP50", "student/bbox/AP"} <= set(results)
-
-
-def test_effective_values_are_logged(make_trainer, caplog):
-    with caplog.at_level(logging.INFO, logger=startup_checks.__name__):
-        make_trainer({"SOLVER.IMS_PER_BATCH_UNLABELED": 3, "SOLVER.MAX_ITER": 12})
-    (text,) = [r.getMessage() for r in caplog.records if "Effective" in r.getMessage()]
-    for part in (
-        "on 1 process(es)",
-        "2 labeled + 3 unlabeled images per iteration (2 + 3 per process)",
-        "learning rate 0.001",
-        "12 iterations of which 2 burn-in",
-        "4.8 epochs of 5 labeled",  # 12 * 2 / 5
-        "6.0 epochs of 5 unlabeled",  # 10 * 3 / 5
-    ):
-        assert part in text
-
-
-@pytest.mark.parametrize("burn_in", [3, 4])
-def test_burn_in_without_end_is_warned_of(make_trainer, caplog, burn_in):
-    with caplog.at_level(logging.WARNING, logger=startup_checks.__name__):
-        make_trainer({"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 4})
-    assert ("unlabeled images are not used" in caplog.text) == (burn_in == 4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({}, ""),
-        ({"MODEL.BACKBONE.FREEZE_AT": 2}, "set MODEL.BACKBONE.FREEZE_AT 0, and"),
-        ({"MODEL.RESNETS.NORM": "FrozenBN"}, "set MODEL.RESNETS.NORM BN, and"),
-    ],
-)
-def test_a_backbone_that_stays_at_random_is_warned_of(make_trainer, caplog, settings, named):
-    with caplog.at_level(logging.WARNING, logger=startup_checks.__name__):
-        make_trainer(settings)
-    assert ("keeps its random weights" in caplog.text) == bool(named)
-    assert named in caplog.text
+def test_train_returns_the_latest_results(run):
+    assert {"bbox/AP", "bbox/AP50", "student/bbox/AP"} <= set(run[1].results)
 
 
 # --- mixed precision ------------------------------------------------------------------------------
@@ -260,15 +215,15 @@ def test_a_backbone_that_stays_at_random_is_warned_of(make_trainer, caplog, sett
 
 @pytest.fixture
 def results(monkeypatch):
-    """What the steps of a training gave."""
-    seen = []
+    """The results of all training steps."""
+    step_results = []
 
     def keep(*arguments):
-        seen.append(training_step(*arguments))
-        return seen[-1]
+        step_results.append(training_step(*arguments))
+        return step_results[-1]
 
     monkeypatch.setattr(trainer_module, "training_step", keep)
-    return seen
+    return step_results
 
 
 @pytest.mark.parametrize(
@@ -280,24 +235,24 @@ def results(monkeypatch):
     ],
     ids=lambda value: str(value) if isinstance(value, torch.dtype) else "",
 )
-def test_the_backbones_compute_in_the_configured_precision(make_trainer, results, settings, dtype):
-    steps = {"SEMI.BURN_IN_ITERS": 1, "SOLVER.MAX_ITER": 3, "VIS_PERIOD": 2}
+def test_backbones_compute_in_the_configured_precision(make_trainer, results, settings, dtype):
+    steps = {"SEMI.BURN_IN_ITERS": 1, "SOLVER.MAX_ITER": 2, "VIS_PERIOD": 2}
     trainer = make_trainer(steps | settings)
-    seen = {"student": set(), "teacher": set()}
-    for name, found in seen.items():
+    dtypes = {"student": set(), "teacher": set()}
+    for name, found in dtypes.items():
         getattr(trainer, name).backbone.fpn_lateral3.register_forward_hook(
             lambda _, inputs, out, found=found: found.add(out.dtype)
         )
     trainer.train()
-    assert seen == {"student": {dtype}, "teacher": {dtype}}
-    assert len(results) == 3
+    assert dtypes == {"student": {dtype}, "teacher": {dtype}}
+    assert len(results) == 2
     for result in results:
         for name, loss in result.losses.items():
             assert loss.dtype == torch.float32, name
             assert loss.isfinite(), name
     for module in (trainer.student, trainer.teacher):
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
-    # Only float16 needs a scale; the scaler also leaves out what is not finite, in any precision.
+    # Only float16 needs a scale above 1; with other types the scaler only skips steps.
     assert (trainer.optimizer.grad_scaler.get_scale() > 1) == (dtype == torch.float16)
     logged = "loss_scale" in trainer.storage.histories()
     assert logged == (dtype == torch.float16)
@@ -306,8 +261,8 @@ def test_the_backbones_compute_in_the_configured_precision(make_trainer, results
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def longest_change(trainer):
-    """Of any parameter in one iteration at learning rate 1, as a Euclidean length."""
+def largest_change(trainer):
+    """Largest L2 norm of the change of a parameter in one iteration at learning rate 1."""
     before = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
     trainer.train()
     after = trainer.student.named_parameters()
@@ -329,20 +284,20 @@ CLIPPING = {
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_gradients_are_clipped_as_configured(make_trainer, amp):
-    """With mixed precision too: what is clipped is the gradient, not its scaled copy."""
+    """With mixed precision, the unscaled gradient is clipped."""
     mixed = {"SOLVER.AMP.ENABLED": amp, "SOLVER.AMP.DTYPE": "float16"}
     trainer = make_trainer(ONE_STEP | CLIPPING | mixed)
-    if amp:  # the default scale takes some iterations to come down to what float16 can hold
+    if amp:  # the default scale would need some iterations to decrease to the range of float16
         trainer.optimizer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    assert longest_change(trainer) == pytest.approx(0.01, rel=1e-3)
+    assert largest_change(trainer) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_without_clipping_gradients_are_taken_as_they_are(make_trainer):
-    assert longest_change(make_trainer(ONE_STEP)) > 0.1
+def test_gradients_are_not_clipped_by_default(make_trainer):
+    assert largest_change(make_trainer(ONE_STEP)) > 0.1
 
 
-def test_metrics_that_are_unknown_do_not_stop_training(make_trainer):
-    """Without pseudo-labels their quality is NaN."""
+def test_unknown_metrics_are_not_logged(make_trainer):
+    """Without pseudo-labels, their quality is NaN."""
     trainer = make_trainer({"SEMI.PSEUDO_LABEL_THRESHOLD": 1.0})
     recorded_training(trainer)
     latest = trainer.storage.latest()

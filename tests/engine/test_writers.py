@@ -1,11 +1,13 @@
-"""What a resumed run does with the metrics that are there."""
+"""Metric files and histories of resumed runs, and writers on a full disk."""
 
 import json
+import logging
+import os
 
 import pytest
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, EventWriter
 
-from locreweight.engine.writers import WINDOW, recent_history, truncate_after
+from locreweight.engine.writers import WINDOW, LenientWriter, recent_history, truncate_after
 
 
 def lines(*iterations):
@@ -25,25 +27,25 @@ def lines(*iterations):
         (lines(19, 39) + "{}\n", 39, lines(19, 39)),
         ('{"it', 39, ""),
         ("", 39, ""),
-        # Lines of one time of writing need not be in order.
+        # Lines that were written together need not be in order.
         (lines(19, 39, 25), 19, lines(19)),
-        # Of a run before this one, in the same folder, nothing is taken.
+        # Nothing is removed from an earlier run in the same file.
         (lines(19, 99, 19, 39, 59), 39, lines(19, 99, 19, 39)),
     ],
 )
-def test_lines_that_will_be_written_again_are_cut(tmp_path, content, iteration, kept):
+def test_truncate_after_removes_later_lines(tmp_path, content, iteration, kept):
     file = tmp_path / "metrics.json"
     file.write_text(content)
     truncate_after(file, iteration)
     assert file.read_text() == kept
 
 
-def test_there_may_be_no_file(tmp_path):
+def test_truncate_after_ignores_a_missing_file(tmp_path):
     truncate_after(tmp_path / "none.json", 3)
     assert not (tmp_path / "none.json").exists()
 
 
-def test_what_is_kept_of_the_past_is_all_that_smoothing_needs():
+def test_recent_history_is_enough_for_smoothing():
     with EventStorage() as whole, EventStorage() as resumed:
         for i in range(3 * WINDOW):
             whole.iter = i
@@ -52,9 +54,9 @@ def test_what_is_kept_of_the_past_is_all_that_smoothing_needs():
             if i < 5:
                 whole.put_scalar("time", i)
             if i % 9 == 0:
-                whole.put_scalar("seldom", i)
+                whole.put_scalar("rare", i)
         history = recent_history(whole)
-        assert set(history) == {"every", "rate", "seldom"}  # times are those of a process
+        assert set(history) == {"every", "rate", "rare"}  # times are not resumed
         assert all(len(values) <= WINDOW for _, values in history.values())
         for name, (smoothed, values) in history.items():
             for value, iteration in values:
@@ -66,3 +68,24 @@ def test_what_is_kept_of_the_past_is_all_that_smoothing_needs():
             expected = whole.latest_with_smoothing_hint()
             del expected["time"]
             assert resumed.latest_with_smoothing_hint() == expected
+
+
+def test_lenient_writer_logs_each_failure_once(caplog):
+    class Writer(EventWriter):
+        def write(self):
+            if next(failures):
+                raise OSError(28, os.strerror(28))
+
+        def close(self):
+            raise OSError(28, os.strerror(28))
+
+    failures = iter([True, True, False, True])
+    writer = LenientWriter(Writer())
+    counts = []
+    with caplog.at_level(logging.ERROR):
+        for _ in range(4):
+            writer.write()
+            counts.append(len(caplog.records))
+        writer.close()
+    assert counts == [1, 1, 1, 2]
+    assert "Writer cannot write its metrics: [Errno 28] No space left on device" in caplog.text

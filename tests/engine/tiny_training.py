@@ -133,6 +133,7 @@ class Recorder(HookBase):
 
     def __init__(self) -> None:
         self.students, self.teachers, self.images, self.rates = [], [], [], []
+        self.results: dict[str, float] = {}  # of the last evaluation
 
     def before_train(self) -> None:
         def record_images(student, inputs):
@@ -156,5 +157,8 @@ def recorded_training(trainer: SemiSupervisedTrainer) -> Recorder:
     """Train to the end; returns the record."""
     recorder = Recorder()
     trainer.register_hooks([recorder])
-    trainer.train()
+    recorder.results = trainer.train()
+    # Stop the loader's workers. When the iterator is garbage-collected much later, it waits for
+    # them for 5 seconds each.
+    trainer._batches = None
     return recorder

@@ -273,7 +273,7 @@ def _build_config(merge: Callable[[CfgNode], None], source: str, options: Sequen
     add_locreweight_config(cfg)
     known = _key_paths(cfg)
     if len(options) % 2:
-        raise UsageError(f"options must be KEY VALUE pairs; got {options}")
+        raise UsageError(f"options must be given in pairs, KEY VALUE; got {options}")
     for key in options[::2]:
         if key not in known:
             raise UsageError(_unknown_key_message(key, known))

@@ -1,4 +1,4 @@
-"""Color operations see RGB, models get their own order, and everything stays within bytes."""
+"""Augmentations: effect on known pixels, channel order, dtype and shape."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from detectron2.structures import BoxMode
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from locreweight.config import load_config
 from locreweight.data.mapper import ViewMapper
 from locreweight.data.transforms.augmentations import (
     AffineTransform,
@@ -18,20 +17,20 @@ from locreweight.data.transforms.augmentations import (
     RandomColorOperation,
     RandomErasing,
 )
-from locreweight.data.transforms.policies import AugmentationPolicy, build_augmentation_policy
+from locreweight.data.transforms.policies import AugmentationPolicy
 
 SIDE = 24
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 # Luminance of ITU-R 601: 0.299 R + 0.587 G + 0.114 B.
 LUMINANCE = {RED: 76, GREEN: 150, BLUE: 29}
-# The nine of RandomColorOperation, in its order.
+# Index of each operation in RandomColorOperation.
 (IDENTITY, AUTOCONTRAST, EQUALIZE, SOLARIZE, POSTERIZE, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS) = (
     range(9)
 )
-each_order = pytest.mark.parametrize("order", ["RGB", "BGR"])
+both_channel_orders = pytest.mark.parametrize("order", ["RGB", "BGR"])
 
 
-def plain(color):
+def uniform_image(color):
     return np.full((SIDE, SIDE, 3), color, dtype=np.uint8)
 
 
@@ -46,7 +45,7 @@ def apply(augmentation, image):
 
 
 def color_of(image):
-    """The one color of an image, (H, W, 3) array or (3, H, W) tensor, as a tuple."""
+    """Return the color of a uniform image, an (H, W, 3) array or a (3, H, W) tensor."""
     rows = image.reshape(-1, 3) if isinstance(image, np.ndarray) else image.flatten(1).T.numpy()
     assert (rows == rows[0]).all()
     return tuple(int(value) for value in rows[0])
@@ -54,7 +53,7 @@ def color_of(image):
 
 @pytest.fixture
 def operation(monkeypatch):
-    """Color operation number ``index`` at a strength, instead of a random one."""
+    """Make RandomColorOperation apply operation ``index`` with a given strength."""
 
     def make(index, strength=1.0):
         monkeypatch.setattr(np.random, "randint", lambda count: index)
@@ -66,7 +65,7 @@ def operation(monkeypatch):
 
 @pytest.fixture
 def jitter(monkeypatch):
-    """Color jitter of given strengths, in the order brightness, contrast, saturation, hue."""
+    """Make ColorJitter use given factors, in the order brightness, contrast, saturation, hue."""
 
     def make(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
         def uniform(low, high, size=None):
@@ -87,58 +86,36 @@ def views_of(mapper, file):
     return [sample.weak.image, sample.strong.image, *labeled]
 
 
-@each_order
+@both_channel_orders
 @pytest.mark.parametrize("color", [RED, BLUE])
 @pytest.mark.parametrize("strong_on_weak", [False, True])
-def test_every_view_has_the_order_of_the_model(order, color, strong_on_weak, tmp_path):
-    Image.fromarray(plain(color)).save(tmp_path / "plain.png")
+def test_views_have_the_channel_order_of_the_model(order, color, strong_on_weak, tmp_path):
+    Image.fromarray(uniform_image(color)).save(tmp_path / "image.png")
     identity = [T.NoOpTransform()]
-    recipe = AugmentationPolicy([identity, identity], identity, identity, strong_on_weak)
+    policy = AugmentationPolicy([identity, identity], identity, identity, strong_on_weak)
     expected = color if order == "RGB" else color[::-1]
-    views = views_of(ViewMapper(policy=recipe, image_format=order), tmp_path / "plain.png")
+    views = views_of(ViewMapper(policy=policy, image_format=order), tmp_path / "image.png")
     assert [color_of(view) for view in views] == [expected] * 4
 
 
-@each_order
-def test_augmentations_see_rgb_whatever_the_order_of_the_model(order, tmp_path):
-    seen = []
+@both_channel_orders
+def test_augmentations_receive_rgb(order, tmp_path):
+    colors = []
 
-    class Look(T.Augmentation):
+    class RecordColor(T.Augmentation):
         def get_transform(self, image):
-            seen.append(color_of(image))
+            colors.append(color_of(image))
             return T.NoOpTransform()
 
-    Image.fromarray(plain((1, 2, 3))).save(tmp_path / "plain.png")
-    recipe = AugmentationPolicy([[Look()]], [Look()], [Look()])
-    views_of(ViewMapper(policy=recipe, image_format=order), tmp_path / "plain.png")
-    assert seen == [(1, 2, 3)] * 3
-
-
-@each_order
-@pytest.mark.parametrize("recipe", ["SoftTeacherPolicy", "UnbiasedTeacherPolicy"])
-def test_what_is_painted_over_gets_the_mean_that_the_model_subtracts(recipe, order):
-    mean = (10.0, 20.0, 30.0)  # in the order of the model
-    options = [
-        "INPUT.AUGMENTATION_POLICY",
-        recipe,
-        "INPUT.FORMAT",
-        order,
-        "MODEL.PIXEL_MEAN",
-        str(mean),
-    ]
-    strong = build_augmentation_policy(load_config("", options)).strong
-    fills = {
-        tuple(inner.fill)
-        for augmentation in strong
-        for inner in (augmentation, getattr(augmentation, "aug", None))
-        if hasattr(inner, "fill")
-    }
-    assert fills == {mean if order == "RGB" else mean[::-1]}  # augmentations work in RGB
+    Image.fromarray(uniform_image((1, 2, 3))).save(tmp_path / "image.png")
+    policy = AugmentationPolicy([[RecordColor()]], [RecordColor()], [RecordColor()])
+    views_of(ViewMapper(policy=policy, image_format=order), tmp_path / "image.png")
+    assert colors == [(1, 2, 3)] * 3
 
 
 @pytest.mark.parametrize("index", range(9))
 @pytest.mark.parametrize("strength", [0.1, 1.0, 1.9])
-def test_color_operations_keep_bytes_and_shape(operation, index, strength):
+def test_color_operations_keep_dtype_and_shape(operation, index, strength):
     image = noise()
     before = image.copy()
     changed = apply(operation(index, strength), image)
@@ -148,7 +125,7 @@ def test_color_operations_keep_bytes_and_shape(operation, index, strength):
 
 
 @pytest.mark.parametrize("index", [IDENTITY, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS])
-def test_enhancements_of_strength_one_change_nothing(operation, index):
+def test_color_operations_of_strength_one_change_nothing(operation, index):
     image = noise()
     assert_array_equal(apply(operation(index, 1.0), image), image)
 
@@ -156,30 +133,30 @@ def test_enhancements_of_strength_one_change_nothing(operation, index):
 @pytest.mark.parametrize(
     ("index", "strength", "color", "expected"),
     [
-        # Where the threshold 128 * strength is reached, the value is inverted.
+        # Values from the threshold 128 * strength on are inverted.
         (SOLARIZE, 1.0, (127, 128, 200), (127, 127, 55)),
         (SOLARIZE, 0.5, (63, 64, 200), (63, 191, 55)),
-        # 4 + int(2 * strength) bits are kept: here 4, 6 and 7.
+        # 4 + int(2 * strength) bits are kept: 4, 6 and 7.
         (POSTERIZE, 0.1, (255, 37, 15), (240, 32, 0)),
         (POSTERIZE, 1.0, (255, 37, 3), (252, 36, 0)),
         (POSTERIZE, 1.9, (255, 37, 1), (254, 36, 0)),
-        # A share of the color, the rest of its luminance: 0.5 * 255 + 0.5 * 76 and so on.
+        # Mean of color and luminance: 0.5 * 255 + 0.5 * 76, and so on.
         (COLOR, 0.5, RED, (165, 38, 38)),
         (COLOR, 0.5, BLUE, (14, 14, 142)),
         (BRIGHTNESS, 0.5, (200, 100, 50), (100, 50, 25)),
         (BRIGHTNESS, 1.9, (200, 100, 50), (255, 190, 95)),
-        # All of a plain image lies at its mean luminance, here 76.
+        # Mean of color and mean luminance, 76.
         (CONTRAST, 0.5, RED, (165, 38, 38)),
         (SHARPNESS, 1.9, (200, 100, 50), (200, 100, 50)),
     ],
 )
-def test_color_operations_of_known_pixels(operation, index, strength, color, expected):
-    changed = apply(operation(index, strength), plain(color))
+def test_color_operations_on_known_colors(operation, index, strength, color, expected):
+    changed = apply(operation(index, strength), uniform_image(color))
     assert_allclose(color_of(changed), expected, atol=1)
 
 
-def test_autocontrast_stretches_each_channel_over_all_values(operation):
-    image = plain((0, 0, 0))
+def test_autocontrast_stretches_each_channel(operation):
+    image = uniform_image((0, 0, 0))
     image[:, 0] = (100, 50, 0)
     image[:, 1:] = (150, 60, 255)
     changed = apply(operation(AUTOCONTRAST), image)
@@ -187,12 +164,12 @@ def test_autocontrast_stretches_each_channel_over_all_values(operation):
     assert_array_equal(changed[0, 1:], np.full((SIDE - 1, 3), 255))
 
 
-def test_equalize_spreads_values_evenly(operation):
+def test_equalize_spreads_values(operation):
     image = np.repeat(np.random.randint(100, 130, (64, 64, 1), dtype=np.uint8), 3, axis=2)
     assert np.ptp(apply(operation(EQUALIZE), image)) > 240
 
 
-def test_all_nine_operations_are_drawn_and_strengths_vary(monkeypatch):
+def test_random_color_operation_draws_all_operations_and_strengths(monkeypatch):
     drawn = []
     monkeypatch.setattr(T, "ColorTransform", drawn.append)
     image = noise()
@@ -203,36 +180,40 @@ def test_all_nine_operations_are_drawn_and_strengths_vary(monkeypatch):
 
 
 @pytest.mark.parametrize(("color", "luminance"), LUMINANCE.items())
-def test_grey_is_the_luminance(color, luminance):
-    assert color_of(apply(Grayscale(), plain(color))) == (luminance,) * 3
+def test_grayscale_is_the_luminance(color, luminance):
+    assert color_of(apply(Grayscale(), uniform_image(color))) == (luminance,) * 3
 
 
 @pytest.mark.parametrize(("color", "luminance"), LUMINANCE.items())
-def test_saturation_zero_is_the_luminance(jitter, color, luminance):
-    assert color_of(apply(jitter(saturation=0.0), plain(color))) == (luminance,) * 3
+def test_jitter_with_zero_saturation_is_the_luminance(jitter, color, luminance):
+    assert color_of(apply(jitter(saturation=0.0), uniform_image(color))) == (luminance,) * 3
 
 
 @pytest.mark.parametrize(("hue", "expected"), [(1 / 3, GREEN), (-1 / 3, BLUE)])
-def test_hue_turns_red_to_green_and_green_to_blue(jitter, hue, expected):
-    # Pillow's hue has 256 steps, of which a third is not a whole number.
-    assert_allclose(color_of(apply(jitter(hue=hue), plain(RED))), expected, atol=6)
+def test_jitter_hue_shifts_red_to_green_and_blue(jitter, hue, expected):
+    # Pillow's hue has 256 steps, which a third does not divide.
+    assert_allclose(color_of(apply(jitter(hue=hue), uniform_image(RED))), expected, atol=6)
 
 
-def test_brightness_and_contrast_of_the_jitter(jitter):
+def test_jitter_brightness_and_contrast(jitter):
     assert_allclose(
-        color_of(apply(jitter(brightness=0.6), plain((200, 100, 50)))), (120, 60, 30), atol=1
+        color_of(apply(jitter(brightness=0.6), uniform_image((200, 100, 50)))),
+        (120, 60, 30),
+        atol=1,
     )
-    halves = plain((100, 100, 100))
+    halves = uniform_image((100, 100, 100))
     halves[:, SIDE // 2 :] = 200
-    changed = apply(jitter(contrast=0.5), halves)  # half the distance from the mean, 150
+    changed = apply(jitter(contrast=0.5), halves)  # half the distance to the mean, 150
     assert_allclose(changed[0, [0, -1], 0], [125, 175], atol=1)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
-    "augmentation", [ColorJitter(), Grayscale(), GaussianBlur(), RandomErasing((1.0, 2.0, 3.0))]
+    "augmentation",
+    [ColorJitter(), Grayscale(), GaussianBlur(), RandomErasing((1.0, 2.0, 3.0))],
+    ids=lambda augmentation: type(augmentation).__name__,
 )
-def test_appearance_keeps_bytes_and_shape_and_the_given_image(augmentation, seed):
+def test_appearance_augmentations_keep_dtype_shape_and_input(augmentation, seed):
     np.random.seed(seed)
     image = noise(30, 20)
     before = image.copy()
@@ -242,15 +223,15 @@ def test_appearance_keeps_bytes_and_shape_and_the_given_image(augmentation, seed
     assert_array_equal(image, before)
 
 
-def test_jitter_changes_colors_and_each_draw_differs():
+def test_jitter_is_random():
     image = noise()
     first, second = (apply(ColorJitter(), image) for _ in range(2))
     assert not np.array_equal(first, image)
     assert not np.array_equal(first, second)
 
 
-def test_blur_keeps_plain_images_and_smooths_others():
-    assert color_of(apply(GaussianBlur(2.0, 2.0), plain((9, 99, 199)))) == (9, 99, 199)
+def test_blur_keeps_uniform_images_and_smooths_noise():
+    assert color_of(apply(GaussianBlur(2.0, 2.0), uniform_image((9, 99, 199)))) == (9, 99, 199)
     image = noise()
     weak, strong = (apply(GaussianBlur(sigma, sigma), image) for sigma in (0.5, 2.0))
     assert image.std() > weak.std() > strong.std()
@@ -258,7 +239,7 @@ def test_blur_keeps_plain_images_and_smooths_others():
 
 
 class TestErasing:
-    def test_fills_its_patches_and_leaves_the_rest_byte_for_byte(self):
+    def test_fills_patches_and_keeps_other_pixels(self):
         image, patches, fill = noise(), [(1, 2, 5, 9), (10, 10, 24, 24)], (9.0, 99.0, 199.0)
         erased = EraseTransform(patches, fill).apply_image(image)
         inside = np.zeros((SIDE, SIDE), bool)
@@ -266,14 +247,14 @@ class TestErasing:
         assert (erased[inside] == fill).all()
         assert_array_equal(erased[~inside], image[~inside])
 
-    def test_fills_with_the_same_bytes_as_geometry_does(self):
+    def test_fill_color_equals_that_of_affine_transforms(self):
         fill = (123.675, 116.28, 103.53)
         erased = EraseTransform([(0, 0, 4, 4)], fill).apply_image(noise())
         outside = np.array([[1, 0, 9 * SIDE], [0, 1, 0], [0, 0, 1]])
         moved = AffineTransform(outside, fill).apply_image(noise())
         assert tuple(erased[0, 0]) == tuple(moved[0, 0]) == (124, 116, 104)
 
-    def test_leaves_coordinates_and_segmentations(self):
+    def test_keeps_coordinates_and_segmentations(self):
         transform = EraseTransform([(0, 0, 9, 9)], RED)
         points, labels = np.random.rand(5, 2) * SIDE, noise()[..., 0]
         assert_array_equal(transform.apply_coords(points.copy()), points)
@@ -283,24 +264,28 @@ class TestErasing:
         ("patches", "area", "aspect"),
         [((1, 4), (0.0, 0.04), (1.0, 1.0)), ((1, 1), (0.05, 0.2), (0.3, 3.3))],
     )
-    def test_patches_keep_to_their_number_area_and_shape(self, patches, area, aspect):
+    def test_number_area_and_aspect_ratio_of_patches(self, patches, area, aspect):
         erasing = RandomErasing(RED, patches, area, aspect)
         height, width = 300, 400
         drawn = [erasing.get_transform(noise(height, width)).patches for _ in range(100)]
-        assert {len(some) for some in drawn} == set(range(patches[0], patches[1] + 1))
-        x1, y1, x2, y2 = np.array([patch for some in drawn for patch in some]).T
+        assert {len(patches_of_draw) for patches_of_draw in drawn} == set(
+            range(patches[0], patches[1] + 1)
+        )
+        x1, y1, x2, y2 = np.array(
+            [patch for patches_of_draw in drawn for patch in patches_of_draw]
+        ).T
         assert min(x1.min(), y1.min()) >= 0
         assert x2.max() <= width
         assert y2.max() <= height
-        shares = (x2 - x1) * (y2 - y1) / (height * width)
-        assert area[0] * 0.95 <= shares.min() < shares.max() <= area[1] * 1.05
-        large = (x2 - x1 > 30) & (y2 - y1 > 30)  # of the small ones rounding changes the shape
+        areas = (x2 - x1) * (y2 - y1) / (height * width)
+        assert area[0] * 0.95 <= areas.min() < areas.max() <= area[1] * 1.05
+        large = (x2 - x1 > 30) & (y2 - y1 > 30)  # rounding changes the ratio of small ones
         ratios = (y2 - y1)[large] / (x2 - x1)[large]
         assert aspect[0] * 0.95 <= ratios.min() <= ratios.max() <= aspect[1] * 1.05
         if aspect[0] < aspect[1]:
             assert ratios.min() < 0.6 < 1.7 < ratios.max()
 
     @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 3)])
-    def test_takes_images_of_any_size(self, size):
+    def test_accepts_images_of_any_size(self, size):
         for _ in range(20):
             apply(RandomErasing(RED, (4, 4), (0.02, 0.2), (0.05, 8.0)), noise(*size))

@@ -1,10 +1,11 @@
-"""Color operations on arrays are Pillow's, at every strength that recipes draw."""
+"""Color operations on arrays equal Pillow's, at every strength that policies draw."""
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from locreweight.data.transforms import color_ops as colors
+from locreweight.data.transforms import color_ops
 
 FACTORS = np.linspace(0, 2, 81)
 
@@ -24,93 +25,101 @@ IMAGES = {
     "noise": generator().integers(0, 256, (90, 121, 3), dtype=np.uint8),
     "narrow range": generator().integers(90, 110, (60, 50, 3), dtype=np.uint8),
     "extremes": generator().choice(np.array([0, 255], np.uint8), (40, 40, 3)),
-    "plain": np.full((30, 30, 3), (200, 100, 50), np.uint8),
-    "few pixels": generator().integers(0, 256, (3, 5, 3), dtype=np.uint8),
-    "a row": generator().integers(0, 256, (1, 40, 3), dtype=np.uint8),
-    "a column of two": generator().integers(0, 256, (2, 1, 3), dtype=np.uint8),
-    "one pixel": np.array([[[1, 2, 3]]], np.uint8),
+    "uniform": np.full((30, 30, 3), (200, 100, 50), np.uint8),
+    "3x5": generator().integers(0, 256, (3, 5, 3), dtype=np.uint8),
+    "1x40": generator().integers(0, 256, (1, 40, 3), dtype=np.uint8),
+    "2x1": generator().integers(0, 256, (2, 1, 3), dtype=np.uint8),
+    "1x1": np.array([[[1, 2, 3]]], np.uint8),
 }
-each_image = pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES.keys())
+all_images = pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES.keys())
 
 
 def every_color():
-    """Each of the 2 ** 24 colors once."""
+    """Return an image that has each of the 2 ** 24 colors once."""
     numbers = np.arange(1 << 24, dtype=np.uint32).reshape(4096, 4096)
     return np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], axis=2).astype(np.uint8)
 
 
-def farthest(found, expected):
-    """Greatest difference to an image of Pillow's."""
-    return np.abs(found.astype(int) - np.asarray(expected)).max()
+def max_difference(image, expected):
+    """Return the largest absolute difference from a Pillow image."""
+    return cv2.absdiff(image, np.asarray(expected)).max()
 
 
-@each_image
-@pytest.mark.parametrize("factor", FACTORS)
-def test_brightness_is_pillows_to_the_bit(image, factor):
-    expected = ImageEnhance.Brightness(Image.fromarray(image)).enhance(factor)
-    assert farthest(colors.brightness(image, factor), expected) == 0
+@all_images
+def test_brightness_equals_pillow(image):
+    enhancer = ImageEnhance.Brightness(Image.fromarray(image))
+    for factor in FACTORS:
+        assert max_difference(color_ops.brightness(image, factor), enhancer.enhance(factor)) == 0
 
 
-@each_image
+@all_images
 @pytest.mark.parametrize(
-    ("ours", "pillows"),
+    ("operation", "pillow_enhancer"),
     [
-        (colors.contrast, ImageEnhance.Contrast),
-        (colors.saturation, ImageEnhance.Color),
-        (colors.sharpness, ImageEnhance.Sharpness),
+        (color_ops.contrast, ImageEnhance.Contrast),
+        (color_ops.saturation, ImageEnhance.Color),
+        (color_ops.sharpness, ImageEnhance.Sharpness),
     ],
 )
-def test_other_enhancements_are_within_one_of_pillows(image, ours, pillows):
-    enhanced = pillows(Image.fromarray(image))
+def test_enhancements_are_within_one_level_of_pillow(image, operation, pillow_enhancer):
+    enhancer = pillow_enhancer(Image.fromarray(image))
     for factor in FACTORS:
-        assert farthest(ours(image, factor), enhanced.enhance(factor)) <= 1
+        assert max_difference(operation(image, factor), enhancer.enhance(factor)) <= 1
 
 
-@each_image
-@pytest.mark.parametrize("operation", [colors.contrast, colors.saturation, colors.sharpness])
-def test_an_enhancement_by_one_changes_nothing(image, operation):
-    assert farthest(operation(image, 1.0), image) == 0
+@all_images
+@pytest.mark.parametrize(
+    "operation", [color_ops.contrast, color_ops.saturation, color_ops.sharpness]
+)
+def test_enhancements_by_factor_one_change_nothing(image, operation):
+    assert max_difference(operation(image, 1.0), image) == 0
 
 
-@each_image
-def test_tables_are_pillows_to_the_bit(image):
-    given = Image.fromarray(image)
+@all_images
+def test_lookup_tables_equal_pillow(image):
+    pillow_image = Image.fromarray(image)
     for threshold in range(257):
-        expected = ImageOps.solarize(given, threshold)
-        assert farthest(colors.solarize(image, threshold), expected) == 0
+        expected = ImageOps.solarize(pillow_image, threshold)
+        assert max_difference(color_ops.solarize(image, threshold), expected) == 0
     for bits in range(1, 9):
-        assert farthest(colors.posterize(image, bits), ImageOps.posterize(given, bits)) == 0
-    assert farthest(colors.autocontrast(image), ImageOps.autocontrast(given)) == 0
-    assert farthest(colors.equalize(image), ImageOps.equalize(given)) == 0
+        assert (
+            max_difference(color_ops.posterize(image, bits), ImageOps.posterize(pillow_image, bits))
+            == 0
+        )
+    assert max_difference(color_ops.autocontrast(image), ImageOps.autocontrast(pillow_image)) == 0
+    assert max_difference(color_ops.equalize(image), ImageOps.equalize(pillow_image)) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equalize_is_pillows_whatever_the_frequencies(seed):
-    draw = np.random.default_rng(seed)
-    values = draw.choice(256, size=draw.integers(1, 40), replace=False).astype(np.uint8)
-    weights = draw.dirichlet(np.full(len(values), 0.3))
-    image = draw.choice(values, size=(31, 45, 3), p=weights)
-    assert farthest(colors.equalize(image), ImageOps.equalize(Image.fromarray(image))) == 0
-    assert farthest(colors.autocontrast(image), ImageOps.autocontrast(Image.fromarray(image))) == 0
+def test_equalize_equals_pillow_for_random_histograms(seed):
+    rng = np.random.default_rng(seed)
+    values = rng.choice(256, size=rng.integers(1, 40), replace=False).astype(np.uint8)
+    weights = rng.dirichlet(np.full(len(values), 0.3))
+    image = rng.choice(values, size=(31, 45, 3), p=weights)
+    assert max_difference(color_ops.equalize(image), ImageOps.equalize(Image.fromarray(image))) == 0
+    assert (
+        max_difference(color_ops.autocontrast(image), ImageOps.autocontrast(Image.fromarray(image)))
+        == 0
+    )
 
 
-def test_grey_and_saturation_of_every_color_are_within_one_of_pillows():
+def test_grayscale_and_saturation_of_every_color_are_within_one_level_of_pillow():
     image = every_color()
-    given = Image.fromarray(image)
-    assert farthest(colors.grayscale(image), given.convert("L").convert("RGB")) <= 1
-    enhanced = ImageEnhance.Color(given)
+    pillow_image = Image.fromarray(image)
+    assert max_difference(color_ops.grayscale(image), pillow_image.convert("L").convert("RGB")) <= 1
+    enhancer = ImageEnhance.Color(pillow_image)
     for factor in (0.1, 0.7, 1.9):
-        assert farthest(colors.saturation(image, factor), enhanced.enhance(factor)) <= 1
+        assert max_difference(color_ops.saturation(image, factor), enhancer.enhance(factor)) <= 1
 
 
-def test_no_enhancement_makes_images_darker_or_brighter_than_pillows():
-    """Differences of one are rounding. Half a level would mean that only one of us cuts off."""
+def test_enhancements_have_the_mean_brightness_of_pillow():
+    """A mean difference of half a level would mean that one truncates and the other rounds."""
     image = IMAGES["noise"]
-    for ours, pillows in (
-        (colors.saturation, ImageEnhance.Color),
-        (colors.sharpness, ImageEnhance.Sharpness),
+    for operation, pillow_enhancer in (
+        (color_ops.saturation, ImageEnhance.Color),
+        (color_ops.sharpness, ImageEnhance.Sharpness),
     ):
-        # As drawn ones: at 0.5, for one, Pillow cuts off 0 or 0.5, half as much as on average.
+        # Factors without special fractions: at 0.5, Pillow truncates 0 or 0.5 only.
         for factor in (0.137, 0.513, 1.487, 1.871):
-            expected = np.asarray(pillows(Image.fromarray(image)).enhance(factor), float)
-            assert abs(ours(image, factor).mean() - expected.mean()) < 0.15
+            expected = np.asarray(pillow_enhancer(Image.fromarray(image)).enhance(factor), float)
+            assert abs(operation(image, factor).mean() - expected.mean()) < 0.15

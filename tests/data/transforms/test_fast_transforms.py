@@ -1,4 +1,4 @@
-"""Fast arithmetic on pixels gives what Detectron2's transforms give, and keeps what they record."""
+"""Fast pixel operations give the same results as Detectron2's transforms and Pillow."""
 
 import numpy as np
 import pytest
@@ -28,22 +28,22 @@ def noise(height=90, width=120):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("image", [smooth(90, 120), noise()], ids=["smooth", "noise"])
-def test_resizing_is_within_one_of_pillows(image, size):
+def test_resize_bilinear_is_within_one_level_of_pillow(image, size):
     expected = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    found = resize_bilinear(image, *size)
-    assert (found.dtype, found.shape) == (np.uint8, (*size, 3))
-    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+    resized = resize_bilinear(image, *size)
+    assert (resized.dtype, resized.shape) == (np.uint8, (*size, 3))
+    assert np.abs(resized.astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_shrinking_averages_what_it_leaves_out():
-    """Where every second pixel is white; a filter of two pixels sees white or black alone."""
+def test_resize_bilinear_is_antialiased():
+    """Every second column is white. A filter without antialiasing would return white or black."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     middle = resize_bilinear(stripes, 16, 16)[4:-4, 4:-4]
     assert np.abs(middle.astype(int) - 127).max() <= 1
 
 
-def test_what_may_not_be_written_to_is_resized_and_kept():
+def test_resize_bilinear_accepts_read_only_images():
     image = noise()
     image.flags.writeable = False
     before = image.copy()
@@ -61,74 +61,76 @@ def test_what_may_not_be_written_to_is_resized_and_kept():
         [T.ResizeShortestEdge(50), RandomGeometricOperation((1.0, 2.0, 3.0)), T.RandomFlip()],
     ],
 )
-def test_a_list_of_augmentations_does_and_records_as_with_detectron2(augmentations, seed):
-    ends = []
+def test_fast_aug_input_equals_aug_input(augmentations, seed):
+    results = []
     for kind in (T.AugInput, FastAugInput):
         np.random.seed(seed)
-        given = kind(smooth(90, 120))
-        ends.append((given, T.AugmentationList(augmentations)(given)))
-    (theirs, recorded), (ours, recorded_too) = ends
-    # Two roundings, of the resize and of the warp.
+        augmented = kind(smooth(90, 120))
+        results.append((augmented, T.AugmentationList(augmentations)(augmented)))
+    (theirs, their_transforms), (ours, our_transforms) = results
+    # Resizing and warping each round.
     assert np.abs(ours.image.astype(int) - theirs.image).max() <= 2
-    assert [type(t) for t in recorded.transforms] == [type(t) for t in recorded_too.transforms]
+    assert [type(t) for t in their_transforms.transforms] == [
+        type(t) for t in our_transforms.transforms
+    ]
     points = np.random.uniform(0, 100, (9, 2))
     assert_array_equal(
-        recorded.apply_coords(points.copy()), recorded_too.apply_coords(points.copy())
+        their_transforms.apply_coords(points.copy()), our_transforms.apply_coords(points.copy())
     )
 
 
-def test_views_of_one_size_share_the_resized_image_and_nothing_else():
-    image, shared = noise(), {}
-    first, second, third = (FastAugInput(image, shared) for _ in range(3))
+def test_resize_cache_shares_resized_images_of_one_size():
+    image, cache = noise(), {}
+    first, second, third = (FastAugInput(image, cache) for _ in range(3))
     for view, size in ((first, (45, 60)), (second, (45, 60)), (third, (50, 60))):
         view.transform(T.ResizeTransform(90, 120, *size))
     assert np.shares_memory(first.image, second.image)
     assert third.image.shape == (50, 60, 3)
     first.transform(T.HFlipTransform(60))
-    first.transform(T.ResizeTransform(45, 60, 50, 60))  # of another image: not the shared one
+    first.transform(T.ResizeTransform(45, 60, 50, 60))  # of a flipped image: not from the cache
     assert_array_equal(second.image, resize_bilinear(image, 45, 60))
     assert_array_equal(
         first.image, resize_bilinear(resize_bilinear(image, 45, 60)[:, ::-1], 50, 60)
     )
-    assert set(shared) == {(45, 60), (50, 60)}
+    assert set(cache) == {(45, 60), (50, 60)}
 
 
-def test_what_views_share_cannot_be_written_to():
-    given = FastAugInput(noise())
+def test_shared_images_are_read_only():
+    augmented = FastAugInput(noise())
     for _ in range(2):
         with pytest.raises(ValueError, match="read-only"):
-            given.image[:] = 0
-        given.transform(T.ResizeTransform(90, 120, 45, 60))
+            augmented.image[:] = 0
+        augmented.transform(T.ResizeTransform(90, 120, 45, 60))
 
 
-def test_other_filters_stay_detectron2s():
+def test_other_resize_filters_are_unchanged():
     image = noise()
     nearest = T.ResizeTransform(90, 120, 45, 70, Image.Resampling.NEAREST)
-    given = FastAugInput(image)
-    given.transform(nearest)
-    assert_array_equal(given.image, nearest.apply_image(image))
+    augmented = FastAugInput(image)
+    augmented.transform(nearest)
+    assert_array_equal(augmented.image, nearest.apply_image(image))
 
 
-def test_a_derived_transform_does_what_it_says():
+def test_subclasses_of_transforms_are_applied_themselves():
     class White(T.HFlipTransform):
         def apply_image(self, img):
             return img * 0 + 255
 
-    given = FastAugInput(noise())
-    given.transform(White(120))
-    assert (given.image == 255).all()
+    augmented = FastAugInput(noise())
+    augmented.transform(White(120))
+    assert (augmented.image == 255).all()
 
 
-def test_augmentations_that_record_several_transforms_do_them_all():
+def test_transform_lists_are_applied_completely():
     np.random.seed(0)
     several = ColorJitter().get_transform(noise())
-    given = FastAugInput(noise())
-    given.transform(several)
-    assert_array_equal(given.image, several.apply_image(noise()))
+    augmented = FastAugInput(noise())
+    augmented.transform(several)
+    assert_array_equal(augmented.image, several.apply_image(noise()))
 
 
 @pytest.mark.parametrize("size", [(4, 5), (1, 1), (1, 7), (7, 1)])
-def test_channels_come_first_in_the_order_of_the_model(size):
+def test_channels_first_orders_channels(size):
     image = noise(*size)
     red, green, blue = (torch.from_numpy(image[:, :, c].copy()) for c in range(3))
     assert torch.equal(channels_first(image, "RGB"), torch.stack([red, green, blue]))
@@ -139,9 +141,11 @@ def test_channels_come_first_in_the_order_of_the_model(size):
     )
 
 
-def test_a_flip_and_an_affine_transform_are_exact_together():
+def test_flip_and_mirroring_affine_transform_cancel():
     image = noise()
-    given = FastAugInput(image)
+    augmented = FastAugInput(image)
     mirror = np.array([[-1, 0, 120], [0, 1, 0], [0, 0, 1]])
-    given.transform(T.TransformList([T.HFlipTransform(120), AffineTransform(mirror, (0, 0, 0))]))
-    assert_array_equal(given.image, image)
+    augmented.transform(
+        T.TransformList([T.HFlipTransform(120), AffineTransform(mirror, (0, 0, 0))])
+    )
+    assert_array_equal(augmented.image, image)

@@ -39,10 +39,10 @@ class Stream(IntEnum):
 
 
 class StreamPosition(NamedTuple):
-    """A position in a stream. Together with the seed, it determines the sample."""
+    """The number of a sample in a stream, from 0. With the seed, it determines the sample."""
 
     stream: Stream
-    index: int  # type: ignore[assignment]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class StreamDataset(Dataset):
     def __getitem__(self, position: StreamPosition) -> list[dict] | UnlabeledSample:
         """Make the sample at a position.
 
-        The global random generators are seeded with (seed, stream, index) for the duration of the
+        The global random generators are seeded with (seed, stream, number) for the duration of the
         call and restored afterwards. An unlabeled image that cannot be read is replaced by another
         one, which is drawn from the same generators.
 
@@ -128,7 +128,7 @@ class StreamDataset(Dataset):
         Every epoch contains each record once, in a new random order.
         """
         records = self._records[position.stream]
-        epoch, offset = divmod(position.index, len(records))
+        epoch, offset = divmod(position.number, len(records))
         order = _epoch_order(self._seed, position.stream, epoch, len(records))
         return records[int(order[offset])]
 
@@ -140,8 +140,8 @@ class StreamDataset(Dataset):
                 return replace(sample, read_errors=tuple(errors))
             except UnreadableImage as error:
                 errors.append(str(error))
-                index = np.random.randint(len(self._records[position.stream]))
-                position = StreamPosition(position.stream, index)
+                number = np.random.randint(len(self._records[position.stream]))
+                position = StreamPosition(position.stream, number)
         raise UnreadableImage(
             f"{MAX_REPLACEMENTS} unlabeled images in a row could not be read. The last error: "
             f"{errors[-1]}"
@@ -222,7 +222,7 @@ class TwoStreamBatchSampler(Sampler[list[StreamPosition]]):
             return []
         share = self._batch_size[stream] // self._world_size
         first = batches_before * self._batch_size[stream] + self._rank * share
-        return [StreamPosition(stream, index) for index in range(first, first + share)]
+        return [StreamPosition(stream, number) for number in range(first, first + share)]
 
 
 def build_loader(

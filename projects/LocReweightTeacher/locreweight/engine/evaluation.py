@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data.checks import check_classes
+from ..data.datasets.voc import split_file
 from ..data.mapper import RecordMapper
 from ..errors import UsageError
 
@@ -116,7 +117,7 @@ def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetE
 def _devkit_reads(metadata: Metadata) -> bool:
     """Whether the annotations have all that Detectron2's Pascal VOC evaluator asks for."""
     folder = Path(metadata.dirname)
-    ids = (folder / "ImageSets" / "Main" / f"{metadata.split}.txt").read_text().split()
+    ids = Path(split_file(metadata.dirname, metadata.split)).read_text().split()
     try:
         for image_id in ids:
             parse_rec(str(folder / "Annotations" / f"{image_id}.xml"))

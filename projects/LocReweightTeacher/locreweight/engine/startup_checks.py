@@ -16,7 +16,7 @@ from torch import distributed
 
 from ..checkpoint.checkpointer import check_weights_exist
 from ..config import scale_to_world_size
-from ..data.inspection.annotations import kept_warnings
+from ..data.inspection.annotations import collected_warnings
 from ..data.inspection.findings import Finding, Severity
 from ..data.inspection.images import ImageFacts
 from ..data.mapper import ViewMapper
@@ -177,7 +177,7 @@ def read_for_training(cfg: CfgNode) -> tuple[TrainingSets | None, list[Finding]]
         register_datasets(cfg)
         sets.append(load_training_sets(cfg))
 
-    with kept_warnings():
+    with collected_warnings():
         findings = _errors_of(read)
     return (sets[0] if sets else None), findings
 

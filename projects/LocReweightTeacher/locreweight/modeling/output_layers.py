@@ -167,10 +167,14 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
         )
         source = cat([p.proposal_boxes.tensor for p in proposals])
+        prediction, log_variance = (
+            _select_class(values[rows].unflatten(1, (-1, 4)), labels[rows]).float()
+            for values in (predictions.deltas, predictions.log_variance)
+        )
         return ForegroundBoxes(
             rows,
-            prediction=self._of_class(predictions.deltas[rows], labels[rows]).float(),
-            log_variance=self._of_class(predictions.log_variance[rows], labels[rows]).float(),
+            prediction,
+            log_variance,
             target=self.box2box_transform.get_deltas(source[rows], matched[rows]),
             normalizer=max(len(labels) if self.normalize_by_sampled else len(rows), 1),
         )
@@ -192,8 +196,10 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         """
         boxes = self.predict_boxes(predictions, proposals)
         probabilities = self.predict_probs(predictions, proposals)
-        # len() would be a constant in an exported graph.
-        log_variances = predictions.log_variance.split([p.shape[0] for p in probabilities])
+        # For exported graphs: len() would be a constant, and ONNX cannot unflatten zero detections.
+        log_variances = predictions.log_variance.unflatten(1, (-1, 4)).split(
+            [p.shape[0] for p in probabilities]
+        )
         instances, kept_rows = fast_rcnn_inference(
             boxes,
             probabilities,
@@ -206,7 +212,7 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             # fast_rcnn_inference drops non-finite rows first, so kept_rows does not count them.
             finite = boxes[i].isfinite().all(dim=1) & probabilities[i].isfinite().all(dim=1)
             kept = log_variances[i][finite][kept_rows[i]]
-            log_variance = at_least_float32(self._of_class(kept, detections.pred_classes))
+            log_variance = at_least_float32(_select_class(kept, detections.pred_classes))
             limit = self.log_variance_limit
             detections.log_variance = log_variance.clamp(-limit, limit)
             detections.localization_quality = localization_quality(
@@ -231,9 +237,9 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
     ) -> tuple[Tensor, ...]:
         return super().predict_boxes_for_gt_classes(predictions[:2], proposals)
 
-    def _of_class(self, values: Tensor, classes: Tensor) -> Tensor:
-        """Select the four values of each row's class: ``(N, C*4), (N,) -> (N, 4)``."""
-        values = values.unflatten(1, (-1, 4))
-        if values.shape[1] == 1:
-            return values[:, 0]
-        return values[torch.arange(values.shape[0], device=values.device), classes]
+
+def _select_class(values: Tensor, classes: Tensor) -> Tensor:
+    """Select the four values of each row's class: ``(N, C, 4), (N,) -> (N, 4)``."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    return values[torch.arange(values.shape[0], device=values.device), classes]

@@ -1,4 +1,4 @@
-"""Names of files that somebody else has written down: in an annotation file, or on the disk."""
+"""File names from annotation files and folders: checks, and their form in messages."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ from ...errors import UsageError
 
 
 def printable_name(name: str) -> str:
-    """A name as messages show it: in one line, and in letters that any log can take."""
+    """A file name for messages: on one line and in characters that every log can hold."""
     return name if name.isprintable() else ascii(name)
 
 
-def check_inside(name: str, written_in: str, folder: str, *, allow_outside: bool) -> None:
-    """A name from an annotation file is that of a file in its folder.
+def check_inside(name: str, index_file: str, folder: str, *, allow_outside: bool) -> None:
+    """Check that a file name from an annotation file stays in the image folder.
 
-    It is judged as it is written: absolute names and names with ``..`` lead outside. Symbolic links
-    in the folder are followed, as whoever put them there wants it.
+    Only the name counts: absolute names and names with ``..`` may lead outside. Symbolic links in
+    the folder are followed.
 
     Args:
         name: relative to ``folder``.
-        written_in: the annotation file.
-        folder: where the named files are to lie.
+        index_file: the annotation file or list that contains the name.
+        folder: the image folder.
         allow_outside: ``DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS``.
 
     Raises:
         UsageError: names the annotation file and the name.
     """
     if not name.strip() or "\0" in name or not _is_encodable(name):
-        raise UsageError(f"{printable_name(written_in)} names the file {name!r}, which can be none")
+        raise UsageError(
+            f"{printable_name(index_file)} contains {name!r}, which cannot be a file name"
+        )
     if not allow_outside and (os.path.isabs(name) or ".." in name.split(os.sep)):
         raise UsageError(
-            f"{printable_name(written_in)} names {printable_name(name)}, which may lie outside of {printable_name(folder)}; "
-            "if you trust that file, allow it with DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS True"
+            f"{printable_name(index_file)} contains {printable_name(name)}, which may lie outside "
+            f"of {printable_name(folder)}. If you trust the file, set "
+            "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS True"
         )
 
 
 def _is_encodable(name: str) -> bool:
     try:
         os.fsencode(name)
-    except UnicodeEncodeError:  # json can hold halves of characters
+    except UnicodeEncodeError:  # json can contain lone surrogates
         return False
     return True

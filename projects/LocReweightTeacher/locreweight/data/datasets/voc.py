@@ -1,9 +1,10 @@
-"""Folders in Pascal VOC's layout."""
+"""Reader of folders in Pascal VOC's layout."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,103 +19,114 @@ logger = logging.getLogger(__name__)
 def load_voc(
     folder: str, split: str, class_names: list[str], *, allow_outside: bool = False
 ) -> list[dict]:
-    """Records of a folder in Pascal VOC's layout.
+    """Read the annotated images of a split.
 
-    Unlike Detectron2's reader, objects marked difficult are kept apart: as ``iscrowd`` they are
-    left out of training and ignored in evaluation.
+    Objects marked as difficult become ``iscrowd`` annotations, which are left out of training and
+    ignored in evaluation. Detectron2's reader does not tell them from other objects.
 
     Args:
-        folder: with ``Annotations``, ``ImageSets/Main/<split>.txt``, ``JPEGImages``.
-        split: which list of images.
+        folder: with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main/<split>.txt``.
+        split: name of the list of images.
         class_names: in the order of the model's classes.
-        allow_outside: the list may name files outside of these folders.
+        allow_outside: the list may name files outside of the folder.
+
+    Returns:
+        records in Detectron2's standard format. Boxes are xyxy in absolute pixels of the original
+        image, where the first pixel covers [0, 1].
 
     Raises:
-        UsageError: for a missing or broken annotation, a class that is not in ``class_names``, or
-            an image that is listed twice.
+        UsageError: for a missing or malformed annotation, a class that is not in ``class_names``,
+            or an image that is listed twice.
     """
-    return _records(folder, _listed(folder, split, allow_outside), class_names)
+    return _read_records(folder, _read_split(folder, split, allow_outside), class_names)
 
 
 def load_unlabeled_voc(
     folder: str, split: str, class_names: list[str], *, allow_outside: bool = False
 ) -> list[dict]:
-    """The same of images to learn from without labels, which need no annotations.
+    """Read the images of a split to train on without labels; annotations are optional.
 
-    Those that are there can only say how good pseudo-labels are. Unless all of them can be read,
-    and their classes are known, records have nothing but ``file_name`` and ``image_id``.
+    Annotations serve only to measure pseudo-labels. If one is missing or has an unknown class, all
+    records have only ``file_name`` and ``image_id``.
+
+    Args:
+        folder, split, class_names, allow_outside: as for :func:`load_voc`.
 
     Raises:
-        UsageError: for a list that cannot be used.
+        UsageError: if the list of images cannot be used.
     """
-    ids = _listed(folder, split, allow_outside)
+    image_ids = _read_split(folder, split, allow_outside)
     try:
-        return _records(folder, ids, class_names)
+        return _read_records(folder, image_ids, class_names)
     except UsageError as error:
         logger.info("the annotations of unlabeled images are not used: %s", error)
-        return [{"file_name": _image(Path(folder), i), "image_id": i} for i in ids]
+        return [{"file_name": _image_file(Path(folder), i), "image_id": i} for i in image_ids]
 
 
-def _listed(folder: str, split: str, allow_outside: bool) -> list[str]:
-    """The names of a split's images."""
-    listed = Path(folder) / "ImageSets" / "Main" / f"{split}.txt"
+def split_file(folder: str, split: str) -> str:
+    """Path of the list of a split's images."""
+    return str(Path(folder) / "ImageSets" / "Main" / f"{split}.txt")
+
+
+def _read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
+    """Read the image ids of a split."""
+    file = split_file(folder, split)
     try:
-        lines = listed.read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{listed} is no list of images: {error}") from error
-    # A list of one class says behind each name whether the image shows it.
-    ids = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
-    for image_id in ids:
-        check_inside(image_id, str(listed), folder, allow_outside=allow_outside)
-    if len(set(ids)) < len(ids):
-        repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
-        raise UsageError(f"{listed} lists {printable_name(repeated)} more than once")
-    return ids
+        raise UsageError(f"{file} is no list of images: {error}") from error
+    # The list of a class has a flag behind each name: whether the image shows the class.
+    image_ids = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
+    for image_id in image_ids:
+        check_inside(image_id, file, folder, allow_outside=allow_outside)
+    repeated = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+    if repeated:
+        raise UsageError(f"{file} lists {printable_name(repeated[0])} more than once")
+    return image_ids
 
 
-def _records(folder: str, ids: list[str], class_names: list[str]) -> list[dict]:
-    index = {name: i for i, name in enumerate(class_names)}
-    return [_record(Path(folder), image_id, index) for image_id in ids]
+def _read_records(folder: str, image_ids: list[str], class_names: list[str]) -> list[dict]:
+    class_index = {name: i for i, name in enumerate(class_names)}
+    return [_read_record(Path(folder), image_id, class_index) for image_id in image_ids]
 
 
-def _image(folder: Path, image_id: str) -> str:
+def _image_file(folder: Path, image_id: str) -> str:
     return str(folder / "JPEGImages" / f"{image_id}.jpg")
 
 
-def _record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
+def _read_record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
     file = folder / "Annotations" / f"{image_id}.xml"
+    name = printable_name(str(file))
     try:
         root = ElementTree.parse(file).getroot()
         width, height = (int(_text(root, f"size/{side}")) for side in ("width", "height"))
         if min(width, height) < 1:
-            raise ValueError(f"it says that its image has {width} x {height} pixels")
+            raise ValueError(f"its image size is {width} x {height} pixels")
         return {
-            "file_name": _image(folder, image_id),
+            "file_name": _image_file(folder, image_id),
             "image_id": image_id,
             "height": height,
             "width": width,
-            "annotations": [_object(node, class_index) for node in root.findall("object")],
+            "annotations": [_annotation(node, class_index) for node in root.findall("object")],
         }
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise UsageError(f"the annotation {printable_name(str(file))} {reason}") from error
+        raise UsageError(f"the annotation {name} {reason}") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: the encoding
-        raise UsageError(
-            f"the annotation {printable_name(str(file))} is broken: {error}"
-        ) from error
+        raise UsageError(f"the annotation {name} is malformed: {error}") from error
 
 
-def _object(node: ElementTree.Element, class_index: dict[str, int]) -> dict:
+def _annotation(node: ElementTree.Element, class_index: dict[str, int]) -> dict:
     name = _text(node, "name")
     if name not in class_index:
         raise ValueError(
-            f"class {name!r} is none of {list(class_index)}; set DATASETS.CLASS_NAMES to the names "
-            "that the annotations use and MODEL.ROI_HEADS.NUM_CLASSES to their number"
+            f"class {name!r} is not in {list(class_index)}; set DATASETS.CLASS_NAMES to the class "
+            "names of the annotations and MODEL.ROI_HEADS.NUM_CLASSES to their number"
         )
     corners = ("xmin", "ymin", "xmax", "ymax")
     x1, y1, x2, y2 = (float(_text(node, f"bndbox/{corner}")) for corner in corners)
-    # Corners are pixels counted from 1, and both belong to the box. Where they coincide that would
-    # make an object of one pixel's width; it is a slip, so the box is kept as one without area.
+    # Corners are pixel numbers, counted from 1, and both pixels belong to the box. If they are
+    # equal, this would give a box of one pixel for what is an annotation mistake: keep it empty.
     return {
         "category_id": class_index[name],
         "bbox": [x1 - (x2 != x1), y1 - (y2 != y1), x2, y2],

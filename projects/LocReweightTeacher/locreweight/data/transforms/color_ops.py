@@ -1,9 +1,10 @@
 """Pillow's color operations on numpy arrays, faster.
 
-Images are ``(H, W, 3)`` uint8 RGB. Pillow spends most of the time converting between arrays and its
-own memory layout; these functions need a fraction of it (benchmarks/loader.py). If an operation
-maps each of the 256 values independently of its position, Pillow computes the lookup table and
-OpenCV applies it, with exactly Pillow's result. The other functions state their difference.
+Images are ``(H, W, 3)`` uint8 RGB. From array to array, these functions are 1.2 (equalize) to 9
+(sharpness) times as fast as Pillow, which converts the array to its own memory layout and back
+(benchmarks/loader.py). If an operation maps each of the 256 values independently of its position,
+Pillow computes the lookup table and OpenCV applies it, with exactly Pillow's result. The other
+functions state their difference.
 """
 
 from __future__ import annotations
