@@ -116,8 +116,8 @@ def test_unusable_boxes(project):
 
     edit_json(project.json, spoil)
     texts = project.texts(Severity.WARNING)
-    assert any("left out 1 boxes that have no area" in text for text in texts)
-    assert any("left out 1 boxes that lie outside" in text for text in texts)
+    assert any("would leave out 1 boxes that have no area" in text for text in texts)
+    assert any("would leave out 1 boxes that lie outside" in text for text in texts)
 
 
 def test_malformed_boxes_have_a_fix(project):

@@ -108,8 +108,8 @@ def image_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding
             rotated = [r["file_name"] for r in records if facts[r["file_name"]].rotated]
             if rotated:
                 text = (
-                    f"{name}: {len(rotated)} images are rotated by their EXIF orientation, here and "
-                    "in training; their annotations must refer to the upright image"
+                    f"{name}: {len(rotated)} images are rotated by their EXIF orientation, as in "
+                    "training; their annotations must refer to the upright image"
                 )
                 findings.append(Finding(Severity.NOTE, text, rotated))
             mismatched = [
