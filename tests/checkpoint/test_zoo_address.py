@@ -9,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 
 import locreweight.modeling  # noqa: F401
 from locreweight import model_zoo
-from locreweight.checkpoint.checkpointer import check_weights_exist
+from locreweight.checkpoint.loading import check_weights_exist
 from locreweight.checkpoint.zoo import CONFIG, INDEX, VARIABLE, fetch, find_entry
 from locreweight.config import load_config
 from locreweight.errors import UsageError

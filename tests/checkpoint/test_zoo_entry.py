@@ -12,10 +12,10 @@ from locreweight.checkpoint.zoo import (
     ZooEntry,
     check_name,
     parse_index,
-    sha256_of,
     write_index,
 )
 from locreweight.errors import UsageError
+from locreweight.file_io import sha256_of
 from tests.checkpoint.serving import write_entry
 
 
