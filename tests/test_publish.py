@@ -304,7 +304,7 @@ def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
     publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
     (tmp_path / "a/old").touch()
     with pytest.raises(
-        UsageError, match=r"already has 'a': choose another --name, or add --replace"
+        UsageError, match=r"already has 'a': use another --name, or add --replace"
     ):
         publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
     publish_model(trained, tmp_path, PublishOptions("a", pictures=0, replace=True))
@@ -380,7 +380,7 @@ def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
     torch.save(content, output / "model_best.pth")
     text = (output / "config.yaml").read_text()
     (output / "config.yaml").write_text(text.replace(".json", ".gone"))
-    assert "does not say its class names" in error_of(monkeypatch, output, "--to", tmp_path / "zoo")
+    assert "does not contain its class names" in error_of(monkeypatch, output, "--to", tmp_path / "zoo")
 
 
 def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):

@@ -77,7 +77,7 @@ def test_unbiased_teachers_teacher_is_evaluated_in_its_own_coding(unbiased_teach
 
 def test_layers_are_listed_once_in_one_line():
     line = describe_random_layers(["b.weight", "a.bias", "a.weight"], ["c.weight", "alone"])
-    assert line.endswith("not in the file: a, b; of another shape there: alone, c")
+    assert line.endswith("missing in the file: a, b; of another shape in the file: alone, c")
     assert describe_random_layers([], ["c.weight"]).endswith(
         "initialized randomly; of another shape in the file: c"
     )

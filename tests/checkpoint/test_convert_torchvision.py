@@ -129,5 +129,5 @@ def test_mistakes_of_the_command_line_are_told(tmp_path, monkeypatch):
     (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(arrays))
     with pytest.raises(SystemExit, match="arrays.pkl does not only hold tensors"):
         run(monkeypatch, tmp_path / "arrays.pkl", tmp_path / "a.pkl")
-    with pytest.raises(UsageError, match="not the weights of a ResNet"):
+    with pytest.raises(UsageError, match="not the weights of a torchvision ResNet"):
         torchvision_resnet_settings(torchvision.models.mobilenet_v2(weights=None).state_dict())

@@ -201,7 +201,7 @@ def test_resuming_runs_nothing_whatever_the_flag(
 def test_a_pickle_may_make_nothing_but_arrays_of_numbers(tmp_path, call, protocol):
     file = tmp_path / "other.pkl"
     file.write_bytes(pickle.dumps({"model": {"a": call}, "__author__": "?"}, protocol=protocol))
-    with pytest.raises(UsageError, match=r"other\.pkl was not read: it asks for "):
+    with pytest.raises(UsageError, match=r"other\.pkl was not read, because it asks for "):
         read_weights(str(file))
 
 
