@@ -14,8 +14,9 @@ from detectron2.config import get_cfg
 import export
 from locreweight.checkpoint.checkpointer import TeacherCheckpointer
 from locreweight.checkpoint.safe_loading import write_safetensors
-from locreweight.checkpoint.zoo import CONFIG, ENTRY, VARIABLE, ZooEntry, sha256_of, write_index
+from locreweight.checkpoint.zoo import CONFIG, ENTRY, VARIABLE, ZooEntry, write_index
 from locreweight.export.graph import OUTPUTS
+from locreweight.file_io import sha256_of
 from tests.export.decisive_model import SETTINGS, decisive_model
 from tests.modeling.tiny_model import plain_config, random_image, tiny_config
 

@@ -69,7 +69,7 @@ def as_coco(
         name = os.path.relpath(one.file.path, root)
         image = {"id": len(images) + 1, "file_name": name, "width": width, "height": height}
         images.append(image)
-        chosen = one.found[one.found.scores > threshold]
+        chosen = one.detections[one.detections.scores > threshold]
         for (x1, y1, x2, y2), label, score, quality in zip(
             chosen.pred_boxes.tensor.tolist(),
             chosen.pred_classes.tolist(),

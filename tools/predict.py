@@ -174,7 +174,7 @@ def predict(
     unreadable: list[str] = []
     images = [file for file in files if not file.is_video]
     for seen in detect_in_files(detector, images, batch, unreadable):
-        chosen = seen.found[seen.found.scores > threshold]
+        chosen = seen.detections[seen.detections.scores > threshold]
         side = max(SHORTEST_SIDE, *seen.image.shape[:2])
         picture = draw_detections(seen.image, chosen, detector, side)
         save_picture(picture, output / seen.file.name)

@@ -341,7 +341,7 @@ def test_if_none_can_be_used_the_run_does_not_start_anew(three, tmp_path):
 
 def test_a_run_whose_files_are_all_gone_does_not_start_anew(run, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
-    with pytest.raises(UsageError, match=r"names 'model_0000003\.pth', which is not there"):
+    with pytest.raises(UsageError, match=r"names 'model_0000003\.pth', which does not exist"):
         run.resume()
 
 

@@ -9,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 
 import locreweight.modeling  # noqa: F401
 from locreweight import model_zoo
-from locreweight.checkpoint.checkpointer import check_weights_exist
+from locreweight.checkpoint.loading import check_weights_exist
 from locreweight.checkpoint.zoo import CONFIG, INDEX, VARIABLE, fetch, find_entry
 from locreweight.config import load_config
 from locreweight.errors import UsageError
@@ -60,7 +60,7 @@ def test_weights_and_config_are_had_by_name(anywhere):
 
 def test_the_command_line_takes_configs_of_the_zoo(anywhere):
     assert load_config("locreweight://a/small.yaml", []).VERSION == 2
-    with pytest.raises(UsageError, match=r"their config is locreweight://a/small\.yaml"):
+    with pytest.raises(UsageError, match=r"its config is locreweight://a/small\.yaml"):
         load_config("locreweight://a/small", [])
 
 
@@ -80,7 +80,7 @@ def test_a_config_of_the_zoo_stands_alone(zoo, monkeypatch, base):
     """What it were built on has no checksum."""
     monkeypatch.setenv(VARIABLE, str(zoo))
     write_entry(zoo, "a/small", config=f"_BASE_: {base}\nVERSION: 2\n")
-    with pytest.raises(UsageError, match=r"a/small\.yaml names a _BASE_"):
+    with pytest.raises(UsageError, match=r"a/small\.yaml has a _BASE_"):
         load_config("locreweight://a/small.yaml", [])
 
 
@@ -93,7 +93,7 @@ def test_an_unknown_model_is_told_with_those_there_are(anywhere):
 
 @pytest.mark.parametrize("name", ["../zoo/a/small", "a/../a/small", "/etc/passwd", ""])
 def test_names_do_not_leave_the_zoo(anywhere, name):
-    with pytest.raises(UsageError, match="cannot be the name of a model"):
+    with pytest.raises(UsageError, match="is not a valid model name"):
         PathManager.get_local_path(f"locreweight://{name}")
 
 
@@ -108,7 +108,7 @@ def test_a_damaged_file_is_refused(anywhere):
 
 def test_a_missing_file_is_told(anywhere):
     (anywhere / "a/small/model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"model\.safetensors cannot be fetched") as error:
+    with pytest.raises(UsageError, match=r"model\.safetensors cannot be downloaded") as error:
         check_weights_exist("locreweight://a/small")
     assert "\n" not in str(error.value)
 

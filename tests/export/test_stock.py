@@ -11,9 +11,9 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
-from locreweight.checkpoint.checkpointer import corners_from_centers
+from locreweight.checkpoint.conversion import corners_from_centers
 from locreweight.export.stock import (
-    folded_to_first_order,
+    convert_box_branch,
     stock_config,
     stock_weights,
     write_stock_detector,
@@ -132,7 +132,7 @@ def test_the_fold_is_written_with_a_config_for_it(tmp_path):
     written = get_cfg()
     written.merge_from_file(str(config))
     assert written.MODEL.WEIGHTS == weights.name
-    folded = folded_to_first_order(
+    folded = convert_box_branch(
         stock_weights(model.state_dict()), tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS)
     )
     found = pickle.loads(weights.read_bytes())["model"]
@@ -166,7 +166,7 @@ def test_the_fold_errs_by_the_rest_of_the_exponential(factors):
     """Sides are ``w * (exp(s) - 1 - s) / 2`` too far out, where the width grows by ``w * s``."""
     features, layer = torch.randn(2, 8), branch(size=0.3)
     ours = decoded(layer, features, BOXES, CornerBoxTransform(factors[:2]))
-    folded = folded_to_first_order(layer, factors)
+    folded = convert_box_branch(layer, factors)
     theirs = decoded(folded, features, BOXES, Box2BoxTransform(weights=factors))
     old, new = (b.unflatten(1, (-1, 2, 2)).diff(dim=2) for b in (BOXES, ours))
     growth = new / old - 1
@@ -183,7 +183,7 @@ def test_the_fold_is_exact_for_shifts():
         layer[name] = rows[:, :1].expand_as(rows).flatten(0, 2)
     features, factors = torch.randn(2, 8), (10.0, 10.0, 5.0, 5.0)
     ours = decoded(layer, features, BOXES, CornerBoxTransform())
-    folded = folded_to_first_order(layer, factors)
+    folded = convert_box_branch(layer, factors)
     theirs = decoded(folded, features, BOXES, Box2BoxTransform(weights=factors))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
@@ -191,7 +191,7 @@ def test_the_fold_is_exact_for_shifts():
 def test_the_fold_undoes_the_translation_of_plain_detectors():
     layer = branch()
     translated = {name: corners_from_centers(value) for name, value in layer.items()}
-    back = folded_to_first_order(translated, (10.0, 10.0, 5.0, 5.0))
+    back = convert_box_branch(translated, (10.0, 10.0, 5.0, 5.0))
     for name in layer:
         torch.testing.assert_close(back[name], layer[name])
 

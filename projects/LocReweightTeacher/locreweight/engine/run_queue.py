@@ -22,8 +22,8 @@ from threading import Lock
 import torch
 from detectron2.config import CfgNode
 
-from ..checkpoint.files import atomic_write_bytes
 from ..config import load_config, scale_to_world_size
+from ..file_io import atomic_write_bytes
 
 ROOT = Path(__file__).resolve().parents[4]
 ATTEMPTS = "attempts.json"  # in OUTPUT_DIR

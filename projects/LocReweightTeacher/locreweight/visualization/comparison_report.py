@@ -12,9 +12,9 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..checkpoint.files import atomic_write_bytes
 from ..engine.run_queue import Run
 from ..engine.run_results import RunResults, curve_of, results_of
+from ..file_io import atomic_write_bytes
 
 CSV, TABLE, CURVES = "results.csv", "table.md", "curves.png"
 
