@@ -152,7 +152,7 @@ def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
     layers = [
         f"roi_heads.box_predictor.{name}" for name in ("bbox_pred", "cls_score", "log_variance")
     ]
-    assert line.endswith(f"of another shape there: {', '.join(layers)}")
+    assert line.endswith(f"of another shape in the file: {', '.join(layers)}")
     teacher, before = trainer.teacher.state_dict(), run[1].teacher.state_dict()
     changed = {name for name in teacher if not torch.equal(teacher[name], before[name])}
     assert {name.rpartition(".")[0] for name in changed} == set(layers)
@@ -269,7 +269,7 @@ def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
     )
     assert entry.metrics == {}
     card = (tmp_path / "zoo/a/README.md").read_text()
-    assert "It was not evaluated." in card and "detections.jpg" not in card
+    assert "Not evaluated." in card and "detections.jpg" not in card
     assert "not stated" in card and "license:" not in card
 
 
@@ -329,7 +329,7 @@ def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for zoo, words in (
         (tmp_path, "neither empty nor a model zoo"),
-        ("http://a/zoo", "is no folder"),
+        ("http://a/zoo", "is not a folder"),
     ):
         with pytest.raises(UsageError, match=words):
             publish_model(read_trained_model(run[0]), Path(zoo), PublishOptions("a", pictures=0))
@@ -351,7 +351,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
     assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
     output = shutil.copytree(run[0], tmp_path / "output")
-    assert "cannot be the name" in error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
+    assert "is not a valid model name" in error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
     assert "--pictures is -1" in error_of(monkeypatch, output, "--to", zoo, "--pictures", "-1")
     a_file = tmp_path / "file"
     a_file.touch()
@@ -364,12 +364,12 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     torch.save(content, best)
     assert f"infinite or NaN, such as {first}" in error_of(monkeypatch, output, "--to", zoo)
     torch.save({"model": content["model"]}, best)
-    assert "has no teacher beside a student" in error_of(monkeypatch, output, "--to", zoo)
+    assert "has no teacher and student" in error_of(monkeypatch, output, "--to", zoo)
     best.write_text("no weights")
     assert "model_best.pth is not a checkpoint" in error_of(monkeypatch, output, "--to", zoo)
     for file in [*output.glob("*.pth"), output / "last_checkpoint"]:
         file.unlink()
-    assert "has no checkpoint yet" in error_of(monkeypatch, output, "--to", zoo)
+    assert "has no checkpoint" in error_of(monkeypatch, output, "--to", zoo)
     assert not zoo.exists()
 
 
@@ -389,4 +389,4 @@ def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):
     publish.main()
     said = capsys.readouterr().out
     assert str(tmp_path / "zoo/tiny.v1") in said and "model_best_" in said
-    assert "without a license" in said and "may be shown" in said
+    assert "without a license" in said and "may be published" in said

@@ -482,7 +482,7 @@ def test_a_folder_that_is_gone_does_not_end_training(three, tmp_path, caplog):
     shutil.rmtree(tmp_path)
     with caplog.at_level(logging.ERROR):
         assert not three.save(4)
-    assert "there is no checkpoint yet" in caplog.text
+    assert "there is has no checkpoint" in caplog.text
 
 
 def test_without_its_final_checkpoint_a_training_is_no_success(three, tmp_path):

@@ -120,7 +120,7 @@ def test_where_there_is_no_zoo_it_is_told(anywhere):
 
 
 def test_the_variable_is_needed():
-    with pytest.raises(UsageError, match=f"{VARIABLE} is not set: name the folder"):
+    with pytest.raises(UsageError, match=f"{VARIABLE} is not set: set it to the folder"):
         find_entry("a/small")
 
 
@@ -169,7 +169,7 @@ def test_a_known_model_can_be_used_while_the_server_is_gone(zoo, monkeypatch, ca
         content_of("locreweight://a/small")
     with caplog.at_level(logging.WARNING, logger="locreweight"):
         assert content_of("locreweight://a/small") == b"weights"
-    assert "its last known index is used" in caplog.text
+    assert "using the cached index" in caplog.text
 
 
 def test_without_a_copy_a_server_that_is_gone_is_an_error(zoo, monkeypatch):

@@ -90,12 +90,12 @@ def test_entries_that_make_no_sense_are_refused_by_name(tmp_path, change):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("<html>log in first</html>", "damaged or of no model zoo"),
-        ("[" * 100_000, "damaged or of no model zoo"),
+        ("<html>log in first</html>", "damaged or does not belong to a model zoo"),
+        ("[" * 100_000, "damaged or does not belong to a model zoo"),
         ("[]", "no list of models"),
         ('{"format": 1, "models": 3}', "no list of models"),
         ('{"format": 1, "models": [3]}', "damaged"),
-        ('{"format": 2, "models": []}', "update it"),
+        ('{"format": 2, "models": []}', "update locreweight"),
     ],
 )
 def test_an_index_that_is_none_is_refused(text, words):

@@ -154,7 +154,7 @@ def test_a_file_that_is_no_checkpoint_is_told(tmp_path, content):
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         load_predictor(str(tmp_path / "none.pth"))
-    with pytest.raises(UsageError, match="no checkpoint yet"):
+    with pytest.raises(UsageError, match="has no checkpoint"):
         load_predictor(str(tmp_path))
 
 
