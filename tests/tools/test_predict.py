@@ -68,7 +68,7 @@ def test_pictures_of_an_earlier_call_are_not_inputs(tmp_path):
 
 def test_originals_cannot_be_overwritten(tmp_path):
     picture(tmp_path / "a.jpg")
-    with pytest.raises(UsageError, match="does not count"):
+    with pytest.raises(UsageError, match="are ignored"):
         find_inputs([str(tmp_path)], output=tmp_path)
 
 
