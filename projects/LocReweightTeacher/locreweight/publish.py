@@ -20,7 +20,8 @@ from torch import Tensor
 
 from summarize import metrics_of
 
-from .checkpoint.checkpointer import CheckpointDescription
+from .checkpoint.checkpointer import FINAL, CheckpointDescription
+from .checkpoint.files import last_checkpoint
 from .checkpoint.safe_loading import SAFETENSORS_SUFFIX, read_weights, write_safetensors
 from .checkpoint.sharing import shareable, shareable_command, shareable_config
 from .checkpoint.zoo import CONFIG, ENTRY, INDEX, PAGE, ZooEntry, check_name, write_index
@@ -34,7 +35,7 @@ from .export.stock import write_stock_detector
 from .file_io import sha256_of
 from .visualization.model_card import draw_examples, model_card, zoo_page
 
-METRICS = ("bbox/", "voc_11_point/")
+METRICS = ("bbox/", "voc_11_point/")  # prefixes of the published metrics
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TrainedModel:
     """Teacher of a run, before private paths are removed.
 
     Attributes:
-        checkpoint: the checkpoint file.
+        checkpoint: file that contains the teacher.
         cfg: config of the run.
         weights: state dict of the teacher.
         class_names: in the order of the model's classes.
@@ -211,7 +212,7 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
 
     Args:
         output: ``OUTPUT_DIR`` of the run.
-        last: read the last teacher instead, as in runs without evaluations.
+        last: read the last teacher instead. Without evaluations, there is only the last one.
 
     Raises:
         UsageError: if the folder does not belong to a run, or is damaged or incomplete.
@@ -239,14 +240,14 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
 
 
 def _checkpoint_of(output: Path, *, last: bool) -> Path:
-    best, pointer = output / "model_best.pth", output / "last_checkpoint"
+    best, final = output / "model_best.pth", output / f"{FINAL}.pth"
     if best.is_file() and not last:
         return best
-    if not pointer.is_file():
+    newest = last_checkpoint(output)
+    if newest is None:
         raise UsageError(f"{output} has no checkpoint yet")
-    # Other checkpoints can be written after the final one.
-    final = output / "model_final.pth"
-    return final if final.is_file() else output / pointer.read_text().strip()
+    # The newest one can be the best, or one to resume from, written after the final one.
+    return final if final.is_file() else output / newest
 
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:
@@ -273,7 +274,7 @@ def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     """Results of the evaluation after a number of iterations; empty without an evaluation."""
     metrics: dict[str, float] = {}
     for record in metrics_of(output) if (output / "metrics.json").is_file() else []:
-        # Versions before 0.1 logged the last evaluation one iteration later.
+        # Earlier versions logged the last evaluation one iteration later.
         if min(record["iteration"] + 1, end) == iterations:
             metrics |= {
                 name: value

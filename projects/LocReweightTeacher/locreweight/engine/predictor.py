@@ -14,11 +14,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
-from ..checkpoint.checkpointer import (
-    CheckpointContents,
-    CheckpointDescription,
-    TeacherCheckpointer,
-)
+from ..checkpoint.checkpointer import CheckpointContents, CheckpointDescription, TeacherCheckpointer
 from ..checkpoint.files import last_checkpoint
 from ..checkpoint.loading import check_weights_exist, load_for_evaluation, read_description
 from ..config import config_from_text, load_config
@@ -105,12 +101,11 @@ def load_predictor(
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.freeze()
     model = build_model(cfg).eval()
-    contents = load_for_evaluation(cfg, model)
-    has_quality = contents is not CheckpointContents.PLAIN_DETECTOR
+    plain = load_for_evaluation(cfg, model) is CheckpointContents.PLAIN_DETECTOR
     names = description.class_names if description else class_names_of_data(cfg)
     if not names:
         names = [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
-    return Predictor(cfg, model, names, has_localization_quality=has_quality)
+    return Predictor(cfg, model, names, has_localization_quality=not plain)
 
 
 def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:

@@ -17,10 +17,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint.checkpointer import (
-    CheckpointDescription,
-    TeacherCheckpointer,
-)
+from ..checkpoint.checkpointer import CheckpointDescription, TeacherCheckpointer
 from ..checkpoint.loading import check_weights_exist
 from ..config import check_supported, scale_to_world_size
 from ..data.loader import Batch, StreamDataset, TwoStreamBatchSampler, build_loader
