@@ -303,9 +303,7 @@ def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
     trained = read_trained_model(run[0])
     publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
     (tmp_path / "a/old").touch()
-    with pytest.raises(
-        UsageError, match=r"already has 'a': use another --name, or add --replace"
-    ):
+    with pytest.raises(UsageError, match=r"already has 'a': use another --name, or add --replace"):
         publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
     publish_model(trained, tmp_path, PublishOptions("a", pictures=0, replace=True))
     assert not (tmp_path / "a/old").exists()
@@ -351,8 +349,9 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
     assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
     output = shutil.copytree(run[0], tmp_path / "output")
-    error = error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
-    assert "is not a valid model name" in error
+    assert "is not a valid model name" in error_of(
+        monkeypatch, output, "--to", zoo, "--name", "../a"
+    )
     assert "--pictures is -1" in error_of(monkeypatch, output, "--to", zoo, "--pictures", "-1")
     a_file = tmp_path / "file"
     a_file.touch()
@@ -381,8 +380,9 @@ def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
     torch.save(content, output / "model_best.pth")
     text = (output / "config.yaml").read_text()
     (output / "config.yaml").write_text(text.replace(".json", ".gone"))
-    error = error_of(monkeypatch, output, "--to", tmp_path / "zoo")
-    assert "does not contain its class names" in error
+    assert "does not contain its class names" in error_of(
+        monkeypatch, output, "--to", tmp_path / "zoo"
+    )
 
 
 def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):

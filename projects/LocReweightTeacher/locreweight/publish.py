@@ -101,7 +101,7 @@ def publish(trained: TrainedModel, zoo: Path, options: PublishOptions) -> ZooEnt
     _check_target(zoo, name, replace_it=options.replace)
     images = _images_to_draw(trained.cfg, options)
     zoo.mkdir(parents=True, exist_ok=True)
-    # Renamed into the zoo when it is complete; inside of it, so that it is on the same disk.
+    # Rename the entry when it is complete. The temporary folder must be on the same disk.
     with tempfile.TemporaryDirectory(prefix=".publish-", dir=zoo) as scratch:
         new_entry = Path(scratch) / "entry"
         new_entry.mkdir()
@@ -149,9 +149,8 @@ def _write_entry(
         config=shared.dump(),
         class_names=trained.class_names,
     )
-    shutil.copymode(
-        folder / CONFIG, weights
-    )  # safetensors creates files that only the owner can read
+    # safetensors creates files that only the owner can read.
+    shutil.copymode(folder / CONFIG, weights)
     name = f"{trained.checkpoint.stem}_{sha256_of(weights)[:8]}{SAFETENSORS_SUFFIX}"
     weights = weights.rename(folder / name)
     if options.pickle:

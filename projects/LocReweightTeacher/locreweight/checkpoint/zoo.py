@@ -4,8 +4,8 @@
 Importing this module registers these addresses.
 
 The environment variable ``LOCREWEIGHT_ZOO`` is the location of the zoo: a folder, or an address
-that ``PathManager`` can read. Downloads are kept in iopath's cache (``FVCORE_CACHE``), and every file is
-verified against the SHA-256 in the index before it is used. A zoo has these files::
+that ``PathManager`` can read. Downloads are kept in iopath's cache (``FVCORE_CACHE``), and every
+file is verified against the SHA-256 in the index before it is used. A zoo has these files::
 
     index.json           all models, their files and the SHA-256 of each
     README.md            the same as a table

@@ -66,7 +66,14 @@ class Predictor:
         return [output["instances"].to("cpu") for output in outputs]
 
     def model_input(self, image: np.ndarray) -> dict:
-        """Resize an image, ``(H, W, 3)`` uint8 RGB, and convert it to the input of the model."""
+        """Convert an image to the model's input: resized, channels first, as ``INPUT.FORMAT`` says.
+
+        Args:
+            image: ``(H, W, 3)`` uint8 RGB.
+
+        Returns:
+            Detectron2's input: ``image``, and the original ``height`` and ``width``.
+        """
         resized = T.AugInput(image)
         T.AugmentationList(resize_and_flip(self.cfg, is_train=False))(resized)
         pixels = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
@@ -77,7 +84,7 @@ class Predictor:
 def load_predictor(
     weights: str, config_file: str = "", options: Sequence[str] = (), device: str = ""
 ) -> Predictor:
-    """Load the detector of a checkpoint: the teacher, if it has a teacher and a student.
+    """Load the detector of a checkpoint; in checkpoints of a training, this is the teacher.
 
     Args:
         weights: a checkpoint, or an ``OUTPUT_DIR`` for its last checkpoint.

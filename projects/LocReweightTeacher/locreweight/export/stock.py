@@ -96,10 +96,10 @@ def convert_box_branch(
         weights: state dict whose box branch predicts corners.
         factors: ``MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS``.
     """
-    folded = dict(weights)
+    converted = dict(weights)
     for name in [name for name in weights if name.startswith(_BOXES)]:
-        folded[name] = centers_from_corners(weights[name], factors)
-    return folded
+        converted[name] = centers_from_corners(weights[name], factors)
+    return converted
 
 
 def write_stock_detector(
