@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ...errors import UsageError
-from .file_names import ImageFinder, is_companion, printable_name, read_text
+from .file_names import ImageFinder, printable_name, read_text
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -17,6 +17,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from ...errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 def printable_name(name: str) -> str:
@@ -71,6 +73,19 @@ def is_companion(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def files_with_suffix(folder: str, suffix: str) -> list[str]:
+    """Files in a folder and its subfolders, relative to it and sorted, without companion files."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_companion(name)]
+        found += [
+            os.path.relpath(os.path.join(parent, name), folder)
+            for name in files
+            if os.path.splitext(name)[1].lower() == suffix and not is_companion(name)
+        ]
+    return sorted(found)
+
+
 # -- text files ------------------------------------------------------------------------------------
 
 _BYTE_ORDER_MARKS = {
@@ -110,6 +125,12 @@ def describe_missing(file: str) -> str:
     return f"{name} (nearest: {printable_name(keys[nearest[0]])})" if nearest else name
 
 
+def same_but_for_spelling(name: str, names: Iterable[str]) -> str:
+    """The only name that differs in letter case or Unicode normal form; empty if there is none."""
+    found = [other for other in names if _key(other) == _key(name)]
+    return found[0] if len(found) == 1 else ""
+
+
 class ImageFinder:
     """Finds the images of an annotation file, whose names may differ from those on the disk.
 
@@ -118,7 +139,7 @@ class ImageFinder:
 
     - letter case or Unicode normal form,
     - backslashes, percent-encoding, or blanks at its ends,
-    - leading folders that are those of the image folder itself,
+    - leading folders that are those of the image folder itself, or missing folders in it,
     - for URLs, absolute paths and uploads to Label Studio, which come from another machine: any
       leading folders, and the prefix that Label Studio gives to uploads,
 
@@ -160,6 +181,33 @@ class ImageFinder:
         self._report(matched, ambiguous, len(names))
         return paths
 
+    def find_with_stem(self, stem: str, name: str = "") -> str:
+        """Path of the image with a name up to its suffix.
+
+        Args:
+            stem: path of the image without suffix, relative to the folder.
+            name: file name that the annotation gives it, if any. It decides between images that
+                differ only in their suffix, and is used if there is no image with the stem.
+
+        Raises:
+            UsageError: if several images match.
+        """
+        path = os.path.join(self._folder, stem + ".jpg")
+        if os.path.lexists(path):
+            return path
+        found = self._files[2].get(_key(os.path.normpath(stem)), [])
+        if name and len(found) != 1:
+            base = _key(name.replace("\\", "/").rpartition("/")[2])
+            same = [file for file in found or self._match(name) if _key(file).endswith(base)]
+            found = same or found
+        if len(found) > 1:
+            raise UsageError(
+                f"the image of {printable_name(self._index_file)} may be "
+                f"{' or '.join(map(printable_name, found[:3]))} in {printable_name(self._folder)}: "
+                "remove or rename the others"
+            )
+        return os.path.join(self._folder, found[0]) if found else path
+
     def _check(self, name: str) -> bool:
         """Whether a name may be used as it is. Raises if it must not be used at all."""
         check_inside(name, self._index_file, self._folder, allow_outside=True)
@@ -175,7 +223,7 @@ class ImageFinder:
     def _match(self, name: str) -> list[str]:
         """Files that a name may mean, relative to the folder."""
         own_folders = _key(os.path.abspath(self._folder)).split("/")
-        by_path, by_base = self._files
+        by_path, by_base, _ = self._files
         for path, is_foreign in _readings(name):
             parts = [part for part in _key(path).split("/") if part not in ("", ".", "..")]
             if not parts:
@@ -184,7 +232,9 @@ class ImageFinder:
                 is_own = parts[:start] == own_folders[len(own_folders) - start :]
                 if (is_foreign or is_own) and (found := by_path.get("/".join(parts[start:]))):
                     return found
-            if is_foreign and (found := by_base.get(parts[-1])):
+            below = "/" + "/".join(parts)
+            same_base = by_base.get(parts[-1], [])
+            if found := [file for file in same_base if is_foreign or _key(file).endswith(below)]:
                 return found
             original = _LABEL_STUDIO_UPLOAD.sub("", parts[-1])
             if original != parts[-1] and (found := by_base.get(original)):
@@ -192,9 +242,14 @@ class ImageFinder:
         return []
 
     @cached_property
-    def _files(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """Files of the folder by path and by base name, in the form that :func:`_key` gives."""
-        by_path, by_base = defaultdict(list), defaultdict(list)
+    def _files(self) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, list[str]]]:
+        """Files of the folder, relative to it.
+
+        Returns:
+            all files by path, all by base name, and images by path without suffix; in the form that
+            :func:`_key` gives.
+        """
+        by_path, by_base, by_stem = defaultdict(list), defaultdict(list), defaultdict(list)
         for parent, folders, files in os.walk(self._folder):
             folders[:] = sorted(folder for folder in folders if not is_companion(folder))
             relative = os.path.relpath(parent, self._folder)
@@ -202,7 +257,10 @@ class ImageFinder:
                 path = os.path.normpath(os.path.join(relative, file))
                 by_path[_key(path)].append(path)
                 by_base[_key(file)].append(path)
-        return dict(by_path), dict(by_base)
+                stem, suffix = os.path.splitext(path)
+                if suffix.lower() in IMAGE_SUFFIXES and not is_companion(file):
+                    by_stem[_key(stem)].append(path)
+        return dict(by_path), dict(by_base), dict(by_stem)
 
     def _check_unique(
         self, names: Sequence[str], paths: Sequence[str], matched: dict[str, str]

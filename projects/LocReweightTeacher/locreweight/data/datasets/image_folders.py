@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import UsageError
 from .file_names import (
+    IMAGE_SUFFIXES,
     ImageFinder,
     check_inside,
     describe_missing,
@@ -20,7 +21,6 @@ from .file_names import (
 )
 from .packed_records import ImageFiles
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _NUM_SAMPLED = 100  # images of a list, of which at least one must exist
 
 
@@ -32,7 +32,7 @@ def load_folder(folder: str) -> ImageFiles:
     Raises:
         UsageError: if there is no image.
     """
-    images = ImageFiles.of(map(os.fsencode, sorted(_image_paths(folder))))
+    images = ImageFiles.of(map(os.fsencode, sorted(image_paths(folder))))
     if not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise UsageError(f"no image ({suffixes}) in the folder {folder}")
@@ -128,7 +128,7 @@ def _some_exist(images: ImageFiles) -> bool:
     return any(os.path.lexists(images[i]["file_name"]) for i in _sample(images))
 
 
-def _image_paths(folder: str) -> Iterator[str]:
+def image_paths(folder: str) -> Iterator[str]:
     """Yield image paths in an order that does not depend on the disk, sorted in each folder.
 
     File types come from the directory listing. Asking the disk for each file would take long with a
