@@ -130,8 +130,8 @@ ERRORS = {
     # the file
     "nested too deeply": (written(DEEP), NO_COCO + "it is nested too deeply"),
     "too long a number": (written('{"images": ' + "9" * 5000 + "}"), NO_COCO + "it is not json"),
-    "byte order mark": (written(b"\xef\xbb\xbf{}"), NO_COCO + "it is not json.*BOM"),
-    "UTF-16": (written('{"images": []}'.encode("utf-16")), NO_COCO + "it is not json"),
+    "Latin-1": (written('{"\u00e9": []}'.encode("latin-1")), NO_COCO + "it is not json"),
+    "UTF-16 cut off": (written(b"\xff\xfe{"), NO_COCO + "it is not json"),
     "two documents": (written("{}{}"), NO_COCO + "it is not json"),
     "a number": (written("3"), NO_COCO + "its top level is a int"),
     "images by name": (replaced(images={"0000.png": {}}), "no list named 'images'"),
@@ -161,9 +161,11 @@ ERRORS = {
     "name is blank": (named(" "), "contains ' ', which cannot be a file name"),
     "name with a zero byte": (named("a\0.png"), r"'a\\x00.png', which cannot be a file name"),
     "name is a dot": (named("."), "1 of 4 images are missing"),
-    "name is another's path": (named("C:\\images\\0000.png"), r"missing.*C:\\images\\0000\.png"),
+    "name is nearly right": (named("0009.png"), r"0009\.png \(nearest: 000\d\.png\)"),
+    "name of another's missing image": (named("C:\\images\\a.png"), r"missing.*C:\\images\\a\.png"),
+    "name of another's other image": (named("C:\\images\\0001.png"), "only one such image"),
     "name leads up": (named("../images/0000.png"), OUTSIDE),
-    "name leads up inside": (named("a/../0000.png"), OUTSIDE),
+    "name leads up to nothing": (named("../images/a.png"), OUTSIDE),
     "name leads far up": (named("../" * 30 + "etc/passwd"), OUTSIDE),
     "name is absolute": (named("/etc/passwd"), OUTSIDE),
     "name is absolute, and right": (named_absolutely, OUTSIDE),
@@ -272,6 +274,10 @@ def images_are_a_link(project):
     project.images.symlink_to(elsewhere)
 
 
+def encoded(encoding):
+    return lambda project: project.json.write_bytes(project.json.read_text().encode(encoding))
+
+
 def unknown_image(content):
     content["annotations"] = [{"id": 1, "image_id": 1, **BOX}, {"id": 2, "image_id": 77, **BOX}]
 
@@ -331,6 +337,10 @@ HANDLED = {
     "class zero": (classes(-1, 0, 1), ONE, 1, ""),
     "file name that leads up": (outside_allowed(named("../images/0000.png")), None, None, ""),
     "absolute file name": (outside_allowed(named_absolutely), None, None, ""),
+    "name leads up inside": (named("a/../0000.png"), None, None, ""),
+    "name on Windows": (named("C:\\images\\0000.png"), None, None, ""),
+    "byte order mark": (encoded("utf-8-sig"), None, None, ""),
+    "UTF-16": (encoded("utf-16"), None, None, ""),
     "images behind a link": (images_are_a_link, None, None, ""),
 }
 

@@ -1,6 +1,7 @@
 """Images without annotations: of a folder, and of a list."""
 
 import os
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -83,8 +84,19 @@ class TestList:
             listed(b"0001.png\n0000.png\n0002.png\n0000.png\n")
 
     def test_as_some_shells_write_it(self, listed):
-        with pytest.raises(UsageError, match="cannot be a file name"):
-            listed("0000.png\n".encode("utf-16"))
+        """In UTF-16."""
+        assert names(listed("0000.png\r\n0001.png\r\n".encode("utf-16"))) == [
+            "0000.png",
+            "0001.png",
+        ]
+
+    def test_as_made_on_windows(self, listed):
+        """No name exists, but each is that of one image."""
+        assert names(listed(b"C:\\data\\0000.PNG\r\n.\\0001.png\r\n")) == ["0000.png", "0001.png"]
+
+    def test_metadata_of_macos_is_left_out(self, listed):
+        found = listed(b"0000.png\n._0000.png\n__MACOSX/0001.png\nx/__MACOSX/0001.png\n0001.png\n")
+        assert names(found) == ["0000.png", "0001.png"]
 
     def test_the_wrong_folder(self, listed):
         with pytest.raises(
@@ -135,7 +147,18 @@ class TestFolder:
             make_entries(tmp_path / folder)
         (tmp_path / "a" / "up").symlink_to(tmp_path)
         (tmp_path / "linked").symlink_to(tmp_path / "a" / "b")
-        assert files(load_folder(str(tmp_path))) == sorted(asked_about(str(tmp_path)))
+        assert files(load_folder(str(tmp_path))) == sorted(
+            path
+            for path in asked_about(str(tmp_path))
+            if not any(part.startswith(".") for part in Path(path).relative_to(tmp_path).parts)
+        )
+
+    def test_companion_files_are_passed_over(self, tmp_path):
+        folder = make_folder(tmp_path / ".hidden" / "images", images=2)
+        for name in ("._0000.png", ".0000.png", "__MACOSX/0000.png", ".cache/0000.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"")
+        assert names(load_folder(str(folder))) == ["0000.png", "0001.png"]
 
     def test_images_are_not_asked_about_one_by_one(self, tmp_path, monkeypatch):
         folder = make_folder(tmp_path / "images", images=20)
@@ -148,6 +171,10 @@ class TestFolder:
 
             monkeypatch.setattr(os, ask, checked)
         assert len(load_folder(str(folder))) == 20
+
+
+def names(images):
+    return [os.path.basename(image["file_name"]) for image in images]
 
 
 def make_entries(folder):

@@ -86,6 +86,9 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
     that do not occur as 0.
     """
 
+    _class_names: list[str]
+    _predictions: dict[int, list[str]]
+
     def __init__(self, name: str) -> None:
         super().__init__(name)
         metadata = MetadataCatalog.get(name)
@@ -106,7 +109,7 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
         self._predictions = {i: self._predictions.get(old, []) for i, old in enumerate(occurring)}
         self._class_names = [self._class_names[i] for i in occurring]
         with tempfile.TemporaryDirectory() as folder:
-            # The list of images as it was read: Detectron2 does not know byte order marks and flags.
+            # The list as it was read. Detectron2 does not know byte order marks and flags.
             self._image_set_path = os.path.join(folder, "images.txt")
             Path(self._image_set_path).write_text("".join(f"{i}\n" for i in self._image_ids))
             results = super().evaluate()

@@ -10,20 +10,29 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ...errors import UsageError
-from .file_names import check_inside, printable_name
+from .file_names import (
+    IMAGE_SUFFIXES,
+    ImageFinder,
+    check_inside,
+    describe_missing,
+    is_companion,
+    printable_name,
+    read_text,
+)
 from .packed_records import ImageFiles
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _NUM_SAMPLED = 100  # images of a list, of which at least one must exist
 
 
 def load_folder(folder: str) -> ImageFiles:
     """List all images in a folder and its subfolders, sorted by path.
 
+    Hidden files and folders, and the metadata that macOS adds to images, are passed over.
+
     Raises:
         UsageError: if there is no image.
     """
-    images = ImageFiles.of(map(os.fsencode, sorted(_image_paths(folder))))
+    images = ImageFiles.of(map(os.fsencode, sorted(image_paths(folder))))
     if not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise UsageError(f"no image ({suffixes}) in the folder {folder}")
@@ -38,6 +47,9 @@ def load_list(list_file: str, folder: str, *, allow_outside: bool = False) -> Im
             have Windows line ends. Everything else belongs to the name, which can be any bytes.
         folder: folder of the images.
         allow_outside: paths may lead out of the folder.
+
+    If no name of a sample exists, as in lists made on Windows, names may differ from those on the
+    disk as described in :class:`.ImageFinder`.
 
     Raises:
         UsageError: if the file cannot be read, is empty, lists an image twice, or if none of a
@@ -59,18 +71,39 @@ def load_list(list_file: str, folder: str, *, allow_outside: bool = False) -> Im
         raise UsageError(f"the list {list_file!r} cannot be read: {error.strerror}") from error
     if not images:
         raise UsageError(f"{list_file} lists no image")
-    _check_some_exist(images, list_file)
+    if not _some_exist(images):
+        images = _find_similar(list_file, folder, allow_outside)
+    if not _some_exist(images):
+        raise UsageError(
+            f"none of {len(_sample(images))} sampled images of {list_file} exists, such as "
+            f"{describe_missing(images[0]['file_name'])}: paths must be relative to the image "
+            "folder"
+        )
     return images
 
 
+def _find_similar(list_file: str, folder: str, allow_outside: bool) -> ImageFiles:
+    finder = ImageFinder(list_file, folder, allow_outside=allow_outside)
+    names = [os.fsdecode(name) for name in _read_names(list_file)]
+    return ImageFiles.of(map(os.fsencode, finder.find_all(names)))
+
+
 def _read_names(list_file: str) -> Iterator[bytes]:
+    for line in _read_lines(list_file):
+        name = line.rstrip(b"\r\n")
+        is_companion_of_macos = name.rpartition(b"/")[2].startswith(b"._") or b"__MACOSX/" in name
+        if name and not name.isspace() and not is_companion_of_macos:
+            yield name
+
+
+def _read_lines(list_file: str) -> Iterator[bytes]:
     with open(list_file, "rb") as lines:
-        for number, line in enumerate(lines):
-            name = line.rstrip(b"\r\n")
-            if number == 0:
-                name = name.removeprefix(codecs.BOM_UTF8)
-            if name and not name.isspace():
-                yield name
+        first = next(lines, b"")
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            yield from map(os.fsencode, read_text(list_file).splitlines())
+            return
+        yield first.removeprefix(codecs.BOM_UTF8)
+        yield from lines
 
 
 def _check_unique(list_file: str, hashes: Iterable[int]) -> None:
@@ -87,16 +120,15 @@ def _check_unique(list_file: str, hashes: Iterable[int]) -> None:
             candidates.add(name)
 
 
-def _check_some_exist(images: ImageFiles, list_file: str) -> None:
-    sample = np.linspace(0, len(images) - 1, min(len(images), _NUM_SAMPLED)).astype(int)
-    if not any(os.path.lexists(images[i]["file_name"]) for i in sample.tolist()):
-        raise UsageError(
-            f"none of {len(sample)} sampled images of {list_file} exists, such as "
-            f"{printable_name(images[0]['file_name'])}: paths must be relative to the image folder"
-        )
+def _sample(images: ImageFiles) -> list[int]:
+    return np.linspace(0, len(images) - 1, min(len(images), _NUM_SAMPLED)).astype(int).tolist()
 
 
-def _image_paths(folder: str) -> Iterator[str]:
+def _some_exist(images: ImageFiles) -> bool:
+    return any(os.path.lexists(images[i]["file_name"]) for i in _sample(images))
+
+
+def image_paths(folder: str) -> Iterator[str]:
     """Yield image paths in an order that does not depend on the disk, sorted in each folder.
 
     File types come from the directory listing. Asking the disk for each file would take long with a
@@ -124,6 +156,8 @@ def _list_folder(folder: str) -> tuple[list[tuple[str, bool]], list[str]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
+                if is_companion(entry.name):
+                    continue
                 if _is_folder(entry):
                     folders.append((entry.name, entry.is_symlink()))
                 elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and _is_image(entry):
