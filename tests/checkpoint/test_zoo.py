@@ -1,5 +1,6 @@
-"""Addresses of the zoo are resolved to verified local files."""
+"""Tests of the index of a model zoo, and of addresses that resolve to verified local files."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,10 +11,104 @@ from detectron2.utils.file_io import PathManager
 import locreweight.modeling  # noqa: F401
 from locreweight import model_zoo
 from locreweight.checkpoint.loading import check_weights_exist
-from locreweight.checkpoint.zoo import CONFIG, INDEX, VARIABLE, fetch, find_entry
+from locreweight.checkpoint.zoo import (
+    CONFIG,
+    ENTRY,
+    INDEX,
+    VARIABLE,
+    ZooEntry,
+    check_name,
+    fetch,
+    find_entry,
+    parse_index,
+    write_index,
+)
 from locreweight.config import load_config
 from locreweight.errors import UsageError
 from tests.checkpoint.serving import serving, write_entry
+
+# --- index ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bccd-small", "COCO/frcnn_R_50_1x", "a.b", "7"])
+def test_check_name_accepts_names_with_and_without_yaml(name):
+    assert check_name(name) == check_name(f"{name}.yaml") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../a", "a/../b", "/a", "a/", "a//b", ".a", "a/.b", "a b", "a\n", "ä", "a?b",
+     "~a", "a:b", "a\\b", "a%2e", "index.json", "README.md"],
+)  # fmt: skip
+def test_check_name_rejects_invalid_names(name):
+    with pytest.raises(UsageError, match="is not a valid model name"):
+        check_name(name)
+
+
+def test_write_index_lists_all_entries_in_the_folder(tmp_path):
+    written = [write_entry(tmp_path, name) for name in ("b", "a/c")]
+    assert write_index(tmp_path) == [written[1], written[0]]
+    text = (tmp_path / INDEX).read_text()
+    assert parse_index(text, "here") == {entry.name: entry for entry in written}
+    (tmp_path / "b" / ENTRY).unlink()
+    (tmp_path / ".incomplete").mkdir()
+    (tmp_path / ".incomplete" / ENTRY).write_text("half an en")
+    assert [entry.name for entry in write_index(tmp_path)] == ["a/c"]
+
+
+def test_from_dict_ignores_fields_of_later_versions(tmp_path):
+    entry = write_entry(tmp_path, "a")
+    content = json.loads(entry.as_json()) | {"of a later version": 1}
+    assert ZooEntry.from_dict(content, "here") == entry
+
+
+GOOD = {"model.safetensors": "0" * 64, CONFIG: "1" * 64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../a"},
+        {"name": 3},
+        {"sha256": {**GOOD, "../../etc/passwd": "0" * 64}},
+        {"sha256": {**GOOD, "a/b": "0" * 64}},
+        {"sha256": {**GOOD, "c": "0" * 8}},
+        {"sha256": {**GOOD, "c": 3}},
+        {"sha256": {CONFIG: "1" * 64}},
+        {"sha256": []},
+        {"weights": "../other"},
+        {"weights": CONFIG},
+        {"class_names": 5},
+        {"class_names": [5]},
+        {"class_names": "cat"},
+    ],
+    ids=str,
+)
+def test_from_dict_rejects_invalid_entries(tmp_path, change):
+    content = json.loads(write_entry(tmp_path, "a").as_json()) | {"sha256": GOOD}
+    ZooEntry.from_dict(content, "here")
+    with pytest.raises(UsageError, match="here|is not a valid model name") as error:
+        ZooEntry.from_dict(content | change, "here")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<html>log in first</html>", "damaged or does not belong to a model zoo"),
+        ("[" * 100_000, "damaged or does not belong to a model zoo"),
+        ("[]", "no list of models"),
+        ('{"format": 1, "models": 3}', "no list of models"),
+        ('{"format": 1, "models": [3]}', "damaged"),
+        ('{"format": 2, "models": []}', "update locreweight"),
+    ],
+)
+def test_parse_index_rejects_invalid_files(text, words):
+    with pytest.raises(UsageError, match=words):
+        parse_index(text, "http://somewhere/index.json")
+
+
+# --- addresses ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
