@@ -351,7 +351,8 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
     assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
     output = shutil.copytree(run[0], tmp_path / "output")
-    assert "is not a valid model name" in error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
+    error = error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
+    assert "is not a valid model name" in error
     assert "--pictures is -1" in error_of(monkeypatch, output, "--to", zoo, "--pictures", "-1")
     a_file = tmp_path / "file"
     a_file.touch()
@@ -380,7 +381,8 @@ def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
     torch.save(content, output / "model_best.pth")
     text = (output / "config.yaml").read_text()
     (output / "config.yaml").write_text(text.replace(".json", ".gone"))
-    assert "does not contain its class names" in error_of(monkeypatch, output, "--to", tmp_path / "zoo")
+    error = error_of(monkeypatch, output, "--to", tmp_path / "zoo")
+    assert "does not contain its class names" in error
 
 
 def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):

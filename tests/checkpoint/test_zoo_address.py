@@ -67,7 +67,10 @@ def test_the_command_line_takes_configs_of_the_zoo(anywhere):
 def test_a_zoo_does_not_say_whom_to_trust(zoo, monkeypatch):
     """Reading what it names would otherwise run what strangers wrote."""
     monkeypatch.setenv(VARIABLE, str(zoo))
-    text = "MODEL: {TRUST_WEIGHTS: True}\nDATASETS: {CHECKS: {ALLOW_OUTSIDE_PATHS: True}}\nVERSION: 2\n"
+    text = (
+        "MODEL: {TRUST_WEIGHTS: True}\n"
+        "DATASETS: {CHECKS: {ALLOW_OUTSIDE_PATHS: True}}\nVERSION: 2\n"
+    )
     write_entry(zoo, "a/small", config=text)
     for cfg in (load_config("locreweight://a/small.yaml", []), model_zoo.get_config("a/small")):
         assert not cfg.MODEL.TRUST_WEIGHTS and not cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS

@@ -41,8 +41,8 @@ def describe(name: str) -> ZooEntry:
     """Class names, metrics, license and origin of a model.
 
     Raises:
-        UsageError: here and below: if the zoo cannot be reached, lacks the model, or the model's files
-            are damaged.
+        UsageError: here and below: if the zoo cannot be reached, lacks the model, or the model's
+            files are damaged.
     """
     return find_entry(name)
 
@@ -66,8 +66,8 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
     Args:
         name: name of the model.
-        trained: set ``MODEL.WEIGHTS`` to the trained weights; otherwise they are the weights that the
-            training started from.
+        trained: set ``MODEL.WEIGHTS`` to the trained weights; otherwise they are the weights that
+            the training started from.
     """
     address = PREFIX + check_name(name)
     cfg = load_config(f"{address}.yaml", [])

@@ -101,7 +101,7 @@ def publish(trained: TrainedModel, zoo: Path, options: PublishOptions) -> ZooEnt
     _check_target(zoo, name, replace_it=options.replace)
     images = _images_to_draw(trained.cfg, options)
     zoo.mkdir(parents=True, exist_ok=True)
-    # Renamed into the zoo when it is complete. The folder is inside, so that it is on the same disk.
+    # Renamed into the zoo when it is complete; inside of it, so that it is on the same disk.
     with tempfile.TemporaryDirectory(prefix=".publish-", dir=zoo) as scratch:
         new_entry = Path(scratch) / "entry"
         new_entry.mkdir()

@@ -246,7 +246,7 @@ class TeacherCheckpointer(SafeCheckpointer):
 
     Attributes:
         contents: kind of model in the last file that was loaded.
-        mismatched_weights: names of the model's weights that the file lacks or has in another shape.
+        mismatched_weights: the model's weights that the file lacks or has in another shape.
     """
 
     contents: CheckpointContents | None = None

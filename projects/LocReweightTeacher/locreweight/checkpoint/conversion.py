@@ -66,8 +66,8 @@ def _layers(weights: Iterable[str]) -> list[str]:
 # -- box coding ------------------------------------------------------------------------------------
 #
 # Detectron2 predicts (dx, dy, dw, dh): shifts of the center by dx * w / sx and a width of
-# w * exp(dw / sw), with factors (sx, sy, sw, sh). Corner coding predicts offsets of the corners over
-# the proposal's size, times (sx, sy). With exp(d) ~ 1 + d, which is exact for shifts,
+# w * exp(dw / sw), with factors (sx, sy, sw, sh). Corner coding predicts offsets of the corners
+# over the proposal's size, times (sx, sy). With exp(d) ~ 1 + d, which is exact for shifts,
 #
 #     x1 = dx - dw * sx / (2 sw),    x2 = dx + dw * sx / (2 sw),    and the same for y.
 

@@ -31,8 +31,8 @@ def read_weights(path: str, *, trusted: bool = False) -> Any:
     """Read a local weight file.
 
     Args:
-        path: ``.pkl`` (pickled numpy arrays), ``.safetensors``, or any other name for a file written
-            by ``torch.save``.
+        path: ``.pkl`` (pickled numpy arrays), ``.safetensors``, or any other name for a file
+            written by ``torch.save``.
         trusted: unpickle every object in the file, which can run arbitrary code.
 
     Returns:

@@ -3,8 +3,8 @@
 ``locreweight://<name>`` is the weights of a model, ``locreweight://<name>.yaml`` its config.
 Importing this module registers these addresses.
 
-The environment variable ``LOCREWEIGHT_ZOO`` is the location of the zoo: a folder, or an address that
-``PathManager`` can read. Downloads are kept in iopath's cache (``FVCORE_CACHE``), and every file is
+The environment variable ``LOCREWEIGHT_ZOO`` is the location of the zoo: a folder, or an address
+that ``PathManager`` can read. Downloads are kept in iopath's cache (``FVCORE_CACHE``), and every file is
 verified against the SHA-256 in the index before it is used. A zoo has these files::
 
     index.json           all models, their files and the SHA-256 of each
@@ -90,7 +90,7 @@ class ZooEntry:
             source: name of the json file, for error messages.
 
         Raises:
-            UsageError: if a field is missing or invalid, or a file is outside of the model's folder.
+            UsageError: if a field is missing or invalid, or a file is not in the model's folder.
         """
         try:
             known = {f.name for f in fields(cls)}

@@ -58,8 +58,8 @@ class ImageDetections:
 def find_inputs(inputs: Sequence[str], output: Path | None = None) -> list[InputFile]:
     """Find all input files, in order.
 
-    Pictures keep the relative path of images in an input folder, and otherwise the file name. If two
-    pictures would have the same name, the later one gets a number.
+    Pictures keep the relative path of images in an input folder, and otherwise the file name. If
+    two pictures would have the same name, the later one gets a number.
 
     Args:
         inputs: see :data:`INPUT_HELP`.

@@ -67,7 +67,7 @@ class Predictor:
         return [output["instances"].to("cpu") for output in outputs]
 
     def model_input(self, image: np.ndarray) -> dict:
-        """Convert an image, ``(H, W, 3)`` uint8 RGB, to the input of the model: resized, channels first."""
+        """Resize an image, ``(H, W, 3)`` uint8 RGB, and convert it to the input of the model."""
         resized = T.AugInput(image)
         T.AugmentationList(resize_and_flip(self.cfg, is_train=False))(resized)
         pixels = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
@@ -78,7 +78,7 @@ class Predictor:
 def load_predictor(
     weights: str, config_file: str = "", options: Sequence[str] = (), device: str = ""
 ) -> Predictor:
-    """Load the detector of a checkpoint: the teacher, if the checkpoint has a teacher and a student.
+    """Load the detector of a checkpoint: the teacher, if it has a teacher and a student.
 
     Args:
         weights: a checkpoint, or an ``OUTPUT_DIR`` for its last checkpoint.
@@ -113,8 +113,8 @@ def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
 
     Args:
         cfg: config of the model.
-        weights: a checkpoint or an ``OUTPUT_DIR``; empty for a randomly initialized model. For files
-            with a single model, such as plain Detectron2 detectors, that model is returned.
+        weights: a checkpoint or an ``OUTPUT_DIR``; empty for a randomly initialized model. For
+            files with a single model, such as plain Detectron2 detectors, that model is returned.
 
     Raises:
         UsageError: if the file does not exist or does not fit the config.

@@ -136,7 +136,8 @@ def zoo_page(entries: Iterable[ZooEntry]) -> str:
     headers = ["model", "classes", *MAIN_METRICS, "license", "weights"]
     return (
         "# Model zoo\n\nWritten by `tools/publish.py` of LocReweightTeacher. With LOCREWEIGHT_ZOO "
-        f"set to this folder or its address,\n`locreweight://<model>` is the address of a model.\n\n"
+        "set to this folder or its address,\n`locreweight://<model>` is the address of a "
+        "model.\n\n"
         f"{_table(headers, rows)}\n"
     )
 
