@@ -6,6 +6,7 @@ import difflib
 import io
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -171,6 +172,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Allow annotation files to refer to images by absolute paths and by paths with "..". False: an
     # error, because a foreign annotation file could then read any image or text of this machine.
     cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS = False
+    # Allow --eval-only on data with other class names than those that the checkpoint was trained
+    # with: class i of the data is class i of the checkpoint. False: an error.
+    cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES = False
     # Allow --resume after the set of training images has changed. False: an error.
     cfg.DATASETS.CHECKS.ALLOW_CHANGED = False
 
@@ -354,6 +358,7 @@ def check_supported(cfg: CfgNode) -> None:
         UsageError: names the first such key, or OUTPUT_DIR if it is empty.
     """
     check_compiled_kernels(cfg)
+    check_anchors(cfg)
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
     box_head = cfg.MODEL.ROI_BOX_HEAD
@@ -368,6 +373,35 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
+
+
+def check_anchors(cfg: CfgNode) -> None:
+    """Check that the anchor keys fit the number of feature levels.
+
+    Raises:
+        UsageError: names the key and the number of levels.
+    """
+    levels = len(cfg.MODEL.RPN.IN_FEATURES)
+    counts = [1] * levels
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        values = cfg.MODEL.ANCHOR_GENERATOR[key]
+        nested = bool(values) and all(isinstance(value, list | tuple) for value in values)
+        per_level = list(values) if nested else [values]
+        if len(per_level) not in (1, levels) or not all(per_level):
+            raise UsageError(
+                f"MODEL.ANCHOR_GENERATOR.{key} {values} has {len(per_level)} lists for {levels} "
+                f"feature levels (MODEL.RPN.IN_FEATURES): give one list for each level, or a "
+                "single one for all"
+            )
+        per_level = per_level * levels if len(per_level) == 1 else per_level
+        if not all(isinstance(x, int | float) and x > 0 for level in per_level for x in level):
+            raise UsageError(f"MODEL.ANCHOR_GENERATOR.{key} {values} must be positive numbers")
+        counts = [count * len(level) for count, level in zip(counts, per_level, strict=True)]
+    if len(set(counts)) > 1:
+        raise UsageError(
+            "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS give different numbers of anchors to "
+            f"the feature levels, {counts}: give each level the same number"
+        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -409,10 +443,57 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
         scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * scale)
         scaled.SEMI.BURN_IN_ITERS = round(cfg.SEMI.BURN_IN_ITERS / scale)
         scaled.SEMI.EMA_KEEP_RATE = cfg.SEMI.EMA_KEEP_RATE**scale
-        # Rounded up: 0 turns monitoring off.
+        # At least 1, because 0 means never.
         scaled.VIS_PERIOD = math.ceil(cfg.VIS_PERIOD / scale)
+        if cfg.TEST.EVAL_PERIOD > 0:
+            scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
+        if cfg.SOLVER.CHECKPOINT_PERIOD > 0:
+            scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
         if frozen:
             scaled.freeze()
     if scaled.SOLVER.IMS_PER_BATCH < 1:
         raise UsageError("SOLVER.IMS_PER_BATCH must be at least one labeled image per GPU")
+    if scaled.SOLVER.MAX_ITER < 1:
+        raise UsageError(
+            f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} is less than one iteration on {world_size} "
+            f"GPUs, because it counts iterations on {reference or world_size} GPUs "
+            "(SOLVER.REFERENCE_WORLD_SIZE): set it to at least "
+            f"{max(1, math.ceil(world_size / (reference or world_size)))}"
+        )
+    _check_schedule(scaled)
     return scaled
+
+
+def _check_schedule(cfg: CfgNode) -> None:
+    """Check the keys of the learning rate schedule."""
+    solver = cfg.SOLVER
+    for key, known in {
+        "LR_SCHEDULER_NAME": (
+            "WarmupMultiStepLR",
+            "WarmupCosineLR",
+            "WarmupStepWithFixedGammaLR",
+        ),
+        "WARMUP_METHOD": ("linear", "constant"),
+    }.items():
+        if solver[key] not in known:
+            raise UsageError(
+                f"unknown SOLVER.{key} {solver[key]!r}; known names: {', '.join(known)}"
+            )
+    # Later steps have no effect, so that a short trial run does not need other steps.
+    reached = [step for step in solver.STEPS if step <= solver.MAX_ITER]
+    is_multi_step = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+    if is_multi_step and (
+        any(first >= second for first, second in pairwise([0, *solver.STEPS]))
+        or solver.MAX_ITER in reached
+    ):
+        raise UsageError(
+            f"SOLVER.STEPS {tuple(solver.STEPS)} must be positive, in increasing order, and not "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER} itself: the learning rate changes after these "
+            "iterations"
+        )
+    is_cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    if is_cosine and not 0.0 <= solver.BASE_LR_END <= solver.BASE_LR:
+        raise UsageError(
+            f"SOLVER.BASE_LR_END {solver.BASE_LR_END:g} must be from 0 to SOLVER.BASE_LR "
+            f"{solver.BASE_LR:g}"
+        )

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,16 +28,19 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 from torch import nn
 
+from ..checkpoint.loading import check_weights_exist, read_description
 from ..data.checks import (
     check_boxes,
     check_classes,
     check_test_set,
     countable_boxes,
     describe_crowds,
+    first_few,
 )
 from ..data.datasets.file_names import printable_name
 from ..data.datasets.voc import read_split
 from ..data.mapper import RecordMapper
+from ..data.training_sets import check_test_sets
 from ..errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -72,6 +76,50 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
             print_csv_format(results[name])
             logger.info("AP of %s: %s", name, _describe_limit(cfg))
     return next(iter(results.values())) if len(results) == 1 else dict(results)
+
+
+def check_evaluation(cfg: CfgNode) -> None:
+    """Check the test sets, and that they have the classes of the checkpoint ``MODEL.WEIGHTS``.
+
+    Must be called on all processes.
+
+    Raises:
+        UsageError: for problems of the data, or if class names or their order differ and
+            ``DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES`` is False.
+    """
+    check_test_sets(cfg)
+    file = cfg.MODEL.WEIGHTS
+    if not file or file.endswith(".pkl"):  # Detectron2's files do not name classes
+        return
+    check_weights_exist(file)
+    description = read_description(file, trusted=cfg.MODEL.TRUST_WEIGHTS)
+    if description and not cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES:
+        for name in cfg.DATASETS.TEST:
+            _check_checkpoint_classes(
+                file, description.class_names, name, list(MetadataCatalog.get(name).thing_classes)
+            )
+
+
+def _check_checkpoint_classes(
+    file: str, trained: Sequence[str], name: str, tested: Sequence[str]
+) -> None:
+    if list(trained) == list(tested):
+        return
+    if sorted(trained) == sorted(tested):
+        difference = "the same classes in another order"
+        fix = "Sort the classes of the data set like those of the checkpoint (COCO: by category id)"
+    else:
+        difference = "other classes"
+        fix = "Use data with the classes of the checkpoint"
+    pairs = zip_longest(trained, tested, fillvalue="(none)")
+    first, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise UsageError(
+        f"the test set {name} has {difference} than the checkpoint {file}, so detections would "
+        f"count for wrong classes. Checkpoint: {first_few(trained)}. Test set: "
+        f"{first_few(tested)}. Class {first} is {there!r} in the checkpoint, {here!r} in the test set. {fix}. Or, if "
+        "class i of the data means class i of the checkpoint under another name, set "
+        "DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES True"
+    )
 
 
 def main_metric(cfg: CfgNode) -> str:
@@ -180,7 +228,7 @@ def _log_uncounted(cfg: CfgNode, name: str, records: Sequence[dict]) -> None:
     consequence = "Evaluation ignores them: a detection of one is neither right nor wrong"
     if crowds := describe_crowds(f"the test set {name}", records, consequence):
         logger.info("%s", crowds)
-    check_boxes(records, drop_bad=True)  # logs those without area and outside of their image
+    check_boxes(list(records), drop_bad=True)  # logs those without area and outside of their image
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     numbers = {record["file_name"]: sum(1 for _ in countable_boxes(record)) for record in records}
     above = [file for file, number in numbers.items() if number > limit >= 0]

@@ -21,6 +21,7 @@ from ..data.training_sets import TrainingSets
 from ..data.transforms.views import View
 from ..methods.base import to_pseudo_labels
 from ..modeling.meta_arch import SemiSupervisedRCNN
+from ..run_files import PANEL_FOLDER
 from ..visualization.drawing import (
     TRUTH,
     Layer,
@@ -37,7 +38,6 @@ from .training_step import project_to_strong_view
 
 logger = logging.getLogger(__name__)
 
-PANEL_FOLDER = "panels"  # in OUTPUT_DIR
 PANEL_IMAGES = 6
 IMAGES_A_ROW = 2
 _SIDE = 300  # pixels of a view's longer side

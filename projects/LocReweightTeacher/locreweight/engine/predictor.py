@@ -11,7 +11,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from ..checkpoint.checkpointer import CheckpointContents, CheckpointDescription, TeacherCheckpointer
@@ -21,7 +20,9 @@ from ..config import config_from_text, load_config
 from ..data.datasets.catalog import register
 from ..data.transforms.augmentations import resize_and_flip
 from ..errors import UsageError
+from ..modeling import build_detector
 from ..modeling.meta_arch import SemiSupervisedRCNN
+from .startup_checks import check_device
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def load_predictor(
     cfg = _config_of(file, config_file, description, options)
     cfg.MODEL.WEIGHTS = file
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(cfg.MODEL.DEVICE, "use --device cpu")
     cfg.freeze()
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     plain = load_for_evaluation(cfg, model) is CheckpointContents.PLAIN_DETECTOR
     names = description.class_names if description else class_names_of_data(cfg)
     if not names:
@@ -123,7 +125,7 @@ def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = _checkpoint_file(weights) if weights else ""
-    model, student = build_model(cfg).eval(), build_model(cfg).eval()
+    model, student = build_detector(cfg).eval(), build_detector(cfg).eval()
     if not weights:
         return student
     load_for_evaluation(cfg, model)
