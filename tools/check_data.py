@@ -21,6 +21,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
 from locreweight.errors import UsageError
@@ -36,7 +37,7 @@ def training_command(args: argparse.Namespace, options: list[str]) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default="", metavar="FILE")
@@ -47,7 +48,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--num-gpus", type=int, default=1, help="number of GPUs that training will use (1)"
     )
     parser.add_argument("--list", type=Path, metavar="FILE", help="write all findings with files")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     return parser.parse_args(arguments)
 
 

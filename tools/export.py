@@ -141,7 +141,9 @@ def export_graphs(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--weights", required=True, help="a checkpoint, an OUTPUT_DIR, or locreweight://<name>"
