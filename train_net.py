@@ -12,6 +12,7 @@ The command line is Detectron2's (see ``--help``) plus ``--method``, ``--overwri
 Training never replaces a run. If OUTPUT_DIR holds one, add ``--resume``, use another OUTPUT_DIR,
 or add ``--overwrite``, which renames the folder of the old run. ``--eval-only`` writes to
 OUTPUT_DIR/evaluation.
+
 It can also be started by torchrun, without ``--num-gpus``. docs/reliability.md describes stops and
 restarts.
 """

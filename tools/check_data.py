@@ -22,6 +22,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
 from locreweight.engine.config_suggestion import write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
@@ -38,7 +39,7 @@ def training_command(args: argparse.Namespace, options: list[str]) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default="", metavar="FILE")
@@ -49,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--num-gpus", type=int, default=1, help="number of GPUs that training will use (1)"
     )
     parser.add_argument("--list", type=Path, metavar="FILE", help="write all findings with files")
+<<<<<<< HEAD
     parser.add_argument(
         "--write-config",
         type=Path,
@@ -56,6 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="write a config with data, classes, a detector for this machine, and a schedule",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+=======
+>>>>>>> safe
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
 from .installed_detectron2 import check_compiled_kernels
+from .modeling.building import check_anchors
 
 METHODS_FOLDER = Path(__file__).parents[3] / "configs" / "methods"
 
@@ -373,35 +374,6 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
-
-
-def check_anchors(cfg: CfgNode) -> None:
-    """Check that the anchor keys fit the number of feature levels.
-
-    Raises:
-        UsageError: names the key and the number of levels.
-    """
-    levels = len(cfg.MODEL.RPN.IN_FEATURES)
-    counts = [1] * levels
-    for key in ("SIZES", "ASPECT_RATIOS"):
-        values = cfg.MODEL.ANCHOR_GENERATOR[key]
-        nested = bool(values) and all(isinstance(value, list | tuple) for value in values)
-        per_level = list(values) if nested else [values]
-        if len(per_level) not in (1, levels) or not all(per_level):
-            raise UsageError(
-                f"MODEL.ANCHOR_GENERATOR.{key} {values} has {len(per_level)} lists for {levels} "
-                f"feature levels (MODEL.RPN.IN_FEATURES): give one list for each level, or a "
-                "single one for all"
-            )
-        per_level = per_level * levels if len(per_level) == 1 else per_level
-        if not all(isinstance(x, int | float) and x > 0 for level in per_level for x in level):
-            raise UsageError(f"MODEL.ANCHOR_GENERATOR.{key} {values} must be positive numbers")
-        counts = [count * len(level) for count, level in zip(counts, per_level, strict=True)]
-    if len(set(counts)) > 1:
-        raise UsageError(
-            "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS give different numbers of anchors to "
-            f"the feature levels, {counts}: give each level the same number"
-        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

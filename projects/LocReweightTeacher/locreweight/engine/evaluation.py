@@ -116,8 +116,8 @@ def _check_checkpoint_classes(
     raise UsageError(
         f"the test set {name} has {difference} than the checkpoint {file}, so detections would "
         f"count for wrong classes. Checkpoint: {first_few(trained)}. Test set: "
-        f"{first_few(tested)}. Class {first} is {there!r} in the checkpoint, {here!r} in the test set. {fix}. Or, if "
-        "class i of the data means class i of the checkpoint under another name, set "
+        f"{first_few(tested)}. Class {first} is {there!r} in the checkpoint, {here!r} in the test "
+        f"set. {fix}. Or, if class i of the data means class i of the checkpoint under another name, set "
         "DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES True"
     )
 

@@ -20,6 +20,7 @@ from ..data.mapper import ViewMapper
 from ..data.training_sets import TrainingSets, load_training_sets, register_datasets
 from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
 from ..errors import UsageError
+from ..modeling import build_detector
 from .optimizer import amp_dtype
 from .training_step import StepSettings
 
@@ -132,12 +133,20 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
     checks: list[Callable[[], object]] = [
         partial(scale_to_world_size, cfg, num_gpus),
         partial(check_weights_exist, cfg.MODEL.WEIGHTS),
+        partial(_build_on_cpu, cfg),
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),
         partial(ViewMapper, cfg),
         partial(UnreadableImageCounter, cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE),
     ]
     return [finding for check in checks for finding in _errors_of(check)]
+
+
+def _build_on_cpu(cfg: CfgNode) -> None:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    build_detector(cfg)
 
 
 def read_for_training(cfg: CfgNode) -> tuple[TrainingSets | None, list[Finding]]:
