@@ -50,16 +50,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--num-gpus", type=int, default=1, help="number of GPUs that training will use (1)"
     )
     parser.add_argument("--list", type=Path, metavar="FILE", help="write all findings with files")
-<<<<<<< HEAD
     parser.add_argument(
         "--write-config",
         type=Path,
         metavar="FILE",
         help="write a config with data, classes, a detector for this machine, and a schedule",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
-=======
->>>>>>> safe
     return parser.parse_args(arguments)
 
 
