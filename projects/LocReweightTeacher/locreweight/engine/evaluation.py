@@ -1,4 +1,4 @@
-"""Average precision of a model on the test sets of a config."""
+"""Evaluate models on test sets: COCO-style average precision, and VOC's 11-point one."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) -> dict:
-    """Evaluate on all ``DATASETS.TEST``; to be called on all processes.
+    """Evaluate a model on all ``DATASETS.TEST``; must be called on all processes.
 
     Args:
         cfg: names the test sets.
-        model: is put back into the mode that it was in.
-        keep_detections: write them to ``OUTPUT_DIR/inference``.
+        model: its training or evaluation mode is restored.
+        keep_detections: write detections to ``OUTPUT_DIR/inference``.
 
     Returns:
-        On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent, for Pascal VOC
-        ``"voc_11_point"`` beside it; with several test sets one such dictionary for each name.
-        Elsewhere the same without content.
+        On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent; datasets in
+        Pascal VOC format also have ``"voc_11_point"``. With several test sets, a dictionary of
+        these by name. On other processes, the dictionaries are empty.
 
     Raises:
-        UsageError: if a data set has no annotations or its classes are not the model's.
+        UsageError: if a test set has no annotations or other classes than the model.
     """
     results = OrderedDict()
     for name in cfg.DATASETS.TEST:
@@ -61,13 +61,34 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
     return next(iter(results.values())) if len(results) == 1 else dict(results)
 
 
+def evaluate_teacher_and_student(
+    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool
+) -> dict:
+    """Evaluate both models; must be called on all processes.
+
+    Args:
+        cfg: names the test sets.
+        teacher, student: models. Their training or evaluation mode is restored.
+        alike: whether both have the same weights, as in burn-in. Then one evaluation suffices.
+
+    Returns:
+        the teacher's results as returned by :func:`evaluate`, and the student's as ``"student"``.
+    """
+    # The student's detections would overwrite the teacher's, and a disk that fills up during
+    # training would end it.
+    results = evaluate(cfg, teacher, keep_detections=False)
+    if alike:
+        return {**results, "student": results}
+    return {**results, "student": evaluate(cfg, student, keep_detections=False)}
+
+
 def main_metric(cfg: CfgNode) -> str:
-    """Under which name the AP of the first test set is logged; it decides which teacher is best."""
+    """Return the metric by which the best teacher is selected: AP on the first test set."""
     return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
 
 
 class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
-    """VOC's own AP of 2007, under a name that leaves COCO's beside it."""
+    """11-point AP of Pascal VOC 2007. Its name differs from that of the COCO-style AP."""
 
     def evaluate(self) -> dict | None:
         results = super().evaluate()
@@ -75,23 +96,23 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
 
 
 def write_ground_truth(cfg: CfgNode) -> None:
-    """Write what the test sets are evaluated with; to be called on all processes.
+    """Write the ground truth of the test sets as COCO json; must be called on all processes.
 
-    As it was read, with areas where the annotations lack them, and anew in each run: a cached
-    conversion outlives the annotations that it was made of. Training calls it before it starts: a
-    disk that fills up later cannot end it then.
+    Areas are added where the annotations lack them. The files are written in each run, because a
+    cached file might be older than the annotations. Training calls this at startup, so that a disk
+    that is full later does not end it.
 
     Raises:
-        UsageError: if it cannot be written.
+        UsageError: if a file cannot be written.
     """
     for name in cfg.DATASETS.TEST:
         metadata = MetadataCatalog.get(name)
-        DatasetCatalog.get(name)  # a COCO json says its classes when it is read
+        DatasetCatalog.get(name)  # reading a COCO json sets its classes
         if hasattr(metadata, "json_file") or not metadata.get("thing_classes"):
             continue
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
-        if comm.get_local_rank() == 0:  # machines may not share a disk
+        if comm.get_local_rank() == 0:  # each machine may have its own disk
             try:
                 convert_to_coco_json(name, json_file, allow_cached=False)
             except OSError as error:
@@ -109,36 +130,19 @@ def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetE
     metadata = MetadataCatalog.get(name)
     folder = _inference_folder(cfg) if keep_detections else None
     coco = COCOEvaluator(name, tasks=("bbox",), output_dir=folder)
-    if metadata.get("evaluator_type") != "pascal_voc" or not _devkit_reads(metadata):
+    if metadata.get("evaluator_type") != "pascal_voc" or not _can_read_voc(metadata):
         return coco
     return DatasetEvaluators([coco, ElevenPointEvaluator(name)])
 
 
-def _devkit_reads(metadata: Metadata) -> bool:
-    """Whether the annotations have all that Detectron2's Pascal VOC evaluator asks for."""
+def _can_read_voc(metadata: Metadata) -> bool:
+    """Return whether Detectron2's Pascal VOC evaluator can read the annotations."""
     folder = Path(metadata.dirname)
     ids = Path(split_file(metadata.dirname, metadata.split)).read_text().split()
     try:
         for image_id in ids:
             parse_rec(str(folder / "Annotations" / f"{image_id}.xml"))
     except (AttributeError, OSError, ValueError) as error:
-        logger.warning("no 11-point AP for %s: %s", metadata.name, error)
+        logger.warning("11-point AP of %s is not computed: %s", metadata.name, error)
         return False
     return True
-
-
-def evaluate_teacher_and_student(
-    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool
-) -> dict:
-    """The teacher's results, and the student's under ``"student"``.
-
-    Args:
-        cfg: names the test sets.
-        teacher, student: models; each is put back into the mode that it was in.
-        alike: the two have the same weights (in burn-in): evaluate once.
-    """
-    # Detections are not kept: the student's would overwrite the teacher's, on a disk that may fill.
-    results = evaluate(cfg, teacher, keep_detections=False)
-    if alike:
-        return {**results, "student": results}
-    return {**results, "student": evaluate(cfg, student, keep_detections=False)}

@@ -16,14 +16,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 
-from summarize import metrics_of
-
 from ..checkpoint.checkpointer import CheckpointDescription
 from ..checkpoint.safe_loading import read_weights
 from ..checkpoint.zoo import CONFIG
 from ..config import load_config
 from ..data.training_sets import register_datasets
 from ..errors import UsageError
+from .run_folder import read_metrics as metrics_of
 from .run_record import read_run_records
 
 METRICS = ("bbox/", "voc_11_point/")

@@ -8,12 +8,10 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from predict import draw_detections
-
 from ..checkpoint.zoo import CONFIG, ZooEntry
 from ..data.image_io import read_rgb
 from ..engine.predictor import Predictor
-from .drawing import grid, save_picture
+from .drawing import draw_detections, grid, save_picture
 
 PICTURE = "detections.jpg"
 SIDE, COLUMNS, LEAST_SCORE = 480, 3, 0.5  # of the picture: longer side of each image, in pixels
@@ -114,7 +112,8 @@ def draw_examples(detector: Predictor, files: Sequence[str], folder: Path) -> No
         image = read_rgb(file)
         (found,) = detector.detect([image])
         sure = found[found.scores > LEAST_SCORE]
-        pictures.append(draw_detections(image, sure, detector, SIDE))
+        quality = detector.has_localization_quality
+        pictures.append(draw_detections(image, sure, detector.class_names, SIDE, quality=quality))
     rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
     save_picture(grid(rows), folder / PICTURE)
 
