@@ -18,8 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import Tensor
 
-from summarize import metrics_of
-
 from .checkpoint.checkpointer import FINAL, CheckpointDescription
 from .checkpoint.files import last_checkpoint
 from .checkpoint.safe_loading import SAFETENSORS_SUFFIX, read_weights, write_safetensors
@@ -29,6 +27,7 @@ from .config import load_config
 from .data.datasets.image_folders import load_folder
 from .data.training_sets import register_datasets
 from .engine.predictor import class_names_of_data, load_predictor
+from .engine.run_folder import RunFolder
 from .engine.run_record import read_run_records
 from .errors import UsageError
 from .export.stock import write_stock_detector
@@ -273,7 +272,7 @@ def _class_names_of(cfg: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
 def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     """Results of the evaluation after a number of iterations; empty without an evaluation."""
     metrics: dict[str, float] = {}
-    for record in metrics_of(output) if (output / "metrics.json").is_file() else []:
+    for record in RunFolder(output).metrics:
         # Earlier versions logged the last evaluation one iteration later.
         if min(record["iteration"] + 1, end) == iterations:
             metrics |= {
