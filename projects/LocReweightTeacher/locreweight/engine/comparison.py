@@ -18,10 +18,6 @@ from .run_folder import Attempt, flatten_config
 from .run_queue import CONSOLE_FILE, Run, RunQueue, gpu_slots
 
 
-# One run of each config, without a method over it.
-NO_METHOD: list[Path | None] = [None]
-
-
 def plan_runs(
     configs: Sequence[Path],
     methods: Sequence[str],
@@ -46,6 +42,7 @@ def plan_runs(
             comparable with the others.
     """
     method_files = [find_method_file(method) for method in methods]
+    rows: list[Path | None] = [*method_files] or [None]
     runs = [
         Run(
             config=config,
@@ -59,7 +56,7 @@ def plan_runs(
         )
         for seed in dict.fromkeys(seeds)
         for config in configs
-        for method in method_files or NO_METHOD
+        for method in rows
     ]
     if len({run.output for run in runs}) < len(runs):
         raise UsageError("two config files or methods have the same name: rename one of them")
