@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_written_is_an_error(case, place):
 
 def test_images_without_an_annotation_file_cannot_be_written_down(case):
     name = f"folder:{make_folder(case.folder / 'plain')}"
-    with pytest.raises(UsageError, match="no annotation file"):
+    with pytest.raises(UsageError, match="has no annotations"):
         write_split_file(case.file, case.records(name), [50.0], [1])
 
 

@@ -239,7 +239,8 @@ def check_same_classes(class_names: dict[str, list[str]]) -> None:
     problem = "do not have the same classes"
     fix = (
         "All of them need the same list of classes, also of classes without a box: add the missing "
-        "categories, or correct names that are spelled differently"
+        "categories, set DATASETS.CLASS_NAMES for formats without a list of classes, or correct "
+        "names that are spelled differently"
     )
     if all(set(names) == set(every) for names in lists):
         problem = "have the same classes in a different order"

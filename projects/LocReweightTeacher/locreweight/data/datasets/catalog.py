@@ -144,7 +144,8 @@ def _open_coco(name: str, location: str, options: ReadOptions) -> Source:
 
 
 def _open_voc(name: str, location: str, options: ReadOptions) -> Source:
-    if os.path.isdir(location):
+    if os.path.isdir(location) or ":" not in location:
+        _check_folder(location, name)
         return _open_annotated_folder(name, location, options, load_voc_folder)
     folder, split = _split_location(name, location)
     class_names = list(options.class_names) or list(VOC_CLASSES)

@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -112,6 +112,11 @@ def read_text(file: str | Path) -> str:
 # -- names that nearly match -----------------------------------------------------------------------
 
 
+def spelling_key(name: str) -> str:
+    """The form of a name in which letter case and Unicode normal form make no difference."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def describe_missing(file: str) -> str:
     """Describe a file that does not exist, with the existing file of the most similar name."""
     name = printable_name(file)
@@ -120,15 +125,9 @@ def describe_missing(file: str) -> str:
         names = [entry for entry in os.listdir(folder or ".") if not is_companion(entry)]
     except OSError:
         return f"{name} (there is no folder {printable_name(folder)})"
-    keys = {_key(entry): entry for entry in sorted(names)}
-    nearest = difflib.get_close_matches(_key(base), keys, n=1)
+    keys = {spelling_key(entry): entry for entry in sorted(names)}
+    nearest = difflib.get_close_matches(spelling_key(base), keys, n=1)
     return f"{name} (nearest: {printable_name(keys[nearest[0]])})" if nearest else name
-
-
-def same_but_for_spelling(name: str, names: Iterable[str]) -> str:
-    """The only name that differs in letter case or Unicode normal form; empty if there is none."""
-    found = [other for other in names if _key(other) == _key(name)]
-    return found[0] if len(found) == 1 else ""
 
 
 class ImageFinder:
@@ -195,10 +194,12 @@ class ImageFinder:
         path = os.path.join(self._folder, stem + ".jpg")
         if os.path.lexists(path):
             return path
-        found = self._files[2].get(_key(os.path.normpath(stem)), [])
+        found = self._files[2].get(spelling_key(os.path.normpath(stem)), [])
         if name and len(found) != 1:
-            base = _key(name.replace("\\", "/").rpartition("/")[2])
-            same = [file for file in found or self._match(name) if _key(file).endswith(base)]
+            base = spelling_key(name.replace("\\", "/").rpartition("/")[2])
+            same = [
+                file for file in found or self._match(name) if spelling_key(file).endswith(base)
+            ]
             found = same or found
         if len(found) > 1:
             raise UsageError(
@@ -222,10 +223,10 @@ class ImageFinder:
 
     def _match(self, name: str) -> list[str]:
         """Files that a name may mean, relative to the folder."""
-        own_folders = _key(os.path.abspath(self._folder)).split("/")
+        own_folders = spelling_key(os.path.abspath(self._folder)).split("/")
         by_path, by_base, _ = self._files
         for path, is_foreign in _readings(name):
-            parts = [part for part in _key(path).split("/") if part not in ("", ".", "..")]
+            parts = [part for part in spelling_key(path).split("/") if part not in ("", ".", "..")]
             if not parts:
                 continue
             for start in range(len(parts)):
@@ -234,7 +235,9 @@ class ImageFinder:
                     return found
             below = "/" + "/".join(parts)
             same_base = by_base.get(parts[-1], [])
-            if found := [file for file in same_base if is_foreign or _key(file).endswith(below)]:
+            if found := [
+                file for file in same_base if is_foreign or spelling_key(file).endswith(below)
+            ]:
                 return found
             original = _LABEL_STUDIO_UPLOAD.sub("", parts[-1])
             if original != parts[-1] and (found := by_base.get(original)):
@@ -247,7 +250,7 @@ class ImageFinder:
 
         Returns:
             all files by path, all by base name, and images by path without suffix; in the form that
-            :func:`_key` gives.
+            :func:`spelling_key` gives.
         """
         by_path, by_base, by_stem = defaultdict(list), defaultdict(list), defaultdict(list)
         for parent, folders, files in os.walk(self._folder):
@@ -255,11 +258,11 @@ class ImageFinder:
             relative = os.path.relpath(parent, self._folder)
             for file in sorted(files):
                 path = os.path.normpath(os.path.join(relative, file))
-                by_path[_key(path)].append(path)
-                by_base[_key(file)].append(path)
+                by_path[spelling_key(path)].append(path)
+                by_base[spelling_key(file)].append(path)
                 stem, suffix = os.path.splitext(path)
                 if suffix.lower() in IMAGE_SUFFIXES and not is_companion(file):
-                    by_stem[_key(stem)].append(path)
+                    by_stem[spelling_key(stem)].append(path)
         return dict(by_path), dict(by_base), dict(by_stem)
 
     def _check_unique(
@@ -309,11 +312,6 @@ _DRIVE = re.compile(r"^[a-z]:/", re.IGNORECASE)
 
 def _leads_outside(name: str) -> bool:
     return os.path.isabs(name) or ".." in name.split(os.sep)
-
-
-def _key(name: str) -> str:
-    """The form of a name in which names that nearly match are equal."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _readings(name: str) -> Iterator[tuple[str, bool]]:

@@ -3,9 +3,9 @@
 There is a text file for each image, with a line for each object: its class number, and the center,
 width and height of its box as fractions of the image. Lines with more numbers are polygons.
 
-The reader is our own, because the ``supervision`` library, which reads this format as well, does
-not say which file and line is wrong, drops the boxes' fractions of pixels, ignores EXIF rotation
-and takes all images of one folder, not the splits of ``data.yaml``.
+The ``supervision`` library reads this format as well. It is not used, because its errors do not
+name the file, it ignores EXIF rotation and subfolders, refuses images with a palette or an alpha
+channel, and draws a mask of the size of the image for each polygon.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from .file_names import (
     is_companion,
     printable_name,
     read_text,
-    same_but_for_spelling,
+    spelling_key,
 )
 from .image_folders import image_paths
 
@@ -93,6 +94,10 @@ def open_yaml(
             images += _listed_images(place, folder, allow_outside)
     if not images:
         raise UsageError(f"there is no image in {split!r} of {yaml_file}")
+    repeated = [image for image, count in Counter(images).items() if count > 1]
+    if repeated:
+        name = printable_name(repeated[0])
+        raise UsageError(f"{split!r} of {yaml_file} has the image {name} more than once")
     labels = [_label_file(image) for image in images]
     has_keypoints = _KEYPOINT_KEY in content
     return YoloSource(folder, images, labels, names, f"`names` in {yaml_file}", has_keypoints)
@@ -255,9 +260,16 @@ def _label_file(image: str) -> str:
 
 @dataclass
 class _LabelFolder:
-    """The label files of a folder, which is listed once."""
+    """The label files of a folder, which is listed once.
+
+    Attributes:
+        names: the files.
+        similar: by :func:`.spelling_key`.
+        used: the files that were found.
+    """
 
     names: set[str] = field(default_factory=set)
+    similar: dict[str, list[str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
     @classmethod
@@ -266,13 +278,18 @@ class _LabelFolder:
             names = os.listdir(folder)
         except OSError:
             return cls()
-        return cls({name for name in names if name.endswith(".txt") and not is_companion(name)})
+        found = cls({name for name in names if name.endswith(".txt") and not is_companion(name)})
+        for name in found.names:
+            found.similar.setdefault(spelling_key(name), []).append(name)
+        return found
 
     def find(self, name: str) -> str:
         """The name on the disk; empty if there is none."""
-        found = name if name in self.names else same_but_for_spelling(name, self.names)
-        self.used.add(found)
-        return found
+        similar = [name] if name in self.names else self.similar.get(spelling_key(name), [])
+        if len(similar) != 1:
+            return ""
+        self.used.add(similar[0])
+        return similar[0]
 
     def unused(self) -> list[str]:
         return sorted(self.names - self.used - {*_CLASS_FILES, "README.txt"})
