@@ -33,6 +33,7 @@ from .engine.run_record import read_run_records
 from .errors import UsageError
 from .export.stock import write_stock_detector
 from .file_io import sha256_of
+from .run_files import CONFIG_FILE, METRICS_FILE
 from .visualization.model_card import draw_examples, model_card, zoo_page
 
 METRICS = ("bbox/", "voc_11_point/")  # prefixes of the published metrics
@@ -217,9 +218,9 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
     Raises:
         UsageError: if the folder does not belong to a run, or is damaged or incomplete.
     """
-    if not (output / CONFIG).is_file():
-        raise UsageError(f"{output} is not the OUTPUT_DIR of a run: it has no {CONFIG}")
-    cfg = load_config(str(output / CONFIG), [])
+    if not (output / CONFIG_FILE).is_file():
+        raise UsageError(f"{output} is not the OUTPUT_DIR of a run: it has no {CONFIG_FILE}")
+    cfg = load_config(str(output / CONFIG_FILE), [])
     file = _checkpoint_of(output, last=last)
     content = _read_checkpoint(file)
     bad = [name for name, value in content["model"].items() if not value.isfinite().all()]
@@ -273,7 +274,7 @@ def _class_names_of(cfg: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
 def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     """Results of the evaluation after a number of iterations; empty without an evaluation."""
     metrics: dict[str, float] = {}
-    for record in metrics_of(output) if (output / "metrics.json").is_file() else []:
+    for record in metrics_of(output) if (output / METRICS_FILE).is_file() else []:
         # Earlier versions logged the last evaluation one iteration later.
         if min(record["iteration"] + 1, end) == iterations:
             metrics |= {
