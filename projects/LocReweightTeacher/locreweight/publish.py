@@ -18,8 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import Tensor
 
-from summarize import metrics_of
-
 from .checkpoint.checkpointer import FINAL, CheckpointDescription
 from .checkpoint.files import last_checkpoint
 from .checkpoint.safe_loading import SAFETENSORS_SUFFIX, read_weights, write_safetensors
@@ -29,11 +27,11 @@ from .config import load_config
 from .data.datasets.image_folders import load_folder
 from .data.training_sets import register_datasets
 from .engine.predictor import class_names_of_data, load_predictor
-from .engine.run_record import read_run_records
+from .engine.run_folder import RunFolder
 from .errors import UsageError
 from .export.stock import write_stock_detector
 from .file_io import sha256_of
-from .run_files import CONFIG_FILE, METRICS_FILE
+from .run_files import CONFIG_FILE
 from .visualization.model_card import draw_examples, model_card, zoo_page
 
 METRICS = ("bbox/", "voc_11_point/")  # prefixes of the published metrics
@@ -227,14 +225,15 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
     if bad:
         raise UsageError(f"{file} has weights that are infinite or NaN, such as {bad[0]}")
     iterations = content["trainer"]["iteration"] + 1
-    command, versions = _origin_of(output)
+    run = RunFolder(output)
+    command, versions = _origin_of(run)
     return TrainedModel(
         checkpoint=file,
         cfg=cfg,
         weights=content["model"],
         class_names=_class_names_of(cfg, content),
         iterations=iterations,
-        metrics=_metrics_of(output, iterations, cfg.SOLVER.MAX_ITER),
+        metrics=_metrics_of(run, iterations, cfg.SOLVER.MAX_ITER),
         command=command,
         versions=versions,
     )
@@ -271,10 +270,10 @@ def _class_names_of(cfg: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
+def _metrics_of(run: RunFolder, iterations: int, end: int) -> dict[str, float]:
     """Results of the evaluation after a number of iterations; empty without an evaluation."""
     metrics: dict[str, float] = {}
-    for record in metrics_of(output) if (output / METRICS_FILE).is_file() else []:
+    for record in run.metrics:
         # Earlier versions logged the last evaluation one iteration later.
         if min(record["iteration"] + 1, end) == iterations:
             metrics |= {
@@ -287,9 +286,9 @@ def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     return metrics
 
 
-def _origin_of(output: Path) -> tuple[str, dict[str, str]]:
+def _origin_of(run: RunFolder) -> tuple[str, dict[str, str]]:
     """Command of the first start of a run, and versions of its last start."""
-    starts = read_run_records(output)
+    starts = run.starts
     if starts:
         commit = {"commit": starts[-1].commit} if starts[-1].commit else {}
         return starts[0].command, starts[-1].versions | commit

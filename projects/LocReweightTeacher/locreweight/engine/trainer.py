@@ -158,7 +158,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
         with STOP_REQUEST.released():  # a checkpoint was just saved, so nothing would be lost
             return evaluate_teacher_and_student(
-                self.cfg, self.teacher, self.student, alike=burning_in
+                self.cfg, self.teacher, self.student, identical=burning_in
             )
 
     def _build_loader(self) -> torch.utils.data.DataLoader:

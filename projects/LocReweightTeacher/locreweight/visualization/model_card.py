@@ -8,12 +8,10 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from predict import draw_detections
-
 from ..checkpoint.zoo import CONFIG, ZooEntry
 from ..data.image_io import read_rgb
 from ..engine.predictor import Predictor
-from .drawing import grid, save_picture
+from .drawing import draw_detections, grid, save_picture
 
 PICTURE = "detections.jpg"
 SIDE, COLUMNS, MIN_SCORE = 480, 3, 0.5  # of the picture; SIDE is the longer side in pixels
@@ -116,7 +114,9 @@ def draw_examples(detector: Predictor, files: Sequence[str], folder: Path) -> No
         image = read_rgb(file)
         (detections,) = detector.detect([image])
         confident = detections[detections.scores > MIN_SCORE]
-        pictures.append(draw_detections(image, confident, detector, SIDE))
+        quality = detector.has_localization_quality
+        names = detector.class_names
+        pictures.append(draw_detections(image, confident, names, SIDE, quality=quality))
     rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
     save_picture(grid(rows), folder / PICTURE)
 

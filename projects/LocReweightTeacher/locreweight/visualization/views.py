@@ -21,11 +21,10 @@ from ..data.mapper import ViewMapper
 from ..data.monitored import MonitoredImages, ground_truth_in_view, has_annotations
 from ..data.transforms.views import UnlabeledSample
 from ..engine.inference import find_inputs
-from ..engine.panels import view_pixels
 from ..errors import UsageError
 from ..geometry import between_views, warp_boxes
 from ..modeling.meta_arch import SemiSupervisedRCNN
-from .drawing import TRUTH, Color, Layer, captioned, draw, grid
+from .drawing import GROUND_TRUTH_COLOR, Color, Layer, captioned, draw, grid, rgb_pixels
 
 VIEW_SIDE = 400  # longer side of a drawn view, in pixels
 _PALETTE = [colormaps["tab10"](i) for i in range(10) if i != 2]  # without green: ground truth
@@ -115,8 +114,8 @@ def draw_views(
         layers = [Layer(boxes, proposal_colors(len(boxes)), numbers)]
         if has_annotations(record):
             truth = ground_truth_in_view(record, view.matrix, view.image_size).gt_boxes.tensor
-            layers.append(Layer(truth, [TRUTH] * len(truth), width=3))
-        pictures.append(draw(view_pixels(view, image_format), layers, VIEW_SIDE))
+            layers.append(Layer(truth, [GROUND_TRUTH_COLOR] * len(truth), width=3))
+        pictures.append(draw(rgb_pixels(view.image, image_format), layers, VIEW_SIDE))
     return pictures
 
 

@@ -179,8 +179,8 @@ def _class_names(file: str, names: Any) -> list[str]:
         numbers = [str(i) for i in range(len(names))]
         if set(names) != set(numbers):
             raise UsageError(
-                f"the classes in `names` of {file} must be numbered from 0 to {len(names) - 1}, not "
-                f"{', '.join(names)}"
+                f"the classes in `names` of {file} must be numbered from 0 to {len(names) - 1}, "
+                f"not {', '.join(names)}"
             )
         names = [names[number] for number in numbers]
     if names is None or names == "":
