@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "visualization": TORCH_ONLY
     | {"modeling", "data", "engine", "checkpoint", "config", "model_zoo", "visualization.drawing"}
     | {"file_io", "run_files"},
-    "publish": {"data", "engine", "checkpoint", "config", "export", "visualization", "file_io"},
+    "publish": {"data", "engine", "checkpoint", "config", "export", "visualization", "file_io"}
+    | {"run_files"},
 }
 TORCH_ONLY_NEEDS = {"torch", "math", "__future__"}
 

@@ -18,6 +18,7 @@ from locreweight.checkpoint.loading import check_weights_exist
 from locreweight.engine import load_for_evaluation
 from locreweight.errors import UsageError
 from locreweight.modeling import CornerBoxTransform
+from locreweight.run_files import EVALUATION_FOLDER
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
@@ -130,7 +131,7 @@ def test_eval_only_evaluates_the_teacher_of_the_file(trained, file, datasets, tm
     with restored_loggers_and_signals():
         average_precision = train_net.main(args)["bbox"]["AP"]
     assert average_precision < 50 if swapped else average_precision == pytest.approx(100)
-    assert "evaluating the teacher" in (tmp_path / "log.txt").read_text()
+    assert "evaluating the teacher" in (tmp_path / EVALUATION_FOLDER / "log.txt").read_text()
 
 
 # --- plain Detectron2 detectors -------------------------------------------------------------------

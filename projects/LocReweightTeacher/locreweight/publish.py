@@ -28,10 +28,10 @@ from .data.datasets.image_folders import load_folder
 from .data.training_sets import register_datasets
 from .engine.predictor import class_names_of_data, load_predictor
 from .engine.run_folder import RunFolder
-from .engine.run_record import read_run_records
 from .errors import UsageError
 from .export.stock import write_stock_detector
 from .file_io import sha256_of
+from .run_files import CONFIG_FILE
 from .visualization.model_card import draw_examples, model_card, zoo_page
 
 METRICS = ("bbox/", "voc_11_point/")  # prefixes of the published metrics
@@ -216,23 +216,24 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
     Raises:
         UsageError: if the folder does not belong to a run, or is damaged or incomplete.
     """
-    if not (output / CONFIG).is_file():
-        raise UsageError(f"{output} is not the OUTPUT_DIR of a run: it has no {CONFIG}")
-    cfg = load_config(str(output / CONFIG), [])
+    if not (output / CONFIG_FILE).is_file():
+        raise UsageError(f"{output} is not the OUTPUT_DIR of a run: it has no {CONFIG_FILE}")
+    cfg = load_config(str(output / CONFIG_FILE), [])
     file = _checkpoint_of(output, last=last)
     content = _read_checkpoint(file)
     bad = [name for name, value in content["model"].items() if not value.isfinite().all()]
     if bad:
         raise UsageError(f"{file} has weights that are infinite or NaN, such as {bad[0]}")
     iterations = content["trainer"]["iteration"] + 1
-    command, versions = _origin_of(output)
+    run = RunFolder(output)
+    command, versions = _origin_of(run)
     return TrainedModel(
         checkpoint=file,
         cfg=cfg,
         weights=content["model"],
         class_names=_class_names_of(cfg, content),
         iterations=iterations,
-        metrics=_metrics_of(output, iterations, cfg.SOLVER.MAX_ITER),
+        metrics=_metrics_of(run, iterations, cfg.SOLVER.MAX_ITER),
         command=command,
         versions=versions,
     )
@@ -269,10 +270,10 @@ def _class_names_of(cfg: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
+def _metrics_of(run: RunFolder, iterations: int, end: int) -> dict[str, float]:
     """Results of the evaluation after a number of iterations; empty without an evaluation."""
     metrics: dict[str, float] = {}
-    for record in RunFolder(output).metrics:
+    for record in run.metrics:
         # Earlier versions logged the last evaluation one iteration later.
         if min(record["iteration"] + 1, end) == iterations:
             metrics |= {
@@ -285,9 +286,9 @@ def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     return metrics
 
 
-def _origin_of(output: Path) -> tuple[str, dict[str, str]]:
+def _origin_of(run: RunFolder) -> tuple[str, dict[str, str]]:
     """Command of the first start of a run, and versions of its last start."""
-    starts = read_run_records(output)
+    starts = run.starts
     if starts:
         commit = {"commit": starts[-1].commit} if starts[-1].commit else {}
         return starts[0].command, starts[-1].versions | commit

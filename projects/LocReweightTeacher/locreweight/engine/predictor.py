@@ -22,6 +22,7 @@ from ..data.transforms.augmentations import resize_and_flip
 from ..errors import UsageError
 from ..modeling import build_detector
 from ..modeling.meta_arch import SemiSupervisedRCNN
+from ..run_files import CONFIG_FILE
 from .startup_checks import check_device
 
 
@@ -156,11 +157,11 @@ def _config_of(
         return load_config(config_file, options)
     if description:
         return config_from_text(description.config, options)
-    beside = Path(file).with_name("config.yaml")
+    beside = Path(file).with_name(CONFIG_FILE)
     if beside.is_file():
         return load_config(str(beside), options)
     raise UsageError(
-        f"{file} contains no config, and there is no config.yaml beside it: pass its config with "
+        f"{file} contains no config, and there is no {CONFIG_FILE} beside it: pass its config with "
         "--config-file"
     )
 
