@@ -1,4 +1,4 @@
-"""Data in order for tools/check_data.py, and pictures that do not look alike."""
+"""Valid data for tests of tools/check_data.py, and images that do not look similar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import check_data
+from locreweight.config import load_config
+from locreweight.engine.data_report import check_data
 from tests.modeling.tiny_model import TINY, as_options
 from tests.tiny_data import make_coco, make_folder
 
@@ -16,7 +17,7 @@ SIDE = 96
 
 
 class Project:
-    """Data in order, and the words that name them; tests spoil one thing."""
+    """Valid data sets and the arguments that name them. Each test breaks one thing."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -32,22 +33,26 @@ class Project:
             "DATASETS.UNLABELED": [f"folder:{self.unlabeled}"],
         }
 
-    def arguments(self, *flags):
-        return check_data.parse_arguments([*flags, *self.words])
+    @property
+    def options(self):
+        return as_options(self.settings)
 
     @property
-    def words(self):
-        return ["--config-file", BASE, *as_options(self.settings)]
+    def arguments(self):
+        return ["--config-file", BASE, *self.options]
+
+    def report(self):
+        return check_data(lambda options: load_config(BASE, options), self.options, num_gpus=1)
 
     def findings(self):
-        return check_data.check(self.arguments())
+        return self.report().findings
 
     def texts(self, severity):
         return [finding.text for finding in self.findings() if finding.severity is severity]
 
 
 def paint(file, seed):
-    """Broad strokes, so that two pictures do not look alike."""
+    """Draw large random shapes, so that no two images look similar."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file)

@@ -10,7 +10,7 @@ import pytest
 from tiny_data import edit_json, make_coco, write_voc_xml
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.checkpoint.checkpointer import check_weights_exist
+from locreweight.checkpoint.loading import check_weights_exist
 from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.mapper import ViewMapper
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
@@ -204,7 +204,7 @@ SPOILED = {
     "ids twice": (first("annotations", id=2), [*NO_COCO, "not unique"]),
     "unknown voc class": (other_voc_class, ["0001.xml", "'emu'", "DATASETS.CLASS_NAMES"]),
     "no voc annotation": (missing_voc_annotation, ["0001.xml", "not exist"]),
-    "broken xml": (edit_voc(lambda text: text[:-20]), ["0001.xml", "broken"]),
+    "broken xml": (edit_voc(lambda text: text[:-20]), ["0001.xml", "malformed"]),
     "no size in xml": (edit_voc(lambda text: text.replace("width>", "w>")), ["size/width"]),
     "no corner in xml": (edit_voc(lambda text: text.replace("xmin>", "x>")), ["bndbox/xmin"]),
     "word for a corner": (edit_voc(lambda text: text.replace("<xmin>", "<xmin>x")), ["0001.xml"]),
@@ -214,9 +214,9 @@ SPOILED = {
         ["labeled", "3 classes", "MODEL.ROI_HEADS.NUM_CLASSES 3"],
     ),
     "number of test classes": (edit_test(add_class), ["test", "4 classes", "emu"]),
-    "names of test classes": (edit_test(rename_class), ["do not name the same classes", "emu"]),
+    "names of test classes": (edit_test(rename_class), ["do not have the same classes", "emu"]),
     "order of test classes": (edit_test(swap_classes), ["in the same order", "dog, cat, owl"]),
-    "class named twice": (repeated_class, ["more than once", "cat"]),
+    "class named twice": (repeated_class, ["classes of the same name", "cat"]),
     "test set without classes": (
         lambda p: p.set("DATASETS.TEST", [f"folder:{p.unlabeled}"]),
         ["unlabeled", "no annotat"],
@@ -292,7 +292,7 @@ def test_of_many_faults_some_are_named_and_all_counted(project, count):
         (["DATASETS.TRIAN", "()"], ["DATASETS.TRIAN", "did you mean DATASETS.TRAIN"]),
         (["SOLVER.BASE_LR.X", "1"], ["SOLVER.BASE_LR.X", "did you mean SOLVER.BASE_LR"]),
         (["QQQQQ", "1"], ["unknown config key QQQQQ"]),
-        (["SEMI.LER"], ["in pairs", "SEMI.LER"]),
+        (["SEMI.LER"], ["KEY VALUE pairs", "SEMI.LER"]),
         (["SEMI.EMA_KEEP_RATE", "much"], ["SEMI.EMA_KEEP_RATE", "much", "float", "str"]),
         (["SOLVER.MAX_ITER", "1.5"], ["SOLVER.MAX_ITER", "1.5"]),
         (["DATASETS.LABELED_PERCENT", "10"], ["DATASETS.LABELED_PERCENT", "(10.0, not 10)"]),

@@ -1,4 +1,4 @@
-"""Data that are looked at before training: what is planted is found, what is in order is not."""
+"""tools/check_data.py finds the problems that are planted, and nothing in valid data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import check_data
 from locreweight.config import load_config
 from locreweight.data.inspection.findings import Severity
 from locreweight.data.inspection.images import read_facts
+from locreweight.engine import data_report
 from tests.checked_data import BASE, Project
 from tests.tiny_data import edit_json, make_voc
 
@@ -21,26 +22,26 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
-def test_data_in_order_have_no_findings(project):
+def test_valid_data_have_no_findings(project):
     assert project.findings() == []
 
 
-def test_the_report_ends_with_the_command_to_train(project, capsys):
+def test_report_shows_overview_and_training_command(project, capsys):
     with pytest.raises(SystemExit) as exit_:
-        check_data.main(["--num-gpus", "2", *project.words])
+        check_data.main(["--num-gpus", "2", *project.arguments])
     assert exit_.value.code == 0
-    said = capsys.readouterr().out
-    _, _, command = said.partition("to train:\n  ")
+    output = capsys.readouterr().out
+    _, _, command = output.partition("to train:\n  ")
     words = shlex.split(command.splitlines()[0])
     assert words[:4] == ["python", "train_net.py", "--num-gpus", "2"]
-    assert words[4:] == project.words
+    assert words[4:] == project.arguments
     cfg = load_config(BASE, words[6:])
     assert list(cfg.DATASETS.UNLABELED) == project.settings["DATASETS.UNLABELED"]
-    assert "| labeled " in said and "96 / 96 / 96" in said and "4 / 4 / 4" in said
-    assert "5 labeled images" in said and "4 unlabeled images" in said and "GiB" in said
+    assert "| labeled " in output and "96 / 96 / 96" in output and "4 / 4 / 4" in output
+    assert "5 labeled images" in output and "4 unlabeled images" in output and "GiB" in output
 
 
-def test_unreadable_images_are_found(project):
+def test_unreadable_images(project):
     for folder in (project.images, project.unlabeled):
         (folder / "0001.png").write_bytes((folder / "0001.png").read_bytes()[:200])
     by_severity = {f.severity: f for f in project.findings()}
@@ -51,36 +52,36 @@ def test_unreadable_images_are_found(project):
 
 
 @pytest.mark.parametrize(
-    ("there", "asked", "expected", "fixed"),
+    ("available", "requested", "expected", "fixed"),
     [
         (0, 1, "no GPU", {"MODEL.DEVICE", "SOLVER.AMP.ENABLED"}),
-        (1, 2, "2 GPUs are asked for and 1 are here", set()),
+        (1, 2, "--num-gpus is 2, but this machine has 1 GPUs", set()),
     ],
 )
-def test_gpus_that_are_not_there_are_missed(monkeypatch, there, asked, expected, fixed):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+def test_missing_gpus(monkeypatch, available, requested, expected, fixed):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
     cfg = load_config(BASE, ["MODEL.DEVICE", "cuda"])
-    (finding,) = check_data.device_findings(cfg, asked)
+    (finding,) = data_report._device_findings(cfg, requested)
     assert finding.severity is Severity.WARNING
     assert expected in finding.text and set(finding.fixes) == fixed
 
 
-@pytest.mark.parametrize(("device", "there"), [("cuda", 2), ("cuda", 3), ("cpu", 0)])
-def test_devices_that_are_there_are_no_finding(monkeypatch, device, there):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    assert check_data.device_findings(load_config(BASE, ["MODEL.DEVICE", device]), 2) == []
+@pytest.mark.parametrize(("device", "available"), [("cuda", 2), ("cuda", 3), ("cpu", 0)])
+def test_available_devices(monkeypatch, device, available):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    assert data_report._device_findings(load_config(BASE, ["MODEL.DEVICE", device]), 2) == []
 
 
-def test_a_backbone_that_stays_at_random_is_found():
+def test_frozen_random_backbone():
     cfg = load_config(BASE, ["MODEL.WEIGHTS", ""])
-    (finding,) = check_data.random_findings(cfg)
+    (finding,) = data_report._random_weight_findings(cfg)
     assert finding.severity is Severity.WARNING
     cfg.merge_from_list([word for pair in finding.fixes.items() for word in pair])
-    assert check_data.random_findings(cfg) == []
+    assert data_report._random_weight_findings(cfg) == []
 
 
 def rotate(file):
-    """The picture lies on its side in the file, and EXIF says so."""
+    """Store the image rotated, with the EXIF orientation that says so."""
     with Image.open(file) as image:
         stored = image.resize((64, 32))
         exif = Image.Exif()
@@ -88,72 +89,72 @@ def rotate(file):
         stored.save(file, exif=exif)
 
 
-def test_rotated_images_are_told_of(project):
+def test_rotated_images(project):
     rotate(project.unlabeled / "0002.png")
     (note,) = project.findings()
     assert note.severity is Severity.NOTE
-    assert "turned by their EXIF" in note.text
+    assert "rotated by their EXIF" in note.text
     assert note.files == [str(project.unlabeled / "0002.png")]
     facts = read_facts(note.files[0])
     assert facts.rotated and facts.size == (32, 64)
 
 
-def test_annotations_of_the_image_before_its_rotation_are_an_error(project):
+def test_annotations_of_the_unrotated_image(project):
     rotate(project.images / "0000.png")
     edit_json(
         project.json, lambda content: content["images"][0].update(width=64, height=32) or None
     )
     (error,) = (f for f in project.findings() if f.severity is Severity.ERROR)
-    assert "do not have the width and height" in error.text
+    assert "have another width and height" in error.text
     assert error.files == [str(project.images / "0000.png")]
 
 
-def test_boxes_that_cannot_be_used_are_told_of(project):
+def test_unusable_boxes(project):
     def spoil(content):
         content["annotations"][0]["bbox"] = [1, 2, 0, 5]
         content["annotations"][1]["bbox"] = [500, 2, 5, 5]
 
     edit_json(project.json, spoil)
     texts = project.texts(Severity.WARNING)
-    assert any("left out 1 boxes that have no area" in text for text in texts)
-    assert any("left out 1 boxes that lie outside" in text for text in texts)
+    assert any("would leave out 1 boxes that have no area" in text for text in texts)
+    assert any("would leave out 1 boxes that lie outside" in text for text in texts)
 
 
-def test_malformed_boxes_are_an_error_that_a_key_mends(project):
+def test_malformed_boxes_have_a_fix(project):
     edit_json(project.json, lambda c: c["annotations"][0].update(bbox=[9, 9, -5, 5]) or None)
     (error,) = project.findings()
     assert error.severity is Severity.ERROR and "inverted" in error.text
     assert error.fixes == {"DATASETS.CHECKS.DROP_BAD_BOXES": "True"}
 
 
-def test_no_box_at_all_is_an_error(project):
+def test_no_usable_box(project):
     edit_json(
         project.json, lambda c: [a.update(bbox=[1, 1, 0, 0]) for a in c["annotations"]] and None
     )
-    assert any("no box would be used" in text for text in project.texts(Severity.ERROR))
+    assert any("no box could be trained on" in text for text in project.texts(Severity.ERROR))
 
 
-def test_another_number_of_classes_is_mended_by_a_key(project):
+def test_wrong_number_of_classes_has_a_fix(project):
     project.settings["MODEL.ROI_HEADS.NUM_CLASSES"] = 7
     (error,) = project.findings()
     assert "have 3 classes, MODEL.ROI_HEADS.NUM_CLASSES is 7" in error.text
     assert error.fixes == {"MODEL.ROI_HEADS.NUM_CLASSES": "3"}
 
 
-def test_other_class_names_in_the_test_set_are_an_error(project):
+def test_other_class_names_in_the_test_set(project):
     edit_json(project.test_json, lambda c: c["categories"][1].update(name="wolf") or None)
     (error,) = project.texts(Severity.ERROR)
-    assert "do not name the same classes" in error and "wolf" in error
+    assert "do not have the same classes" in error and "wolf" in error
 
 
-def test_a_class_without_a_box_is_told_of(project):
+def test_class_without_boxes(project):
     edit_json(project.json, lambda c: [a.update(category_id=1) for a in c["annotations"]] and None)
     (text,) = (t for t in project.texts(Severity.WARNING) if "coco:" in t and "labeled" in t)
     assert "has no box of the classes dog, owl" in text
 
 
-def test_class_names_that_no_annotation_uses_are_an_error_that_a_key_mends(project):
-    """Pascal VOC's twenty are expected, and are not there; the command at the end is in order."""
+def test_wrong_class_names_have_a_fix(project):
+    """By default, VOC's twenty classes are expected. The printed command has the right ones."""
     voc = make_voc(project.folder / "voc", images=3, classes=("RBC", "WBC"))
     project.settings |= {
         "DATASETS.TRAIN": [f"voc:{voc}:trainval"],
@@ -162,7 +163,7 @@ def test_class_names_that_no_annotation_uses_are_an_error_that_a_key_mends(proje
     }
     (error,) = (f for f in project.findings() if f.severity is Severity.ERROR)
     assert "RBC, WBC" in error.text and "no box would be used" in error.text
-    words = check_data.with_fixes(project.arguments().opts, [error])
+    words = data_report._apply_fixes(project.options, [error])
     cfg = load_config("", words)
     assert tuple(cfg.DATASETS.CLASS_NAMES) == ("RBC", "WBC")
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
@@ -172,21 +173,21 @@ def voc_set(project, name, classes):
     return f"voc:{make_voc(project.folder / name, images=3, classes=classes)}:trainval"
 
 
-def test_annotations_of_unlabeled_images_suggest_no_classes(project):
+def test_classes_of_unlabeled_images_are_not_suggested(project):
     project.settings["DATASETS.UNLABELED"] = [voc_set(project, "voc", ("bird",))]
     assert not any(finding.fixes for finding in project.findings())
 
 
 def class_errors(project, train, test):
-    """Errors of data sets that the class names of the config do not fit."""
+    """Findings about class names of VOC sets with these classes."""
     project.settings |= {
         "DATASETS.TRAIN": [voc_set(project, "train", train)],
         "DATASETS.TEST": [voc_set(project, "val", test)],
     }
-    return [f for f in project.findings() if "its annotations name the classes" in f.text]
+    return [f for f in project.findings() if "its annotations have the classes" in f.text]
 
 
-def test_class_names_that_mend_are_those_of_labeled_and_test_images_together(project):
+def test_suggested_class_names_cover_labeled_and_test_images(project):
     errors = class_errors(project, ("ant", "bee"), ("bee", "cow"))
     assert len(errors) == 2
     for error in errors:
@@ -196,7 +197,7 @@ def test_class_names_that_mend_are_those_of_labeled_and_test_images_together(pro
         }
 
 
-def test_class_names_that_differ_only_in_case_are_not_mended(project):
+def test_class_names_that_differ_only_in_case_have_no_fix(project):
     errors = class_errors(project, ("Ant", "bee"), ("ant", "bee"))
     assert len(errors) == 2
     for error in errors:
@@ -204,43 +205,41 @@ def test_class_names_that_differ_only_in_case_are_not_mended(project):
         assert "Ant, ant differ only in case" in error.text
 
 
-@pytest.mark.parametrize(("classes", "mended"), [(("dog", "owl"), True), (("cat", "ox"), False)])
-def test_class_names_that_mend_are_those_of_a_coco_set_beside_them(project, classes, mended):
-    """Its classes are in its json: the other sets are asked for the same ones, in that order."""
+@pytest.mark.parametrize(("classes", "has_fix"), [(("dog", "owl"), True), (("cat", "ox"), False)])
+def test_suggested_class_names_follow_a_coco_set(project, classes, has_fix):
+    """The json defines its classes and their order; the other sets must have the same."""
     project.settings["DATASETS.TEST"] = [voc_set(project, "val", classes)]
-    (error,) = (f for f in project.findings() if "its annotations name" in f.text)
-    if mended:
+    (error,) = (f for f in project.findings() if "its annotations have" in f.text)
+    if has_fix:
         assert error.fixes["DATASETS.CLASS_NAMES"] == '("cat","dog","owl",)'
     else:
         assert not error.fixes and "has the classes cat, dog, owl" in error.text
 
 
-def test_what_cannot_be_read_at_all_does_not_hide_the_rest(project):
+def test_unreadable_data_set_does_not_hide_other_findings(project):
     project.json.write_text("{")
     rotate(project.unlabeled / "0002.png")
     severities = [finding.severity for finding in project.findings()]
     assert Severity.ERROR in severities and Severity.NOTE in severities
 
 
-def test_a_list_that_cannot_be_written_is_told_in_one_line_after_the_report(
-    project, tmp_path, capsys
-):
+def test_unwritable_list_file(project, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        check_data.main(["--list", str(tmp_path), *project.words])
+        check_data.main(["--list", str(tmp_path), *project.arguments])
     assert exit_.value.code == f"error: cannot write {tmp_path}: Is a directory"
     assert "0 errors, 0 warnings" in capsys.readouterr().out
 
 
-def test_the_list_names_all_files(project, tmp_path):
+def test_list_file_has_all_files(project, tmp_path):
     for name in ("0000.png", "0001.png", "0002.png", "0003.png"):
         rotate(project.unlabeled / name)
     file = tmp_path / "list.txt"
     with pytest.raises(SystemExit):
-        check_data.main(["--list", str(file), *project.words])
+        check_data.main(["--list", str(file), *project.arguments])
     assert sum("unlabeled/" in line for line in file.read_text().splitlines()[1:]) >= 4
 
 
-def test_a_mistake_in_the_config_is_told_in_one_line(capsys):
+def test_config_error_is_one_line(capsys):
     with pytest.raises(SystemExit) as exit_:
         check_data.main(["SEMI.BURNIN", "1"])
     assert exit_.value.code.startswith("error: unknown config key SEMI.BURNIN")

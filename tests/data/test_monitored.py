@@ -80,7 +80,7 @@ def test_the_truth_of_a_folder_can_be_named(coco):
 
 
 @pytest.mark.parametrize(
-    ("classes", "message"), [(("cat", "dog", "emu"), "classes"), (None, "among the unlabeled")]
+    ("classes", "message"), [(("cat", "dog", "emu"), "classes"), (None, "is an unlabeled image")]
 )
 def test_truth_that_does_not_fit_is_an_error(coco, tmp_path, classes, message):
     other = coco("b", **({"classes": classes} if classes else {}))

@@ -130,8 +130,8 @@ ERRORS = {
     # the file
     "nested too deeply": (written(DEEP), NO_COCO + "it is nested too deeply"),
     "too long a number": (written('{"images": ' + "9" * 5000 + "}"), NO_COCO + "it is not json"),
-    "byte order mark": (written(b"\xef\xbb\xbf{}"), NO_COCO + "it is not json.*BOM"),
-    "UTF-16": (written('{"images": []}'.encode("utf-16")), NO_COCO + "it is not json"),
+    "Latin-1": (written('{"\u00e9": []}'.encode("latin-1")), NO_COCO + "it is not json"),
+    "UTF-16 cut off": (written(b"\xff\xfe{"), NO_COCO + "it is not json"),
     "two documents": (written("{}{}"), NO_COCO + "it is not json"),
     "a number": (written("3"), NO_COCO + "its top level is a int"),
     "images by name": (replaced(images={"0000.png": {}}), "no list named 'images'"),
@@ -157,13 +157,15 @@ ERRORS = {
     # names
     "name is null": (named(None), "'file_name' that is not a text"),
     "name is a number": (named(7), "'file_name' that is not a text"),
-    "name is empty": (named(""), "names the file '', which can be none"),
-    "name is blank": (named(" "), "names the file ' ', which can be none"),
-    "name with a zero byte": (named("a\0.png"), r"'a\\x00.png', which can be none"),
+    "name is empty": (named(""), "contains '', which cannot be a file name"),
+    "name is blank": (named(" "), "contains ' ', which cannot be a file name"),
+    "name with a zero byte": (named("a\0.png"), r"'a\\x00.png', which cannot be a file name"),
     "name is a dot": (named("."), "1 of 4 images are missing"),
-    "name is another's path": (named("C:\\images\\0000.png"), r"missing.*C:\\images\\0000\.png"),
+    "name is nearly right": (named("0009.png"), r"0009\.png \(nearest: 000\d\.png\)"),
+    "name of another's missing image": (named("C:\\images\\a.png"), r"missing.*C:\\images\\a\.png"),
+    "name of another's other image": (named("C:\\images\\0001.png"), "only one such image"),
     "name leads up": (named("../images/0000.png"), OUTSIDE),
-    "name leads up inside": (named("a/../0000.png"), OUTSIDE),
+    "name leads up to nothing": (named("../images/a.png"), OUTSIDE),
     "name leads far up": (named("../" * 30 + "etc/passwd"), OUTSIDE),
     "name is absolute": (named("/etc/passwd"), OUTSIDE),
     "name is absolute, and right": (named_absolutely, OUTSIDE),
@@ -177,7 +179,6 @@ ERRORS = {
     "crowd is null": (first("annotations", iscrowd=None), "'iscrowd' that is not 0 or 1"),
     "crowd is two": (first("annotations", iscrowd=2), "'iscrowd' that is not 0 or 1"),
     "ignored": (first("annotations", ignore=1), NO_COCO + '.*"ignore"'),
-    "polygon is a number": (first("annotations", segmentation=7), NO_COCO),
     "box is null": (first("annotations", bbox=None), "'bbox' that is not a list of numbers"),
     "box is a text": (first("annotations", bbox="1 1 9 9"), "'bbox' that is not a list"),
     "box is an object": (first("annotations", bbox={"x": 1}), "'bbox' that is not a list"),
@@ -197,26 +198,32 @@ ERRORS = {
     # Pascal VOC
     "voc: name leads up": (in_voc(LIST, "../../secret\n"), OUTSIDE),
     "voc: name is absolute": (in_voc(LIST, "/etc/passwd\n"), OUTSIDE),
-    "voc: name with a zero byte": (in_voc(LIST, "00\x0001\n"), r"'00\\x0001', which can be none"),
+    "voc: name with a zero byte": (
+        in_voc(LIST, "00\x0001\n"),
+        r"'00\\x0001', which cannot be a file name",
+    ),
     "voc: listed twice": (in_voc(LIST, "0001\n0002\n0001\n"), "lists 0001 more than once"),
     "voc: empty list": (in_voc(LIST, "\n"), "has no images"),
     "voc: a list of bytes": (in_voc(LIST, b"\xff\xfe\x00"), "trainval.txt is no list of images"),
-    "voc: empty annotation": (in_voc(XML, ""), r"0001\.xml is broken"),
-    "voc: entities without end": (in_voc(XML, laughs(12)), r"0001\.xml is broken.*amplification"),
+    "voc: empty annotation": (in_voc(XML, ""), r"0001\.xml is malformed"),
+    "voc: entities without end": (
+        in_voc(XML, laughs(12)),
+        r"0001\.xml is malformed.*amplification",
+    ),
     "voc: file as entity": (
         in_voc(XML, xml("&a;", '<!DOCTYPE a [<!ENTITY a SYSTEM "file:///etc/passwd">]>')),
-        r"0001\.xml is broken: undefined entity",
+        r"0001\.xml is malformed: undefined entity",
     ),
     "voc: unknown encoding": (
         in_voc(XML, '<?xml version="1.0" encoding="ebcdic-?"?><a/>'),
-        r"0001\.xml is broken",
+        r"0001\.xml is malformed",
     ),
     "voc: another width": (voc_text("<width>64", "<width>65"), r"0001\.jpg is 64 x 64 pix.* 65 x"),
-    "voc: size of zero": (voc_text("<width>64", "<width>0"), r"0001\.xml is broken: .*0 x 64"),
-    "voc: fraction for a size": (voc_text("<width>64", "<width>64.5"), r"0001\.xml is broken"),
+    "voc: size of zero": (voc_text("<width>64", "<width>0"), r"0001\.xml is malformed: .*0 x 64"),
+    "voc: fraction for a size": (voc_text("<width>64", "<width>64.5"), r"0001\.xml is malformed"),
     "voc: NaN": (voc_text("<xmin>", "<xmin>nan</xmin><xmin>"), r"0001\.jpg.*DROP_BAD_BOXES True"),
-    "voc: class is a number": (class_that_is_a_number, "CLASS_NAMES holds 3, no text"),
-    "voc: class is a path": (class_that_is_a_path, "'../owl', no text without '/'"),
+    "voc: class is a number": (class_that_is_a_number, "CLASS_NAMES contains 3: use a text"),
+    "voc: class is a path": (class_that_is_a_path, "'../owl': use a text without '/'"),
 }
 
 
@@ -267,6 +274,10 @@ def images_are_a_link(project):
     project.images.symlink_to(elsewhere)
 
 
+def encoded(encoding):
+    return lambda project: project.json.write_bytes(project.json.read_text().encode(encoding))
+
+
 def unknown_image(content):
     content["annotations"] = [{"id": 1, "image_id": 1, **BOX}, {"id": 2, "image_id": 77, **BOX}]
 
@@ -315,12 +326,21 @@ HANDLED = {
     "infinite left out": (drop_bad_boxes(only_boxes(GOOD, [1, 1, INFINITY, 9])), ONE, 0, "infin"),
     "inverted left out": (drop_bad_boxes(only_boxes(GOOD, [9, 9, -5, 5])), ONE, 0, "inverted"),
     "texts left out": (drop_bad_boxes(only_boxes(GOOD, ["1", 1, 5, 5])), ONE, 0, "malformed"),
-    "annotation of an unknown image": (edited(unknown_image), ONE, 0, "only 1 of them match"),
+    "annotation of an unknown image": (
+        edited(unknown_image),
+        ONE,
+        0,
+        "1 annotations are of 1 images",
+    ),
     "sparse classes": (classes(7, 19, 901), ONE, 1, ""),
     "unsorted classes": (classes(901, 7, 19), ONE, 0, ""),
     "class zero": (classes(-1, 0, 1), ONE, 1, ""),
     "file name that leads up": (outside_allowed(named("../images/0000.png")), None, None, ""),
     "absolute file name": (outside_allowed(named_absolutely), None, None, ""),
+    "name leads up inside": (named("a/../0000.png"), None, None, ""),
+    "name on Windows": (named("C:\\images\\0000.png"), None, None, ""),
+    "byte order mark": (encoded("utf-8-sig"), None, None, ""),
+    "UTF-16": (encoded("utf-16"), None, None, ""),
     "images behind a link": (images_are_a_link, None, None, ""),
 }
 

@@ -200,7 +200,7 @@ class TestSizes:
     def test_size_before_rotation_is_an_error(self, project, orientation):
         VALID[f"EXIF orientation {orientation}"][1](project.images / "a.png")
         set_image(project.json, "a.png", 40, 60)
-        with pytest.raises(UsageError, match=r"40 x 60 pixels \(as its EXIF rotates it\)"):
+        with pytest.raises(UsageError, match=r"40 x 60 pixels after EXIF rotation"):
             project.read()
 
     def test_wrong_size_of_an_unlabeled_image_is_ignored(self, project):

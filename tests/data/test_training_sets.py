@@ -231,7 +231,7 @@ def test_labeled_images_that_are_test_images_are_trained_on_with_a_warning(
     sets = load(*options, train=[coco[1]], unlabeled=[folder])
     assert len(sets.labeled) == 10
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert f"10 of 10 labeled images are in the test sets {coco[1]} as well" in warning
+    assert f"10 of 10 labeled images are also in the test sets {coco[1]}:" in warning
 
 
 def test_supervised_training_needs_no_unlabeled_images(coco):

@@ -97,12 +97,13 @@ def compare_everything(datasets: dict, folder: Path) -> Result:
     """Train with evaluation, checkpoints and panels, and resume on the device."""
     settings = {
         "DATASETS.TEST": datasets["DATASETS.TEST"],
-        "TEST.EVAL_PERIOD": BURN_IN,
+        "TEST.EVAL_PERIOD": ITERATIONS,
         "SOLVER.CHECKPOINT_PERIOD": BURN_IN,
         "VIS_PERIOD": BURN_IN,
     }
     with PretendDevice():
-        first = settings | ON_THE_DEVICE | {"SOLVER.MAX_ITER": BURN_IN}
+        # Without evaluation, which takes long on the pretend device.
+        first = settings | ON_THE_DEVICE | {"SOLVER.MAX_ITER": BURN_IN, "DATASETS.TEST": ()}
         trainer = trainer_for(datasets, folder / "device", first)
         trainer.train()
     return compare(datasets, folder, settings)

@@ -1,6 +1,7 @@
 """Images without annotations: of a folder, and of a list."""
 
 import os
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -61,7 +62,7 @@ class TestList:
     @pytest.mark.parametrize("name", [b"/etc/passwd", b"../a.png", b"a/../../b.png", b".."])
     def test_names_that_lead_out_need_their_permission(self, listed, images, name):
         content = b"0000.png\n" + name + b"\n"
-        with pytest.raises(UsageError, match=r"index\.txt names .*ALLOW_OUTSIDE_PATHS True"):
+        with pytest.raises(UsageError, match=r"index\.txt contains .*ALLOW_OUTSIDE_PATHS True"):
             listed(content)
         allowed = listed(content, allow_outside=True)
         assert files(allowed)[1] == os.path.join(images, os.fsdecode(name))
@@ -83,11 +84,24 @@ class TestList:
             listed(b"0001.png\n0000.png\n0002.png\n0000.png\n")
 
     def test_as_some_shells_write_it(self, listed):
-        with pytest.raises(UsageError, match="can be none"):
-            listed("0000.png\n".encode("utf-16"))
+        """In UTF-16."""
+        assert names(listed("0000.png\r\n0001.png\r\n".encode("utf-16"))) == [
+            "0000.png",
+            "0001.png",
+        ]
+
+    def test_as_made_on_windows(self, listed):
+        """No name exists, but each is that of one image."""
+        assert names(listed(b"C:\\data\\0000.PNG\r\n.\\0001.png\r\n")) == ["0000.png", "0001.png"]
+
+    def test_metadata_of_macos_is_left_out(self, listed):
+        found = listed(b"0000.png\n._0000.png\n__MACOSX/0001.png\nx/__MACOSX/0001.png\n0001.png\n")
+        assert names(found) == ["0000.png", "0001.png"]
 
     def test_the_wrong_folder(self, listed):
-        with pytest.raises(UsageError, match=r"none of 2 images .*images/a/1\.png.*relative"):
+        with pytest.raises(
+            UsageError, match=r"none of 2 sampled images .*images/a/1\.png.*relative"
+        ):
             listed(b"a/1.png\na/2.png\n")
 
     def test_a_file_that_cannot_be_read(self, tmp_path, images):
@@ -133,7 +147,18 @@ class TestFolder:
             make_entries(tmp_path / folder)
         (tmp_path / "a" / "up").symlink_to(tmp_path)
         (tmp_path / "linked").symlink_to(tmp_path / "a" / "b")
-        assert files(load_folder(str(tmp_path))) == sorted(asked_about(str(tmp_path)))
+        assert files(load_folder(str(tmp_path))) == sorted(
+            path
+            for path in asked_about(str(tmp_path))
+            if not any(part.startswith(".") for part in Path(path).relative_to(tmp_path).parts)
+        )
+
+    def test_companion_files_are_passed_over(self, tmp_path):
+        folder = make_folder(tmp_path / ".hidden" / "images", images=2)
+        for name in ("._0000.png", ".0000.png", "__MACOSX/0000.png", ".cache/0000.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"")
+        assert names(load_folder(str(folder))) == ["0000.png", "0001.png"]
 
     def test_images_are_not_asked_about_one_by_one(self, tmp_path, monkeypatch):
         folder = make_folder(tmp_path / "images", images=20)
@@ -146,6 +171,60 @@ class TestFolder:
 
             monkeypatch.setattr(os, ask, checked)
         assert len(load_folder(str(folder))) == 20
+
+    @pytest.mark.parametrize(
+        "others",
+        [
+            ["config.yaml", ".lock"],
+            ["config.yaml", "metrics.json"],
+            ["config.yaml", "run.json", "log.txt"],
+            ["config.yaml", "last_checkpoint"],
+        ],
+    )
+    def test_folders_of_runs_are_left_out(self, tmp_path, caplog, others):
+        for name in ("a.png", "b/c.png", "b/any name/panels/iter_0000001.jpg", "b/any name/x.png"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        for name in others:
+            (tmp_path / "b/any name" / name).write_bytes(b"")
+        (tmp_path / "second-old-1").symlink_to(tmp_path / "b/any name")
+        with caplog.at_level("INFO"):
+            found = files(load_folder(str(tmp_path)))
+        assert found == [str(tmp_path / "a.png"), str(tmp_path / "b/c.png")]
+        assert f"left out 1 folders of runs in the image folder {tmp_path}" in caplog.text
+        assert "any name" in caplog.text
+
+    @pytest.mark.parametrize(
+        "others", [[], ["config.yaml"], ["metrics.json", "run.json"], [".lock"], ["log.txt"]]
+    )
+    def test_similar_folders_are_not_left_out(self, tmp_path, caplog, others):
+        for name in ("a.png", "b/c.png", "b/panels/d.png", *(f"b/{other}" for other in others)):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        with caplog.at_level("INFO"):
+            assert len(load_folder(str(tmp_path))) == 3
+        assert "left out" not in caplog.text
+
+    def test_pictures_of_a_run_in_the_image_folder_itself_are_left_out(self, tmp_path, caplog):
+        names = ("a.png", "b/c.png", "panels/iter_0000001.jpg", "config.yaml", ".lock")
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        with caplog.at_level("INFO"):
+            found = files(load_folder(str(tmp_path)))
+        assert found == [str(tmp_path / "a.png"), str(tmp_path / "b/c.png")]
+        assert "left out 1 folders" in caplog.text
+
+    def test_folder_with_output_of_runs_only_is_an_error(self, tmp_path):
+        for name in ("run/panels/iter_0000001.jpg", "run/config.yaml", "run/run.json"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UsageError, match="no image"):
+            load_folder(str(tmp_path))
+
+
+def names(images):
+    return [os.path.basename(image["file_name"]) for image in images]
 
 
 def make_entries(folder):

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from locreweight.data.datasets.image_folders import ImageFiles
-from locreweight.data.datasets.packed_records import PackedBytes, PackedRecords
+from locreweight.data.datasets.packed_records import ImageFiles, PackedBytes, PackedRecords
 from locreweight.data.training_sets import TrainingSets
 
 PATHS = [
@@ -43,13 +42,13 @@ class TestBytes:
 
     def test_parts_joined_are_one_behind_the_other(self):
         parts = [[b"a", b""], [], [b"bcd"], [b""]]
-        joined = PackedBytes.joined([PackedBytes.of(part) for part in parts])
+        joined = PackedBytes.concatenate([PackedBytes.of(part) for part in parts])
         assert list(joined) == [b"a", b"", b"bcd", b""]
 
     @pytest.mark.parametrize("chosen", [(0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 1)])
     def test_some_of_them(self, chosen):
         strings = [b"ab", b"", b"cde"]
-        packed = PackedBytes.of(strings).only(torch.tensor(chosen, dtype=torch.bool))
+        packed = PackedBytes.of(strings).select(torch.tensor(chosen, dtype=torch.bool))
         assert list(packed) == [s for s, keep in zip(strings, chosen, strict=True) if keep]
 
 
@@ -89,7 +88,7 @@ class TestImageFiles:
 
     def test_none(self):
         assert list(image_files()) == []
-        assert list(ImageFiles.joined([image_files(), image_files()])) == []
+        assert list(ImageFiles.concatenate([image_files(), image_files()])) == []
         assert bytes(image_files().base_names) == b""
 
     @pytest.mark.parametrize("folder", ["", "images", "/images/", "a\udcff b"])
@@ -102,13 +101,15 @@ class TestImageFiles:
         assert files(ImageFiles.of_records(records)) == PATHS
 
     def test_joined_they_are_numbered_anew(self):
-        joined = ImageFiles.joined([image_files(*PATHS[:3]), image_files(), image_files(*PATHS)])
+        joined = ImageFiles.concatenate(
+            [image_files(*PATHS[:3]), image_files(), image_files(*PATHS)]
+        )
         assert files(joined) == PATHS[:3] + PATHS
         assert [record["image_id"] for record in joined] == list(range(3 + len(PATHS)))
 
     def test_one_alone_is_not_copied(self):
         alone = image_files(*PATHS)
-        assert ImageFiles.joined([image_files(), alone, image_files()]) is alone
+        assert ImageFiles.concatenate([image_files(), alone, image_files()]) is alone
 
     @pytest.mark.parametrize("left_out", [[], [0], [3, 4, 10], list(range(len(PATHS)))])
     def test_without_some(self, left_out):

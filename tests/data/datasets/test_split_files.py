@@ -139,11 +139,11 @@ def two_sets(content):
     ("edit", "message"),
     [
         (fewer_images, f"of 7 images, coco:.* has {IMAGES}"),
-        (unknown_image, "names 1 images that coco:.* lacks, such as 999"),
-        (repeated_image, "names 1 images of coco:.* more than once"),
-        (two_sets, r"of 2 data sets, DATASETS\.TRAIN names 1"),
-        (lambda content: content["sets"][0].pop("sha256"), "is no file of splits"),
-        (lambda content: content.update(sets=3), "is no file of splits"),
+        (unknown_image, "lists 1 images that coco:.* lacks, such as 999"),
+        (repeated_image, "lists 1 images of coco:.* more than once"),
+        (two_sets, r"of 2 data sets, DATASETS\.TRAIN has 1"),
+        (lambda content: content["sets"][0].pop("sha256"), "is not a split file"),
+        (lambda content: content.update(sets=3), "is not a split file"),
     ],
 )
 def test_a_file_that_does_not_fit_is_an_error(case, edit, message):
@@ -199,7 +199,7 @@ def test_a_seed_that_cannot_be_is_an_error_that_names_it(case, seed):
 
 
 def test_no_images_are_not_split(case):
-    with pytest.raises(UsageError, match=r"no images to draw from: .* DATASETS\.TRAIN"):
+    with pytest.raises(UsageError, match=r"no images to split: .*DATASETS\.TRAIN"):
         write_split_file(case.file, {}, [10.0], [1])
     assert not case.file.exists()
 
@@ -253,7 +253,7 @@ def test_published_positions_are_among_images_with_objects(case, published):
 
 def test_a_published_split_of_other_annotations_is_an_error(case, published):
     edit_json(case.json, lambda content: content.update(annotations=content["annotations"][:4]))
-    with pytest.raises(UsageError, match="1 images as 10 %, but of the 2 images .* 0 would be"):
+    with pytest.raises(UsageError, match="1 images for 10 %, but 10 % of the 2 images .* are 0"):
         case.split([case.coco], 10.0, 1, published)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with annotations, found before training and not in the middle of it."""
+"""Checks of annotations and images that run before training and evaluation start."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from dataclasses import dataclass
 
 import numpy as np
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size
@@ -17,28 +17,40 @@ from detectron2.utils import comm
 from tqdm import tqdm
 
 from ..errors import UsageError
-from .datasets.file_names import printable_name
-from .datasets.image_folders import ImageFiles
+from .datasets.file_names import describe_missing, printable_name
+from .datasets.packed_records import ImageFiles
+from .datasets.real_paths import RealPathCache
 from .image_io import UnreadableImage, read_rgb, single_line
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5  # of many faults alike, how many a message names
+_MAX_EXAMPLES = 5  # in a message
 
 
-def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
-    """Records whose boxes can be trained on.
+def first_few(items: Sequence[str]) -> str:
+    """The first items of a list, for messages."""
+    return ", ".join(items[:_MAX_EXAMPLES]) + (", ..." if len(items) > _MAX_EXAMPLES else "")
 
-    Boxes without area or wholly outside of their image teach nothing and are left out, with a
-    warning. Boxes that are not four numbers, NaN, infinite or inverted say that the annotations
-    are not what they seem.
+
+# -- boxes -----------------------------------------------------------------------------------------
+
+
+def check_boxes(records: Iterable[dict], *, drop_bad: bool) -> list[dict]:
+    """Check boxes and leave out those that cannot be trained on.
+
+    Boxes without area or outside of their image are left out with a warning. Boxes that are not
+    four numbers, NaN, infinite or inverted are errors, because they mean that the annotations are
+    not what they seem.
 
     Args:
         records: in Detectron2's standard format, boxes in absolute pixels of the original image.
-        drop_bad: leave NaN, infinite and inverted boxes out too, and do not raise.
+        drop_bad: leave NaN, infinite and inverted boxes out as well instead of raising.
+
+    Returns:
+        copies of the records without the boxes that were left out.
 
     Raises:
-        UsageError: names the images with such boxes.
+        UsageError: names images with such boxes.
     """
     faults: dict[str, list[str]] = {"empty": [], "outside": [], "bad": []}
     checked = []
@@ -49,7 +61,7 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
             if fault is None:
                 kept.append(annotation)
             else:
-                faults[fault].append(_where(annotation, record))
+                faults[fault].append(_describe_box(annotation, record))
         checked.append(record | {"annotations": kept})
     if faults["bad"] and not drop_bad:
         raise UsageError(
@@ -57,28 +69,33 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
             f"{first_few(faults['bad'])}. Repair them, or leave them out with "
             "DATASETS.CHECKS.DROP_BAD_BOXES True"
         )
-    for fault, words in (
+    for fault, description in (
         ("empty", "have no area"),
         ("outside", "lie outside of their image"),
         ("bad", "are malformed, NaN, infinite or inverted"),
     ):
         if faults[fault]:
             logger.warning(
-                "left out %d boxes that %s: %s", len(faults[fault]), words, first_few(faults[fault])
+                "left out %d boxes that %s: %s",
+                len(faults[fault]),
+                description,
+                first_few(faults[fault]),
             )
     return checked
 
 
-def check_test_set(name: str, records: list[dict]) -> None:
-    """A test set can be evaluated on, which would else be found out hours into a run.
+def check_test_set(name: str, records: Sequence[dict]) -> None:
+    """Check that a test set can be evaluated on.
 
     Raises:
-        UsageError: if it has no box, or one that is not four numbers, NaN, infinite or inverted.
+        UsageError: if it has no box that counts, or a box that is not four numbers, NaN, infinite
+            or inverted.
     """
-    if not any(record.get("annotations") for record in records):
-        raise UsageError(f"{name} has no annotated box: it cannot be in DATASETS.TEST")
+    counts = count_boxes(records)
+    if not counts.boxes:
+        raise UsageError(f"{name} has no annotated box, so it cannot be used in DATASETS.TEST")
     bad = [
-        _where(annotation, record)
+        _describe_box(annotation, record)
         for record in records
         for annotation in record.get("annotations", [])
         if _box_fault(annotation, record) == "bad"
@@ -88,75 +105,67 @@ def check_test_set(name: str, records: list[dict]) -> None:
             f"{len(bad)} boxes of the test set {name} are malformed, NaN, infinite or inverted: "
             f"{first_few(bad)}. Repair or remove them"
         )
-
-
-def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
-    """All annotated data sets have the model's number of classes, under the same names.
-
-    Args:
-        class_names: data set -> its class names in order.
-        num_classes: ``MODEL.ROI_HEADS.NUM_CLASSES``.
-
-    Raises:
-        UsageError: names the data set and the classes.
-    """
-    for dataset, names in class_names.items():
-        if len(names) != num_classes:
-            raise UsageError(
-                f"{dataset} has {len(names)} classes {first_few(names)}, the model {num_classes}; set "
-                f"MODEL.ROI_HEADS.NUM_CLASSES {len(names)}"
-            )
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        if repeated:
-            raise UsageError(f"{dataset} names these classes more than once: {first_few(repeated)}")
-    for (first, names), (other, other_names) in zip(
-        list(class_names.items())[:-1], list(class_names.items())[1:], strict=True
-    ):
-        if names != other_names:
-            raise UsageError(
-                f"{first} and {other} do not name the same classes in the same order: "
-                f"{first_few(names)} and {first_few(other_names)}"
-            )
-
-
-def common_images(records: Iterable[dict], images: ImageFiles, real_paths: RealPaths) -> list[int]:
-    """Which of the images are among the records.
-
-    Args:
-        records: images are the same if their files are, whatever links lead to them.
-        images: what is looked through.
-        real_paths: remembers the folders; the same one for several calls.
-    """
-    known = {real_paths(record["file_name"]) for record in records}
-    return real_paths.among(known, images)
-
-
-def without_overlap(
-    labeled: Iterable[dict], unlabeled: ImageFiles, real_paths: RealPaths, *, exclude: bool
-) -> ImageFiles:
-    """The unlabeled images, none of which is one of the labeled ones.
-
-    Args:
-        labeled, unlabeled, real_paths: as of :func:`common_images`.
-        exclude: leave common images out, and do not raise.
-
-    Raises:
-        UsageError: names some of the common images.
-    """
-    common = common_images(labeled, unlabeled, real_paths)
-    if not common:
-        return unlabeled
-    if not exclude:
-        names = [printable_name(unlabeled[i]["file_name"]) for i in common]
+    if counts.crowds == counts.boxes:
         raise UsageError(
-            f"{len(common)} unlabeled images are labeled as well: {first_few(names)}. Take them "
-            "out of the unlabeled set, or leave them out with DATASETS.EXCLUDE_LABELED True"
+            f"all {counts.boxes} boxes of the test set {name} are crowds (iscrowd 1 in COCO, "
+            f"difficult 1 in Pascal VOC), such as {counts.example}. Evaluation ignores crowds, so "
+            "there is nothing to evaluate on: set iscrowd or difficult to 0 for single objects, or "
+            "use another set in DATASETS.TEST"
         )
-    logger.info("left out %d unlabeled images that are annotated", len(common))
-    return unlabeled.without(common)
+    if not any(True for record in records for _ in countable_boxes(record)):
+        raise UsageError(
+            f"all {counts.boxes - counts.crowds} boxes of the test set {name} have no area or lie "
+            "outside of their image, so there is nothing to evaluate on. Check the unit and the "
+            "format of the boxes"
+        )
 
 
-def _where(annotation: dict, record: dict) -> str:
+def countable_boxes(record: dict) -> Iterator[dict]:
+    """The annotations of a test image that a detector can find: boxes with area, no crowds."""
+    for annotation in record.get("annotations", []):
+        if not annotation.get("iscrowd", 0) and _box_fault(annotation, record) is None:
+            yield annotation
+
+
+@dataclass(frozen=True)
+class BoxCounts:
+    """Numbers of boxes of a data set.
+
+    Attributes:
+        boxes: all boxes.
+        crowds: boxes with ``iscrowd`` 1, which VOC's difficult objects have as well.
+        example: a crowd and its image; empty if there is none.
+    """
+
+    boxes: int
+    crowds: int
+    example: str
+
+
+def count_boxes(records: Iterable[dict]) -> BoxCounts:
+    """Count the boxes of a data set and those that are left out as crowds."""
+    boxes, crowds, example = 0, 0, ""
+    for record in records:
+        for annotation in record.get("annotations", []):
+            boxes += 1
+            if annotation.get("iscrowd", 0):
+                crowds += 1
+                example = example or _describe_box(annotation, record)
+    return BoxCounts(boxes, crowds, example)
+
+
+def describe_crowds(name: str, records: Iterable[dict], consequence: str) -> str:
+    """How many boxes of a data set are left out as crowds; empty if there are none."""
+    counts = count_boxes(records)
+    if not counts.crowds:
+        return ""
+    return (
+        f"{counts.crowds} of {counts.boxes} boxes of {name} are crowds (iscrowd 1 in COCO, "
+        f"difficult 1 in Pascal VOC), such as {counts.example}. {consequence}"
+    )
+
+
+def _describe_box(annotation: dict, record: dict) -> str:
     return f"{printable_name(record['file_name'])}: {str(annotation.get('bbox'))[:100]}"
 
 
@@ -176,151 +185,180 @@ def _box_fault(annotation: dict, record: dict) -> str | None:
 
 def _corners(box: list, mode: BoxMode) -> Sequence[float]:
     if mode == BoxMode.XYWH_ABS and len(box) == 4 and {*map(type, box)} <= {int, float}:
-        # What Detectron2 does with tensors, which for the million boxes of COCO takes a minute.
+        # Equal to Detectron2's conversion, which takes a minute for the boxes of COCO.
         with np.errstate(over="ignore"):
             x, y, width, height = np.array(box, np.float32)
             return x, y, x + width, y + height
     return BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
 
 
-def first_few(faults: list[str]) -> str:
-    """The first few of them, in words."""
-    return ", ".join(faults[:_SHOWN]) + (", ..." if len(faults) > _SHOWN else "")
+# -- classes ---------------------------------------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# Every image that training or evaluation cannot do without is read once before they start.
+def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
+    """Check that all annotated data sets have the same classes, as many as the model.
+
+    The data sets are compared with each other first: as long as they differ, no number of classes
+    fits all of them.
+
+    Args:
+        class_names: data set -> its class names in order.
+        num_classes: ``MODEL.ROI_HEADS.NUM_CLASSES``.
+
+    Raises:
+        UsageError: names the data sets and the classes.
+    """
+    for dataset, names in class_names.items():
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise UsageError(f"{dataset} has classes of the same name: {first_few(repeated)}")
+    check_same_classes(class_names)
+    for dataset, names in class_names.items():
+        if len(names) != num_classes:
+            raise UsageError(
+                f"{dataset} has {len(names)} classes {first_few(names)}, the model has "
+                f"{num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES {len(names)}"
+            )
+
+
+def check_same_classes(class_names: dict[str, list[str]]) -> None:
+    """Check that data sets have the same classes in the same order.
+
+    Raises:
+        UsageError: says which classes are missing in which data set.
+    """
+    lists = list(class_names.values())
+    if all(names == lists[0] for names in lists):
+        return
+    every = list(dict.fromkeys(name for names in lists for name in names))
+    lines = []
+    for dataset, names in class_names.items():
+        missing = [name for name in every if name not in names]
+        lacks = f"; it lacks {_quoted(missing)}" if missing else ""
+        lines.append(f"{dataset}: {_quoted(names)}{lacks}")
+    problem = "do not have the same classes"
+    fix = (
+        "All of them need the same list of classes, also of classes without a box: add the missing "
+        "categories, or correct names that are spelled differently"
+    )
+    if all(set(names) == set(every) for names in lists):
+        problem = "have the same classes in a different order"
+        fix = "Use the same order (COCO: of the category ids) in all of them"
+    raise UsageError(f"the data sets {problem}. {fix}.\n  " + "\n  ".join(lines))
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return first_few([repr(name) for name in names])
+
+
+# -- images in several data sets -------------------------------------------------------------------
+
+
+def common_images(
+    records: Iterable[dict], images: ImageFiles, real_paths: RealPathCache
+) -> list[int]:
+    """Indices of the images that are also among the records.
+
+    Args:
+        records: records with ``file_name``; images are the same if their real paths are.
+        images: the images to search.
+        real_paths: cache, shared between calls.
+    """
+    return real_paths.find({real_paths(record["file_name"]) for record in records}, images)
+
+
+def without_overlap(
+    labeled: Iterable[dict], unlabeled: ImageFiles, real_paths: RealPathCache, *, exclude: bool
+) -> ImageFiles:
+    """Return the unlabeled images, none of which may be a labeled image.
+
+    Args:
+        labeled, unlabeled, real_paths: see :func:`common_images`.
+        exclude: leave common images out instead of raising.
+
+    Raises:
+        UsageError: names some of the common images.
+    """
+    common = common_images(labeled, unlabeled, real_paths)
+    if not common:
+        return unlabeled
+    if not exclude:
+        names = [printable_name(unlabeled[i]["file_name"]) for i in common]
+        raise UsageError(
+            f"{len(common)} unlabeled images are also labeled images: {first_few(names)}. Remove "
+            "them from the unlabeled data, or leave them out with DATASETS.EXCLUDE_LABELED True"
+        )
+    logger.info("left out %d unlabeled images that are labeled images", len(common))
+    return unlabeled.without(common)
+
+
+# -- image files -----------------------------------------------------------------------------------
 
 
 def check_images_exist(records: list[dict]) -> None:
-    """Every image file is there.
+    """Check that every image file exists.
 
     Raises:
-        UsageError: names some that are not.
+        UsageError: names some missing images.
     """
-    missing = [
-        printable_name(r["file_name"]) for r in records if not os.path.isfile(r["file_name"])
-    ]
+    missing = [r["file_name"] for r in records if not os.path.isfile(r["file_name"])]
     if missing:
         raise UsageError(
-            f"{len(missing)} of {len(records)} images are missing: {first_few(missing)}"
+            f"{len(missing)} of {len(records)} images are missing: "
+            f"{first_few([describe_missing(file) for file in missing[: _MAX_EXAMPLES + 1]])}"
         )
 
 
 def check_images_decode(records: list[dict]) -> None:
-    """Every image decodes, and has the width and height that its record says.
+    """Check that every image can be decoded and has the annotated width and height.
 
-    To be called on all processes: one of each machine reads the images, in threads, since the
-    decoders run in parallel; all learn the result.
+    Must be called on all processes. One process per machine reads the images, in threads.
 
     Args:
-        records: with ``file_name``, and ``width`` and ``height`` in pixels after the rotation that
-            the image's EXIF asks for.
+        records: with ``file_name``, and ``width`` and ``height`` in pixels after EXIF rotation.
 
     Raises:
-        UsageError: names some that do not.
+        UsageError: names some images that cannot be used, on all processes.
     """
-    faults = _faults(records) if comm.get_local_rank() == 0 else []
-    comm.synchronize()  # with the run's --timeout, which what is gathered over on GPUs has not
-    # Machines may not share a disk; the first with a fault speaks.
-    faults = next((found for found in comm.all_gather(faults) if found), [])
-    if faults:
+    problems = _image_problems(records) if comm.get_local_rank() == 0 else []
+    comm.synchronize()  # honors --timeout, which the group that all_gather uses on GPUs does not
+    # Machines may have their own disks; report the first machine that found a problem.
+    problems = next((found for found in comm.all_gather(problems) if found), [])
+    if problems:
         raise UsageError(
-            f"{len(faults)} of {len(records)} annotated images cannot be used: {first_few(faults)}. "
-            "Repair them or take them out of the annotations"
+            f"{len(problems)} of {len(records)} annotated images cannot be used: "
+            f"{first_few(problems)}. Repair them or remove them from the annotations"
         )
 
 
-def _faults(records: list[dict]) -> list[str]:
+def _image_problems(records: list[dict]) -> list[str]:
     logger.info(
-        "reading %d annotated images to see that they are in order; "
-        "DATASETS.CHECKS.DECODE_IMAGES False leaves this out",
-        len(records),
+        "checking %d annotated images; DATASETS.CHECKS.DECODE_IMAGES False skips this", len(records)
     )
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        # The bar appears when it takes longer than some seconds, and on terminals alone.
-        found = tqdm(
-            threads.map(_fault, records),
+        # The progress bar appears on terminals only, if the check takes more than a few seconds.
+        problems = tqdm(
+            threads.map(_image_problem, records),
             desc="checking images",
             total=len(records),
             delay=3,
             disable=None,
         )
-        return [fault for fault in found if fault]
+        return [problem for problem in problems if problem]
 
 
-def _fault(record: dict) -> str:
-    """What is wrong with an image, or nothing."""
+def _image_problem(record: dict) -> str:
+    """Why an image cannot be used; empty if it can."""
+    name = printable_name(record["file_name"])
     try:
         pixels = read_rgb(record["file_name"])
         check_image_size(record, pixels)
     except UnreadableImage as error:
-        return f"{printable_name(record['file_name'])} ({single_line(error.__cause__ or error)})"
+        return f"{name} ({single_line(error.__cause__ or error)})"
     except SizeMismatchError:
         height, width = pixels.shape[:2]
         return (
-            f"{printable_name(record['file_name'])} is {width} x {height} pixels (as its EXIF rotates it), "
-            f"its annotation says {record.get('width')} x {record.get('height')}"
+            f"{name} is {width} x {height} pixels after EXIF rotation, its annotation says "
+            f"{record.get('width')} x {record.get('height')}"
         )
     return ""
-
-
-# --------------------------------------------------------------------------------------------------
-# Which images are the same file, found without asking the disk for every single one.
-
-
-class RealPaths:
-    """``os.path.realpath`` for many files of the same folders.
-
-    Each folder is resolved once, and listed once to know the links in it. What was seen is
-    remembered: one is made for each time of looking.
-    """
-
-    def __init__(self) -> None:
-        self._real_folder = cache(os.path.realpath)
-        self._links = cache(_links)
-
-    def __call__(self, path: str) -> str:
-        """The path without links; of one that leads nowhere, as far as it leads."""
-        folder, name = self._place(path)
-        if not self._leads_on(folder, name):
-            return os.path.join(folder, name)
-        try:
-            target = os.readlink(os.path.join(folder, name))
-        except OSError:  # no link, or none any more
-            return os.path.realpath(path)
-        place = self._place(os.path.join(folder, target))
-        # Links to links are rare, and may lead in circles.
-        return os.path.realpath(path) if self._leads_on(*place) else os.path.join(*place)
-
-    def among(self, known: set[str], images: ImageFiles) -> list[int]:
-        """Which images are files that are known, by their real paths."""
-        homes = {os.path.dirname(path) for path in known}
-        # No file of a folder without links and without known files can be one.
-        suspects = [self._may_hold(folder, homes) for folder in images.folders]
-        return [i for i in images.in_folders(suspects) if self(images[i]["file_name"]) in known]
-
-    def _may_hold(self, folder: str, homes: set[str]) -> bool:
-        real, _ = self._place(folder)
-        return real in homes or self._links(real) != frozenset()
-
-    def _place(self, path: str) -> tuple[str, str]:
-        folder, slash, name = path.rpartition("/")
-        return self._real_folder(folder or slash or "."), name
-
-    def _leads_on(self, folder: str, name: str) -> bool:
-        if name in ("", ".", ".."):
-            return True
-        links = self._links(folder)
-        return os.path.islink(os.path.join(folder, name)) if links is None else name in links
-
-
-def _links(folder: str) -> frozenset[str] | None:
-    """Names of the symbolic links in a folder; unknown if it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_symlink())
-    except FileNotFoundError:
-        return frozenset()
-    except OSError:  # one may open files of a folder that one may not list
-        return None

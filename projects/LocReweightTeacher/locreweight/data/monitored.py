@@ -1,7 +1,7 @@
-"""Unlabeled images that are looked at while training goes on, and their truth where it is known.
+"""Unlabeled images that are monitored during training, with their ground truth if it is known.
 
-They stay the same from the first iteration to the last, and so do their views: what changes from
-one look to the next is the teacher. Looking draws from no generator that training draws from.
+The images and their views stay the same during the whole training, so that only the teacher
+changes. Creating the views does not affect the random numbers of training.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..errors import UsageError
 from ..geometry import warp_boxes
-from .checks import RealPaths, check_boxes, check_classes
-from .datasets.image_folders import ImageFiles
+from .checks import check_boxes, check_classes
+from .datasets.packed_records import ImageFiles
+from .datasets.real_paths import RealPathCache
 from .loader import Stream, StreamDataset, StreamPosition
 from .mapper import ViewMapper
 from .transforms.views import UnlabeledSample
@@ -30,21 +31,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MonitoredSample:
-    """The views of an unlabeled image; ``truth`` is in the frame of the weak one, or unknown."""
+    """Views of an unlabeled image.
+
+    Attributes:
+        views: weak and strong view.
+        truth: ground truth in the frame of the weak view; None if it is not known.
+    """
 
     views: UnlabeledSample
     truth: Instances | None
 
 
 class MonitoredImages:
-    """A fixed sample of unlabeled images, whose views are made anew, and alike, at each look."""
+    """Sequence of :class:`MonitoredSample`; each access creates the same views again."""
 
     def __init__(self, records: list[dict], mapper: ViewMapper, seed: int) -> None:
         """
         Args:
-            records: ``file_name``, and ``annotations`` where the truth is known.
-            mapper: makes the views.
-            seed: of what the mapper draws.
+            records: ``file_name``, and ``annotations`` if the ground truth is known.
+            mapper: creates the views.
+            seed: seed of the views.
         """
         self._records = {record["file_name"]: record for record in records}
         self._dataset = StreamDataset(records, records, mapper, seed)
@@ -68,14 +74,14 @@ class MonitoredImages:
 
     @property
     def truth_is_known(self) -> bool:
-        """Of all of them; that of none or of all is."""
+        """Whether the ground truth is known, of all images or of none."""
         return all(has_annotations(record) for record in self._records.values())
 
 
 def ground_truth_in_view(
     record: dict, matrix: torch.Tensor, image_size: tuple[int, int]
 ) -> Instances:
-    """A record's annotations as they appear in a view.
+    """Map a record's annotations to a view.
 
     Args:
         record: in Detectron2's standard format.
@@ -83,8 +89,8 @@ def ground_truth_in_view(
         image_size: ``(height, width)`` of the view in pixels.
 
     Returns:
-        ``gt_boxes`` (xyxy, absolute pixels of the view), ``gt_classes`` and ``gt_crowd``, which
-        says of a box that it is neither to be found nor wrong to be found.
+        ``gt_boxes`` (xyxy, absolute pixels of the view), ``gt_classes``, and ``gt_crowd``, true for
+        boxes that are ignored: detections of them are neither right nor wrong.
     """
     annotations = record["annotations"]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
@@ -99,7 +105,7 @@ def ground_truth_in_view(
 
 
 def has_annotations(record: dict) -> bool:
-    """Whether a record says what is in its image, be it nothing."""
+    """Whether the objects of a record's image are known; the list of them can be empty."""
     return "annotations" in record
 
 
@@ -110,17 +116,17 @@ def choose_monitored(
     others: Mapping[str, Sequence[dict]],
     class_names: list[str],
 ) -> list[dict]:
-    """Draw the images to watch: of those whose truth is known, if there are any.
+    """Draw the images to monitor, from those whose ground truth is known if there are any.
 
     Args:
-        cfg: says how many, and by which seed.
+        cfg: ``TEST.MONITORED_IMAGES`` is the number, ``DATASETS.SPLIT_SEED`` the seed.
         unlabeled: records of all unlabeled images.
         set_aside: records of ``DATASETS.TRAIN`` that are used without their labels.
-        others: the records of each of ``DATASETS.UNLABELED``.
-        class_names: of the model.
+        others: data set of ``DATASETS.UNLABELED`` -> its records.
+        class_names: classes of the model.
 
     Returns:
-        records, with ``annotations`` if all of them have some; empty if none are to be monitored.
+        records, all with or all without ``annotations``; empty if ``VIS_PERIOD`` is 0.
 
     Raises:
         UsageError: if ``DATASETS.UNLABELED_TRUTH`` has other classes or other images.
@@ -128,7 +134,7 @@ def choose_monitored(
     count = cfg.TEST.MONITORED_IMAGES if cfg.VIS_PERIOD > 0 else 0
     if not count or not unlabeled:
         return []
-    real_path = RealPaths()
+    real_path = RealPathCache()
     truth = {
         real_path(record["file_name"]): record
         for record in [*set_aside, *_annotated(cfg, others, class_names)]
@@ -143,8 +149,8 @@ def choose_monitored(
         return check_boxes(chosen, drop_bad=True)
     if cfg.DATASETS.UNLABELED_TRUTH:
         raise UsageError(
-            f"no image of DATASETS.UNLABELED_TRUTH {', '.join(cfg.DATASETS.UNLABELED_TRUTH)} is "
-            "among the unlabeled ones; name the annotations of these, or leave the key empty"
+            f"no image of DATASETS.UNLABELED_TRUTH {', '.join(cfg.DATASETS.UNLABELED_TRUTH)} is an "
+            "unlabeled image; set it to annotations of the unlabeled images, or leave it empty"
         )
     return [unlabeled[index] for index in order[:count]]
 
@@ -153,13 +159,15 @@ def _annotated(
     cfg: CfgNode, others: Mapping[str, Sequence[dict]], class_names: list[str]
 ) -> Iterator[dict]:
     for name, records in others.items():
-        # Detectron2 gives images of a set without annotations an empty list of them.
+        # Images of a COCO json without annotations have an empty list of annotations.
         if isinstance(records, ImageFiles) or not any(r.get("annotations") for r in records):
             continue
         if list(MetadataCatalog.get(name).get("thing_classes", [])) == class_names:
             yield from records
         else:
-            logger.info("%s has other classes: pseudo-labels there are not measured", name)
+            logger.info(
+                "%s has other classes than the model: its pseudo-labels are not measured", name
+            )
     for name in cfg.DATASETS.UNLABELED_TRUTH:
         records = DatasetCatalog.get(name)
         classes = list(MetadataCatalog.get(name).get("thing_classes", []))

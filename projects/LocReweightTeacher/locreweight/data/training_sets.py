@@ -1,4 +1,4 @@
-"""The labeled and the unlabeled images of a run, read and checked."""
+"""Labeled, unlabeled and monitored images of a run: read, checked and split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 
 from detectron2.config import CfgNode
@@ -19,18 +19,18 @@ from detectron2.utils import comm
 
 from ..errors import UsageError
 from .checks import (
-    RealPaths,
     check_boxes,
     check_classes,
     check_images_decode,
     check_images_exist,
     check_test_set,
     common_images,
+    describe_crowds,
     without_overlap,
 )
 from .datasets.catalog import register
-from .datasets.image_folders import ImageFiles
-from .datasets.packed_records import PackedRecords
+from .datasets.packed_records import ImageFiles, PackedRecords
+from .datasets.real_paths import RealPathCache
 from .datasets.splits import split_annotated
 from .monitored import choose_monitored
 
@@ -39,10 +39,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSets:
-    """Records in Detectron2's standard format; the unlabeled ones have no annotations.
+    """Images of a run, as records in Detectron2's standard format.
 
-    Both are packed, for loader workers to share. ``monitored`` are a few of the unlabeled ones, with
-    annotations where they are known: for looking and measuring, never for training.
+    Attributes:
+        labeled: records with annotations, packed so that loader workers share them.
+        unlabeled: records without annotations, packed.
+        class_names: in the order of the model's classes.
+        monitored: some of the unlabeled images, with annotations if these are known. They are drawn
+            and measured during training, but never trained on with their annotations.
     """
 
     labeled: PackedRecords
@@ -52,22 +56,23 @@ class TrainingSets:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Of each stream: how many images, and which in which order.
+        """Number and checksum of the images of each stream, in order.
 
-        Files count by their names without folders: data may be moved to another place.
+        Only file names count, not folders, so that data can be moved.
         """
         return {"labeled": _fingerprint(self.labeled), "unlabeled": _fingerprint(self.unlabeled)}
 
     def check_same(self, fingerprint: dict[str, str], allow_changed: bool) -> None:
-        """These are the images that a run was trained on before it is resumed.
+        """Check that a resumed run has the same images as before.
+
+        Number and order of the images determine which image is at which position of a stream.
 
         Args:
-            fingerprint: of the run until now; nothing for one that did not note it.
-            allow_changed: warn, and do not raise.
+            fingerprint: fingerprint of the run before it was stopped.
+            allow_changed: warn instead of raising.
 
         Raises:
-            UsageError: if they are not; which image is at which place in the streams follows from
-                the number and the order of them.
+            UsageError: if the images differ.
         """
         changed = [
             f"the {stream} ones were {before}, now {self.fingerprint[stream]}"
@@ -76,82 +81,61 @@ class TrainingSets:
         ]
         if not changed:
             return
-        problem = f"the training images are not those of this run until now: {'; '.join(changed)}"
+        problem = f"the training images have changed since this run stopped: {'; '.join(changed)}"
         if not allow_changed:
             raise UsageError(
-                f"{problem}. Put the data back as it was, go on with what there is by "
-                "DATASETS.CHECKS.ALLOW_CHANGED True, or start anew in another OUTPUT_DIR"
+                f"{problem}. Restore the data, continue with the changed data by "
+                "DATASETS.CHECKS.ALLOW_CHANGED True, or start a new run in another OUTPUT_DIR"
             )
         logger.warning("%s", problem)
 
 
 def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
-    """Make the data sets of the config known to Detectron2.
+    """Register the data sets of the config in Detectron2's catalogs.
 
     Args:
-        cfg: names them.
-        training: those to train on as well; a model can be evaluated where they are not at hand.
+        cfg: the config.
+        training: also register the data sets to train on, which evaluation does not need.
 
     Raises:
-        UsageError: for an unknown name, a missing file or folder.
+        UsageError: for an unknown name, or a missing file or folder.
     """
     data = cfg.DATASETS
-    register_named = partial(register, allow_outside=data.CHECKS.ALLOW_OUTSIDE_PATHS)
-    labeled = [*data.TEST, *data.TRAIN, *data.UNLABELED_TRUTH] if training else data.TEST
-    register_named(labeled, data.CLASS_NAMES)
+    allow_outside = data.CHECKS.ALLOW_OUTSIDE_PATHS
+    annotated = [*data.TEST, *data.TRAIN, *data.UNLABELED_TRUTH] if training else data.TEST
+    register(annotated, data.CLASS_NAMES, allow_outside=allow_outside)
     if training:
-        register_named(data.UNLABELED, data.CLASS_NAMES, labeled=False)
+        register(data.UNLABELED, data.CLASS_NAMES, allow_outside=allow_outside, labeled=False)
 
 
 def load_training_sets(cfg: CfgNode) -> TrainingSets:
     """Read, check and split ``DATASETS.TRAIN`` and ``DATASETS.UNLABELED``.
 
+    Must be called on all processes.
+
     Raises:
-        UsageError: for anything in them that the user has to put right.
+        UsageError: for problems of the data that the user has to fix.
     """
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
     annotated = {name: list(_load(name)) for name in cfg.DATASETS.TRAIN}
-    tested = {name: list(_load(name)) for name in cfg.DATASETS.TEST}
-    for name, records in tested.items():
-        check_test_set(name, records)
-        check_images_exist(records)
+    test_sets = load_test_sets(cfg)
     class_names = _checked_class_names(cfg)
     drawn, rest = split_annotated(cfg, annotated)
-    labeled = check_boxes(drawn, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
-    check_images_exist(labeled)
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        labeled = filter_images_with_only_crowd_annotations(labeled)
-    # Whether images without one were left out or not: a detector of nothing is not meant.
-    if not any(a.get("iscrowd", 0) == 0 for record in labeled for a in record["annotations"]):
-        raise UsageError(
-            f"no labeled image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on: its "
-            "annotations are missing or left out, or DATASETS.LABELED_PERCENT drew none of them"
-        )
+    labeled = _labeled_images(cfg, drawn)
     others = {name: _load(name) for name in cfg.DATASETS.UNLABELED}
-    found = ImageFiles.joined([*map(ImageFiles.of_records, (rest, *others.values()))])
-    real_paths = RealPaths()
-    exclude = cfg.DATASETS.EXCLUDE_LABELED
-    unlabeled = without_overlap(labeled, found, real_paths, exclude=exclude)
-    unlabeled = _without_test_images(cfg, unlabeled, tested, real_paths)
-    _warn_of_labeled_test_images(labeled, tested, real_paths)
-    _check_enough_unlabeled(cfg, unlabeled)
+    unlabeled = _unlabeled_images(cfg, labeled, [rest, *others.values()], test_sets)
     monitored = choose_monitored(cfg, unlabeled, rest, others, class_names)
     if cfg.DATASETS.CHECKS.DECODE_IMAGES:
-        # Last, since it takes longest. Boxes that were left out may be due to a wrong size.
-        check_images_decode([*drawn, *(record for name in tested for record in tested[name])])
+        # Last, because it takes longest. Images without usable boxes are checked as well, since a
+        # wrong image size can be the reason.
+        check_images_decode([*drawn, *chain(*test_sets.values())])
     if comm.is_main_process():
         boxes = [annotation for record in labeled for annotation in record["annotations"]]
-        # As if of one image, which is counted faster.
+        # Passed as the boxes of a single image, which Detectron2 counts faster.
         print_instances_class_histogram([{"annotations": boxes}], class_names)
         logger.info("%d labeled and %d unlabeled images", len(labeled), len(unlabeled))
     return TrainingSets(PackedRecords(labeled), unlabeled, class_names, monitored)
-
-
-def _fingerprint(records: ImageFiles | Iterable[dict]) -> str:
-    files = ImageFiles.of_records(records)
-    digest = hashlib.sha256(files.base_names).hexdigest()
-    return f"{len(files)} images ({digest[:12]})"
 
 
 def _load(name: str) -> Sequence[dict]:
@@ -161,48 +145,115 @@ def _load(name: str) -> Sequence[dict]:
     return records
 
 
+def check_test_sets(cfg: CfgNode) -> None:
+    """Run the checks of ``DATASETS.TEST`` that training runs, including those of the images.
+
+    Must be called on all processes.
+
+    Raises:
+        UsageError: for problems of the data that the user has to fix.
+    """
+    if not cfg.DATASETS.TEST:
+        raise UsageError("DATASETS.TEST is empty: there is no data set to evaluate on")
+    test_sets = load_test_sets(cfg)
+    if cfg.DATASETS.CHECKS.DECODE_IMAGES:
+        check_images_decode([*chain(*test_sets.values())])
+
+
+def load_test_sets(cfg: CfgNode) -> dict[str, list[dict]]:
+    """Read ``DATASETS.TEST`` and check its boxes and that its images exist.
+
+    Returns:
+        data set -> records.
+
+    Raises:
+        UsageError: for problems of the data that the user has to fix.
+    """
+    test_sets = {name: list(_load(name)) for name in cfg.DATASETS.TEST}
+    for name, records in test_sets.items():
+        check_test_set(name, records)
+        check_images_exist(records)
+    return test_sets
+
+
 def _checked_class_names(cfg: CfgNode) -> list[str]:
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     class_names = {n: list(MetadataCatalog.get(n).get("thing_classes", [])) for n in names}
     for name, classes in class_names.items():
         if not classes:
-            raise UsageError(f"{name} has no annotations; name it in DATASETS.UNLABELED")
+            raise UsageError(f"{name} has no annotations; put it into DATASETS.UNLABELED")
     check_classes(class_names, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     return class_names[cfg.DATASETS.TRAIN[0]]
 
 
-def _without_test_images(
-    cfg: CfgNode, unlabeled: ImageFiles, tested: dict[str, list[dict]], real_paths: RealPaths
+def _labeled_images(cfg: CfgNode, records: list[dict]) -> list[dict]:
+    crowds = describe_crowds("the labeled images", records, "They are not trained on")
+    if crowds:
+        logger.info("%s", crowds)
+    labeled = check_boxes(records, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
+    check_images_exist(labeled)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        labeled = filter_images_with_only_crowd_annotations(labeled)
+    # Also checked if images without boxes are kept, since nothing could be learned.
+    if not any(a.get("iscrowd", 0) == 0 for record in labeled for a in record["annotations"]):
+        raise UsageError(
+            f"no labeled image of {', '.join(cfg.DATASETS.TRAIN)} has a box to train on: all "
+            "annotations are missing or were left out, or DATASETS.LABELED_PERCENT selected only "
+            "images without boxes"
+        )
+    return labeled
+
+
+def _unlabeled_images(
+    cfg: CfgNode,
+    labeled: list[dict],
+    parts: Sequence[Iterable[dict]],
+    test_sets: dict[str, list[dict]],
 ) -> ImageFiles:
-    common = common_images(chain(*tested.values()), unlabeled, real_paths)
+    real_paths = RealPathCache()
+    unlabeled = ImageFiles.concatenate([ImageFiles.of_records(part) for part in parts])
+    exclude = cfg.DATASETS.EXCLUDE_LABELED
+    unlabeled = without_overlap(labeled, unlabeled, real_paths, exclude=exclude)
+    unlabeled = _without_test_images(cfg, unlabeled, test_sets, real_paths)
+    _warn_of_labeled_test_images(labeled, test_sets, real_paths)
+    _check_enough_unlabeled(cfg, unlabeled)
+    return unlabeled
+
+
+def _without_test_images(
+    cfg: CfgNode,
+    unlabeled: ImageFiles,
+    test_sets: dict[str, list[dict]],
+    real_paths: RealPathCache,
+) -> ImageFiles:
+    common = common_images(chain(*test_sets.values()), unlabeled, real_paths)
     if not common:
         return unlabeled
     if cfg.DATASETS.EXCLUDE_LABELED:
         logger.info("left out %d unlabeled images that are test images", len(common))
         return unlabeled.without(common)
     logger.warning(
-        "%d unlabeled images are in the test sets %s as well: the result will flatter. Leave them "
-        "out with DATASETS.EXCLUDE_LABELED True",
+        "%d unlabeled images are also in the test sets %s: test scores will be optimistic. Leave "
+        "them out with DATASETS.EXCLUDE_LABELED True",
         len(common),
-        ", ".join(tested),
+        ", ".join(test_sets),
     )
     return unlabeled
 
 
 def _warn_of_labeled_test_images(
-    labeled: list[dict], tested: dict[str, list[dict]], real_paths: RealPaths
+    labeled: list[dict], test_sets: dict[str, list[dict]], real_paths: RealPathCache
 ) -> None:
-    """No error: to train and test on the same few images is how one sees that training works."""
+    """Not an error: training and testing on the same few images shows that training works."""
     images = ImageFiles.of_records(labeled)
-    common = common_images(chain(*tested.values()), images, real_paths)
+    common = common_images(chain(*test_sets.values()), images, real_paths)
     if common:
         logger.warning(
-            "%d of %d labeled images are in the test sets %s as well: how good the detector is on "
-            "images that it has not learned will not be known. Take them out of DATASETS.TRAIN or "
-            "DATASETS.TEST",
+            "%d of %d labeled images are also in the test sets %s: test scores will be optimistic. "
+            "Remove them from DATASETS.TRAIN or DATASETS.TEST",
             len(common),
             len(labeled),
-            ", ".join(tested),
+            ", ".join(test_sets),
         )
 
 
@@ -210,7 +261,13 @@ def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
     mutual_learning = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
     if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
         raise UsageError(
-            "there are no unlabeled images to learn from: name some in DATASETS.UNLABELED or use "
-            "less of the labels with DATASETS.LABELED_PERCENT, with SOLVER.IMS_PER_BATCH_UNLABELED "
-            "above 0; or train on labels alone with SEMI.BURN_IN_ITERS >= SOLVER.MAX_ITER"
+            "there are no unlabeled images to learn from: set DATASETS.UNLABELED, or use a part of "
+            "the labels with DATASETS.LABELED_PERCENT, and SOLVER.IMS_PER_BATCH_UNLABELED above 0. "
+            "Or train on labels only with SEMI.BURN_IN_ITERS >= SOLVER.MAX_ITER"
         )
+
+
+def _fingerprint(records: ImageFiles | Iterable[dict]) -> str:
+    files = ImageFiles.of_records(records)
+    digest = hashlib.sha256(files.base_names).hexdigest()
+    return f"{len(files)} images ({digest[:12]})"

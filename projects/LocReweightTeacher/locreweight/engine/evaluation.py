@@ -1,16 +1,21 @@
-"""Average precision of a model on the test sets of a config."""
+"""Evaluate models on test sets: COCO-style average precision, and VOC's 11-point one."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
+from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, build_detection_test_loader
-from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -23,80 +28,236 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 from torch import nn
 
-from ..data.checks import check_classes
+from ..checkpoint.loading import check_weights_exist, read_description
+from ..data.checks import (
+    check_boxes,
+    check_classes,
+    check_test_set,
+    countable_boxes,
+    describe_crowds,
+    first_few,
+)
+from ..data.datasets.file_names import printable_name
+from ..data.datasets.voc import read_split
 from ..data.mapper import RecordMapper
+from ..data.training_sets import check_test_sets
 from ..errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+_COCO_LIMIT = 100  # detections per image
+_UNLIMITED = 10**6
+_MAX_AREA = 1e10  # of COCO's range "all", in square pixels
+
 
 def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) -> dict:
-    """Evaluate on all ``DATASETS.TEST``; to be called on all processes.
+    """Evaluate a model on all ``DATASETS.TEST``; must be called on all processes.
 
     Args:
         cfg: names the test sets.
-        model: is put back into the mode that it was in.
-        keep_detections: write them to ``OUTPUT_DIR/inference``.
+        model: its training or evaluation mode is restored.
+        keep_detections: write detections to ``OUTPUT_DIR/inference``.
 
     Returns:
-        On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent, for Pascal VOC
-        ``"voc_11_point"`` beside it; with several test sets one such dictionary for each name.
-        Elsewhere the same without content.
+        On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent; datasets in
+        Pascal VOC format also have ``"voc_11_point"``. With several test sets, a dictionary of
+        these by name. On other processes, the dictionaries are empty.
 
     Raises:
-        UsageError: if a data set has no annotations or its classes are not the model's.
+        UsageError: if a data set has no box to evaluate on, or its classes are not the model's.
     """
+    write_ground_truth(cfg)
     results = OrderedDict()
     for name in cfg.DATASETS.TEST:
         loader = build_detection_test_loader(cfg, name, mapper=RecordMapper(cfg, is_train=False))
-        classes = list(MetadataCatalog.get(name).get("thing_classes", []))
-        if not classes:
-            raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")
-        check_classes({name: classes}, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         evaluator = _build_evaluator(cfg, name, keep_detections)
         results[name] = inference_on_dataset(model, loader, evaluator) or {}
         if comm.is_main_process():
             print_csv_format(results[name])
+            logger.info("AP of %s: %s", name, _describe_limit(cfg))
     return next(iter(results.values())) if len(results) == 1 else dict(results)
 
 
+def check_evaluation(cfg: CfgNode) -> None:
+    """Check the test sets, and that they have the classes of the checkpoint ``MODEL.WEIGHTS``.
+
+    Must be called on all processes.
+
+    Raises:
+        UsageError: for problems of the data, or if class names or their order differ and
+            ``DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES`` is False.
+    """
+    check_test_sets(cfg)
+    file = cfg.MODEL.WEIGHTS
+    if not file or file.endswith(".pkl"):  # Detectron2's files do not name classes
+        return
+    check_weights_exist(file)
+    description = read_description(file, trusted=cfg.MODEL.TRUST_WEIGHTS)
+    if description and not cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES:
+        for name in cfg.DATASETS.TEST:
+            _check_checkpoint_classes(
+                file, description.class_names, name, list(MetadataCatalog.get(name).thing_classes)
+            )
+
+
+def _check_checkpoint_classes(
+    file: str, trained: Sequence[str], name: str, tested: Sequence[str]
+) -> None:
+    if list(trained) == list(tested):
+        return
+    if sorted(trained) == sorted(tested):
+        difference = "the same classes in another order"
+        fix = "Sort the classes of the data set like those of the checkpoint (COCO: by category id)"
+    else:
+        difference = "other classes"
+        fix = "Use data with the classes of the checkpoint"
+    pairs = zip_longest(trained, tested, fillvalue="(none)")
+    first, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise UsageError(
+        f"the test set {name} has {difference} than the checkpoint {file}, so detections would "
+        f"count for wrong classes. Checkpoint: {first_few(trained)}. Test set: "
+        f"{first_few(tested)}. Class {first} is {there!r} in the checkpoint, {here!r} in the test "
+        f"set. {fix}. Or, if class i of the data means class i of the checkpoint under another "
+        "name, set DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES True"
+    )
+
+
 def main_metric(cfg: CfgNode) -> str:
-    """Under which name the AP of the first test set is logged; it decides which teacher is best."""
+    """Return the metric by which the best teacher is selected: AP on the first test set."""
     return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
 
 
 class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
-    """VOC's own AP of 2007, under a name that leaves COCO's beside it."""
+    """11-point AP of Pascal VOC 2007. Its name differs from that of the COCO-style AP.
+
+    As in COCO, it is the mean over the classes that occur in the test set. Detectron2 counts other
+    classes as 0.
+    """
+
+    _class_names: list[str]
+    _predictions: dict[int, list[str]]
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        metadata = MetadataCatalog.get(name)
+        self._image_ids = read_split(metadata.dirname, metadata.split, allow_outside=True)
+
+    def find_problem(self) -> str:
+        """Why the annotations lack what Detectron2's evaluator needs; empty if they do not."""
+        try:
+            self._objects()
+        except (AttributeError, OSError, ValueError, ElementTree.ParseError) as error:
+            return str(error)
+        spaced = [image_id for image_id in self._image_ids if len(image_id.split()) > 1]
+        return f"there are spaces in the image name {spaced[0]!r}" if spaced else ""
 
     def evaluate(self) -> dict | None:
-        results = super().evaluate()
+        names = {entry["name"] for entry in self._objects() if not entry["difficult"]}
+        occurring = [i for i, name in enumerate(self._class_names) if name in names]
+        self._predictions = {i: self._predictions.get(old, []) for i, old in enumerate(occurring)}
+        self._class_names = [self._class_names[i] for i in occurring]
+        with tempfile.TemporaryDirectory() as folder:
+            # The list as it was read. Detectron2 does not know byte order marks and flags.
+            self._image_set_path = os.path.join(folder, "images.txt")
+            Path(self._image_set_path).write_text("".join(f"{i}\n" for i in self._image_ids))
+            results = super().evaluate()
         return results and {"voc_11_point": results["bbox"]}
+
+    def _objects(self) -> list[dict]:
+        files = (self._anno_file_template.format(image_id) for image_id in self._image_ids)
+        return [entry for file in files for entry in parse_rec(file)]
 
 
 def write_ground_truth(cfg: CfgNode) -> None:
-    """Write what the test sets are evaluated with; to be called on all processes.
+    """Check the test sets and write their ground truth; must be called on all processes.
 
-    As it was read, with areas where the annotations lack them, and anew in each run: a cached
-    conversion outlives the annotations that it was made of. Training calls it before it starts: a
-    disk that fills up later cannot end it then.
+    Masks are ignored. Boxes without area or outside of their image, which no detector can find, are
+    left out. The files are written in each run, because a cached file might be older than the
+    annotations. Training calls this at startup, so that a disk that is full later does not end it.
 
     Raises:
-        UsageError: if it cannot be written.
+        UsageError: if a test set has no box to evaluate on or other classes than the model, or the
+            ground truth cannot be written.
     """
+    classes = {}
     for name in cfg.DATASETS.TEST:
         metadata = MetadataCatalog.get(name)
-        DatasetCatalog.get(name)  # a COCO json says its classes when it is read
-        if hasattr(metadata, "json_file") or not metadata.get("thing_classes"):
+        if metadata.get("ground_truth_is_ready") and metadata.get("json_file"):
+            classes[name] = list(metadata.thing_classes)
             continue
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
-        if comm.get_local_rank() == 0:  # machines may not share a disk
-            try:
-                convert_to_coco_json(name, json_file, allow_cached=False)
-            except OSError as error:
-                raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
-        comm.synchronize()
-        metadata.json_file = json_file
+        records = DatasetCatalog.get(name)  # a COCO json says its classes when it is read
+        classes[name] = list(metadata.get("thing_classes", []))
+        if not classes[name]:
+            raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")
+        check_test_set(name, records)
+        _log_uncounted(cfg, name, records)
+        if not metadata.get("json_file"):
+            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+            json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
+            if comm.get_local_rank() == 0:  # machines may not share a disk
+                _write_ground_truth(json_file, name, records)
+            comm.synchronize()
+            metadata.json_file = json_file
+        metadata.ground_truth_is_ready = True
+    if classes:
+        check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+
+def _write_ground_truth(json_file: str, name: str, records: Sequence[dict]) -> None:
+    annotations = [annotation for record in records for annotation in record.get("annotations", [])]
+    countable = {id(annotation) for record in records for annotation in countable_boxes(record)}
+    content = convert_to_coco_dict(name)
+    converted = []
+    for source, entry in zip(annotations, content["annotations"], strict=True):
+        width, height = entry["bbox"][2:]
+        # An area of 0 is a placeholder. COCO ignores boxes with a larger area than the limit.
+        entry["area"] = min(source.get("area") or width * height, _MAX_AREA)
+        if source.get("iscrowd", 0) or id(source) in countable:
+            converted.append(entry)
+    content["annotations"] = converted
+    try:
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_file).write_text(json.dumps(content))
+    except OSError as error:
+        raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
+
+
+def _log_uncounted(cfg: CfgNode, name: str, records: Sequence[dict]) -> None:
+    """Log which boxes do not count in evaluation, and which cannot all be found."""
+    consequence = "Evaluation ignores them: a detection of one is neither right nor wrong"
+    if crowds := describe_crowds(f"the test set {name}", records, consequence):
+        logger.info("%s", crowds)
+    check_boxes(list(records), drop_bad=True)  # logs those without area and outside of their image
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    numbers = {record["file_name"]: sum(1 for _ in countable_boxes(record)) for record in records}
+    above = [file for file, number in numbers.items() if number > limit >= 0]
+    if above:
+        largest = max(above, key=numbers.__getitem__)
+        logger.warning(
+            "%d of %d images of the test set %s have more boxes than TEST.DETECTIONS_PER_IMAGE %d, "
+            "such as %s with %d: no detector can reach an AP of 100. Set "
+            "TEST.DETECTIONS_PER_IMAGE %d",
+            len(above),
+            len(records),
+            name,
+            limit,
+            printable_name(largest),
+            numbers[largest],
+            numbers[largest],
+        )
+
+
+def _describe_limit(cfg: CfgNode) -> str:
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    if limit < 0:
+        return "no limit of detections per image"
+    return f"at most {limit} detections per image (TEST.DETECTIONS_PER_IMAGE)"
+
+
+def _max_detections(cfg: CfgNode) -> int:
+    """Detections that COCO's metric counts in each image, at least its usual 100."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    return _UNLIMITED if limit < 0 else max(limit, _COCO_LIMIT)
 
 
 def _inference_folder(cfg: CfgNode) -> str:
@@ -104,40 +265,36 @@ def _inference_folder(cfg: CfgNode) -> str:
 
 
 def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetEvaluator:
-    write_ground_truth(cfg)
     metadata = MetadataCatalog.get(name)
     folder = _inference_folder(cfg) if keep_detections else None
-    coco = COCOEvaluator(name, tasks=("bbox",), output_dir=folder)
-    if metadata.get("evaluator_type") != "pascal_voc" or not _devkit_reads(metadata):
+    coco = COCOEvaluator(
+        name, tasks=("bbox",), output_dir=folder, max_dets_per_image=_max_detections(cfg)
+    )
+    if metadata.get("evaluator_type") != "pascal_voc":
         return coco
-    return DatasetEvaluators([coco, ElevenPointEvaluator(name)])
-
-
-def _devkit_reads(metadata: Metadata) -> bool:
-    """Whether the annotations have all that Detectron2's Pascal VOC evaluator asks for."""
-    folder = Path(metadata.dirname)
-    ids = (folder / "ImageSets" / "Main" / f"{metadata.split}.txt").read_text().split()
-    try:
-        for image_id in ids:
-            parse_rec(str(folder / "Annotations" / f"{image_id}.xml"))
-    except (AttributeError, OSError, ValueError) as error:
-        logger.warning("no 11-point AP for %s: %s", metadata.name, error)
-        return False
-    return True
+    eleven_point = ElevenPointEvaluator(name)
+    if problem := eleven_point.find_problem():
+        logger.warning("no 11-point AP for %s: %s", name, problem)
+        return coco
+    return DatasetEvaluators([coco, eleven_point])
 
 
 def evaluate_teacher_and_student(
-    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool
+    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, identical: bool
 ) -> dict:
-    """The teacher's results, and the student's under ``"student"``.
+    """Evaluate both models; must be called on all processes.
 
     Args:
         cfg: names the test sets.
-        teacher, student: models; each is put back into the mode that it was in.
-        alike: the two have the same weights (in burn-in): evaluate once.
+        teacher, student: models. Their training or evaluation mode is restored.
+        identical: whether both have the same weights, as in burn-in. Then one evaluation suffices.
+
+    Returns:
+        the teacher's results as returned by :func:`evaluate`, and the student's as ``"student"``.
     """
-    # Detections are not kept: the student's would overwrite the teacher's, on a disk that may fill.
+    # The student's detections would overwrite the teacher's, and a disk that fills up during
+    # training would end it.
     results = evaluate(cfg, teacher, keep_detections=False)
-    if alike:
+    if identical:
         return {**results, "student": results}
     return {**results, "student": evaluate(cfg, student, keep_detections=False)}

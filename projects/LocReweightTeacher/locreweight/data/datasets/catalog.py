@@ -1,28 +1,35 @@
-"""Data sets named in the config by where they lie, without a line of Python.
+"""Registration of data sets that the config names by their location.
 
 ======================================  ==========================================================
-name                                    what it is
+name                                    data set
 ======================================  ==========================================================
 ``coco:<annotations.json>:<images>``    COCO json and the folder of its images
-``voc:<folder>:<split>``                ``Annotations``, ``ImageSets/Main/<split>.txt``,
-                                        ``JPEGImages``
-``folder:<images>``                     images without annotations, at any depth; links are
-                                        followed, each folder is read once
-``list:<index.txt>:<images>``           the same, of those that a text file lists: in each line a
-                                        path relative to the folder
-anything else                           a data set that Detectron2 has registered
+``voc:<folder>:<split>``                Pascal VOC: ``Annotations``, ``JPEGImages`` and
+                                        ``ImageSets/Main/<split>.txt``
+``voc:<folder>``                        Pascal VOC's xml files beside the images
+``yolo:<data.yaml>:<split>``            Ultralytics' layout; the split ``train`` may be left out
+``yolo:<images>:<labels>``              the same without a yaml file
+``labelme:<folder>``                    LabelMe's json files beside the images
+``folder:<images>``                     all images in a folder and its subfolders, without
+                                        annotations; symbolic links are followed
+``list:<index.txt>:<images>``           the images that a text file lists, without annotations; each
+                                        line is a path relative to the folder
+any other name                          a data set that is registered in Detectron2
 ======================================  ==========================================================
 
-Paths may start with ``$DETECTRON2_DATASETS`` or other variables. Boxes of records are xyxy or xywh
-as each record says, in absolute pixels of the original image.
+Paths may contain environment variables and ``~``. Boxes of records are xyxy or xywh, as each
+record's ``bbox_mode`` says, in absolute pixels of the original image.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
@@ -30,7 +37,46 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from ...errors import UsageError
 from .coco import load_coco
 from .image_folders import load_folder, load_list
-from .voc import load_unlabeled_voc, load_voc
+from .labelme import load_labelme
+from .packed_records import ImageFiles
+from .voc import load_unlabeled_voc, load_voc, load_voc_folder, split_file
+from .yolo import YAML_SUFFIXES, load_yolo, open_folders, open_yaml
+
+logger = logging.getLogger(__name__)
+
+DETECTRON2_DATASETS = "DETECTRON2_DATASETS"
+
+# Reads the records of a data set, and the metadata that Detectron2 keeps of it.
+Loader = Callable[[], Sequence[dict]]
+Source = tuple[Loader, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How data sets are read.
+
+    Attributes:
+        class_names: classes of data sets that do not list their own, in the order of the model.
+        allow_outside: annotation files may name images outside of their image folder.
+        labeled: annotations are required. Otherwise they may be missing or of any class.
+    """
+
+    class_names: tuple[str, ...] = ()
+    allow_outside: bool = False
+    labeled: bool = True
+
+
+@dataclass(frozen=True)
+class DatasetFormat:
+    """A kind of data set that a name can refer to.
+
+    Attributes:
+        form: the form of such a name, for messages.
+        open: ``(name, location, options)``; checks that the files exist, without reading them.
+    """
+
+    form: str
+    open: Callable[[str, str, ReadOptions], Source]
 
 
 def register(
@@ -40,132 +86,198 @@ def register(
     allow_outside: bool = False,
     labeled: bool = True,
 ) -> None:
-    """Make every name known to Detectron2's catalogs; nothing is read but what a check needs.
+    """Register data sets in Detectron2's catalogs. Their records are read when they are asked for.
 
     Args:
-        names: as in the table above.
-        class_names: of ``voc:`` data sets; VOC's twenty if empty.
-        allow_outside: annotation files may name images outside of their image folder.
-        labeled: annotations are needed; otherwise those of ``voc:`` may be missing or of any class.
+        names: see the table above.
+        class_names, allow_outside, labeled: see :class:`ReadOptions`.
 
     Raises:
-        UsageError: for an unknown name, a missing file or folder, also of what Detectron2 has
-            registered, a class name that is a path.
+        UsageError: for an unknown name, a missing file or folder, or a class name with a slash.
     """
+    options = ReadOptions(tuple(class_names), allow_outside, labeled)
     for name in names:
-        kind, _, rest = str(name).partition(":")
         if name in DatasetCatalog.list():
-            _need_registered(name)
+            _check_registered(name)
             continue
-        rest = expand_path(rest)
-        if kind == "coco":
-            parts = _two_parts(name, rest, "coco:<annotations.json>:<image folder>")
-            _register_coco(name, *parts, allow_outside)
-        elif kind == "voc":
-            folder, split = _two_parts(name, rest, "voc:<folder>:<split>")
-            classes = list(class_names) or list(VOC_CLASSES)
-            read = load_voc if labeled else load_unlabeled_voc
-            load_split = partial(read, folder, split, classes, allow_outside=allow_outside)
-            _register_voc(name, folder, split, classes, load_split)
-        elif kind == "folder":
-            _need_folder(rest, name)
-            DatasetCatalog.register(name, partial(load_folder, rest))
-        elif kind == "list":
-            list_file, folder = _two_parts(name, rest, "list:<index.txt>:<image folder>")
-            _need_file(list_file, name)
-            _need_folder(folder, name)
-            load = partial(load_list, list_file, folder, allow_outside=allow_outside)
-            DatasetCatalog.register(name, load)
-        else:
+        kind, _, location = str(name).partition(":")
+        if kind not in FORMATS:
+            forms = ", ".join(known.form for known in FORMATS.values())
             raise UsageError(
-                f"unknown data set {name!r}. Name one that Detectron2 has registered, or say where "
-                "it lies: coco:<annotations.json>:<image folder>, voc:<folder>:<split>, "
-                "folder:<image folder>, list:<index.txt>:<image folder>"
+                f"unknown data set {name!r}. Use a name registered in Detectron2, or one of {forms}"
             )
-
-
-def registered_file(name: str) -> str:
-    """The file that says which images a registered data set has; empty where there is none."""
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("dirname") and metadata.get("split"):
-        return os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
-    return metadata.get("json_file", "")
-
-
-def _need_registered(name: str) -> None:
-    """Detectron2 registers its data sets whether they are there or not."""
-    file = registered_file(name)
-    # Names of ours have a colon, and were looked for when they were registered.
-    if not file or ":" in name or "://" in file or os.path.isfile(file):
-        return
-    raise UsageError(
-        f"the file {file!r} of the data set {name!r} does not exist. Detectron2's own data sets "
-        f"are looked for below the folder that the environment variable {DETECTRON2_DATASETS} "
-        f"names, here {expand_path('$' + DETECTRON2_DATASETS)!r}: set it, put the data there, or name "
-        "others in DATASETS.TRAIN, UNLABELED and TEST"
-    )
-
-
-def _two_parts(name: str, rest: str, form: str) -> tuple[str, str]:
-    first, separator, second = rest.rpartition(":")
-    if not (first and separator and second):
-        raise UsageError(f"the data set name {name!r} is not of the form {form}")
-    return first, second
-
-
-def _need_folder(folder: str, name: str) -> None:
-    if not os.path.isdir(folder):
-        raise UsageError(f"the folder {folder!r} of the data set {name!r} does not exist")
-
-
-def _need_file(file: str, name: str) -> None:
-    if not os.path.isfile(file):
-        raise UsageError(f"the file {file!r} of the data set {name!r} does not exist")
-
-
-def _register_coco(name: str, json_file: str, image_folder: str, allow_outside: bool) -> None:
-    _need_file(json_file, name)
-    _need_folder(image_folder, name)
-    load = partial(load_coco, name, json_file, image_folder, allow_outside=allow_outside)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(image_root=image_folder, evaluator_type="coco")
-
-
-def _register_voc(
-    name: str, folder: str, split: str, class_names: list[str], load: Callable[[], list[dict]]
-) -> None:
-    for class_name in class_names:
-        if not isinstance(class_name, str) or os.sep in class_name:
-            # Detectron2's evaluator writes a file of that name.
-            raise UsageError(f"DATASETS.CLASS_NAMES holds {class_name!r}, no text without '/'")
-    _need_folder(folder, name)
-    _need_file(os.path.join(folder, "ImageSets", "Main", f"{split}.txt"), name)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(
-        thing_classes=class_names,
-        dirname=folder,
-        split=split,
-        year=2007,  # the 11-point metric
-        evaluator_type="pascal_voc",
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Where data lies: variables in the names of data sets.
-
-
-DETECTRON2_DATASETS = "DETECTRON2_DATASETS"
+        load, metadata = FORMATS[kind].open(name, expand_path(location), options)
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(**metadata)
 
 
 def expand_path(path: str) -> str:
-    """A path with ``$VARIABLES`` and ``~`` filled in.
+    """Replace environment variables and ``~`` in a path.
 
-    ``$DETECTRON2_DATASETS``, where Detectron2 looks for the data sets that it has registered, is
-    ``datasets`` if it is not set, as there. Other variables that are not set stay as they are, and
-    an error that names the path will show them.
+    ``$DETECTRON2_DATASETS``, the folder of Detectron2's data sets, defaults to ``datasets``.
+    Other variables that are not set stay in the path.
     """
     default = os.environ.get(DETECTRON2_DATASETS, "datasets")
     path = re.sub(
         rf"\$(?:{DETECTRON2_DATASETS}\b|{{{DETECTRON2_DATASETS}}})", lambda _: default, path
     )
     return os.path.expanduser(os.path.expandvars(path))
+
+
+def index_file(name: str) -> str:
+    """The file that lists the images of a registered data set; empty if there is none."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("dirname") and metadata.get("split"):
+        return split_file(metadata.dirname, metadata.split)
+    return metadata.get("json_file", "")
+
+
+# -- formats ---------------------------------------------------------------------------------------
+
+
+def _open_coco(name: str, location: str, options: ReadOptions) -> Source:
+    json_file, image_folder = _split_location(name, location)
+    _check_file(json_file, name)
+    _check_folder(image_folder, name)
+    load = partial(load_coco, name, json_file, image_folder, allow_outside=options.allow_outside)
+    return load, {"image_root": image_folder, "evaluator_type": "coco"}
+
+
+def _open_voc(name: str, location: str, options: ReadOptions) -> Source:
+    if os.path.isdir(location):
+        return _open_annotated_folder(name, location, options, load_voc_folder)
+    folder, split = _split_location(name, location)
+    class_names = list(options.class_names) or list(VOC_CLASSES)
+    for class_name in class_names:
+        if not isinstance(class_name, str) or os.sep in class_name:
+            # Detectron2's VOC evaluator writes a file with this name.
+            raise UsageError(
+                f"DATASETS.CLASS_NAMES contains {class_name!r}: use a text without '/'"
+            )
+    _check_folder(folder, name)
+    _check_file(split_file(folder, split), name)
+    read = load_voc if options.labeled else load_unlabeled_voc
+    load = partial(read, folder, split, class_names, allow_outside=options.allow_outside)
+    return load, {
+        "thing_classes": class_names,
+        "dirname": folder,
+        "split": split,
+        "year": 2007,  # selects the 11-point metric
+        "evaluator_type": "pascal_voc",
+    }
+
+
+def _open_labelme(name: str, location: str, options: ReadOptions) -> Source:
+    _check_folder(location, name)
+    return _open_annotated_folder(name, location, options, load_labelme)
+
+
+def _open_annotated_folder(
+    name: str,
+    folder: str,
+    options: ReadOptions,
+    read: Callable[[str, Sequence[str]], tuple[list[dict], list[str]]],
+) -> Source:
+    """A folder whose images have their annotations beside them."""
+
+    def load() -> Sequence[dict]:
+        records, class_names = read(folder, options.class_names)
+        MetadataCatalog.get(name).set(thing_classes=class_names)
+        return records
+
+    metadata = {"image_root": folder, "evaluator_type": "coco"}
+    return _with_optional_labels(load, partial(load_folder, folder), options), metadata
+
+
+def _open_yolo(name: str, location: str, options: ReadOptions) -> Source:
+    first, _, second = location.rpartition(":")
+    if location.endswith(YAML_SUFFIXES):
+        first, second = location, "train"
+    elif not (first and second):
+        _split_location(name, location)  # raises
+    if first.endswith(YAML_SUFFIXES):
+        _check_file(first, name)
+        outside = options.allow_outside
+        source = partial(open_yaml, first, second, options.class_names, allow_outside=outside)
+    else:
+        _check_folder(first, name)
+        _check_folder(second, name)
+        source = partial(open_folders, first, second, options.class_names)
+
+    def load() -> Sequence[dict]:
+        opened = source()
+        MetadataCatalog.get(name).set(thing_classes=opened.class_names)
+        return load_yolo(opened)
+
+    def load_images() -> ImageFiles:
+        return ImageFiles.of(map(os.fsencode, source().images))
+
+    return _with_optional_labels(load, load_images, options), {"evaluator_type": "coco"}
+
+
+def _with_optional_labels(load: Loader, load_images: Loader, options: ReadOptions) -> Loader:
+    """Use only the images of an unlabeled data set whose annotations cannot be read."""
+
+    def load_unlabeled() -> Sequence[dict]:
+        try:
+            return load()
+        except UsageError as error:
+            logger.info("the annotations of unlabeled images are not used: %s", error)
+            return load_images()
+
+    return load if options.labeled else load_unlabeled
+
+
+def _open_folder(name: str, location: str, options: ReadOptions) -> Source:
+    _check_folder(location, name)
+    return partial(load_folder, location), {}
+
+
+def _open_list(name: str, location: str, options: ReadOptions) -> Source:
+    list_file, folder = _split_location(name, location)
+    _check_file(list_file, name)
+    _check_folder(folder, name)
+    return partial(load_list, list_file, folder, allow_outside=options.allow_outside), {}
+
+
+FORMATS = {
+    "coco": DatasetFormat("coco:<annotations.json>:<image folder>", _open_coco),
+    "voc": DatasetFormat("voc:<folder>:<split> or voc:<folder>", _open_voc),
+    "yolo": DatasetFormat("yolo:<data.yaml>:<split> or yolo:<images>:<labels>", _open_yolo),
+    "labelme": DatasetFormat("labelme:<folder>", _open_labelme),
+    "folder": DatasetFormat("folder:<image folder>", _open_folder),
+    "list": DatasetFormat("list:<index.txt>:<image folder>", _open_list),
+}
+
+
+def _split_location(name: str, location: str) -> tuple[str, str]:
+    first, _, second = location.rpartition(":")
+    if not (first and second):
+        form = FORMATS[name.partition(":")[0]].form
+        raise UsageError(f"the data set name {name!r} does not have the form {form}")
+    return first, second
+
+
+def _check_registered(name: str) -> None:
+    """Check that a data set exists: Detectron2 registers its own whether they exist or not."""
+    file = index_file(name)
+    # Names with a colon were checked when they were registered.
+    if not file or ":" in name or "://" in file or os.path.isfile(file):
+        return
+    folder = expand_path("$" + DETECTRON2_DATASETS)
+    raise UsageError(
+        f"the file {file!r} of the data set {name!r} does not exist. Detectron2's data sets are "
+        f"expected below the folder in the environment variable {DETECTRON2_DATASETS}, now "
+        f"{folder!r}: set the variable, put the data there, or use other data sets in "
+        "DATASETS.TRAIN, UNLABELED and TEST"
+    )
+
+
+def _check_folder(folder: str, name: str) -> None:
+    if not os.path.isdir(folder):
+        raise UsageError(f"the folder {folder!r} of the data set {name!r} does not exist")
+
+
+def _check_file(file: str, name: str) -> None:
+    if not os.path.isfile(file):
+        raise UsageError(f"the file {file!r} of the data set {name!r} does not exist")

@@ -1,15 +1,15 @@
-"""Which images of annotated sets are labeled: drawn anew, or read from a file.
+"""Split of annotated data sets into labeled and unlabeled images.
 
-A file of this project (``datasets/make_split.py`` writes it) names images by their ids, and knows
-the annotation files that it was made for::
+A split is drawn from a seed, or read from ``DATASETS.SPLIT_FILE``. A file written by
+``datasets/make_split.py`` lists image ids and the annotation files that it belongs to::
 
     {"nested": true,
      "sets": [{"annotations": "instances_train2017.json", "sha256": "...", "images": 118287,
                "labeled": {"10.0": {"1": [9, 25, ...]}}}]}
 
-with percent -> seed -> ids. ``nested``: of one seed a smaller percentage is a subset of a larger
-one. The file ``COCO_supervision.txt`` that Unbiased Teacher published can be used as well; see
-:func:`_by_positions`.
+with percent -> seed -> image ids. ``nested`` says that for the same seed, a smaller percentage is a
+subset of a larger one. Unbiased Teacher's ``COCO_supervision.txt`` can be used as well, see
+:func:`_split_by_positions`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from detectron2.config import CfgNode
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from ...errors import UsageError
-from .catalog import expand_path, registered_file
+from ...file_io import sha256_of
+from .catalog import expand_path, index_file
 
 logger = logging.getLogger(__name__)
 
@@ -35,64 +36,67 @@ Records = list[dict]
 
 
 def split_annotated(cfg: CfgNode, annotated: dict[str, Records]) -> tuple[Records, Records]:
-    """Labeled images, and the others, by ``DATASETS.LABELED_PERCENT`` and ``DATASETS.SPLIT_SEED``.
+    """Split records by ``DATASETS.LABELED_PERCENT``, ``SPLIT_SEED`` and ``SPLIT_FILE``.
 
     Args:
-        cfg: says as well whether the split is drawn, or read from ``DATASETS.SPLIT_FILE``.
+        cfg: the config.
         annotated: name of a data set -> all its records.
 
+    Returns:
+        labeled records, and the others.
+
     Raises:
-        UsageError: for a percentage or seed that cannot be, a file that is broken, lacks that
+        UsageError: for an invalid percentage or seed, or a split file that is malformed, lacks the
             split, or was made for other annotations.
     """
     percent, seed = cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED
     if cfg.DATASETS.SPLIT_FILE:
         return _split_by_file(expand_path(cfg.DATASETS.SPLIT_FILE), annotated, percent, seed)
-    records = _joined(annotated)
-    labeled, rest = _drawn(len(records), percent, seed)
+    records = _concatenate(annotated)
+    labeled, rest = _draw_split(len(records), percent, seed)
     return [records[i] for i in labeled], [records[i] for i in rest]
 
 
-def check_split_is_there(cfg: CfgNode) -> None:
-    """Look up the split that a run will use in ``DATASETS.SPLIT_FILE``, if one is named.
+def check_split_exists(cfg: CfgNode) -> None:
+    """Check that ``DATASETS.SPLIT_FILE``, if set, has the split that the config selects.
 
-    Its ids are compared with the annotations only when these are read.
+    Image ids are compared with the annotations later, when these are read.
 
     Raises:
-        UsageError: for a file that is broken or lacks that split.
+        UsageError: if the file is malformed or lacks the split.
     """
     if not cfg.DATASETS.SPLIT_FILE:
         return
     file = expand_path(cfg.DATASETS.SPLIT_FILE)
-    content = _read(file)
-    with _broken(file):
+    content = _read_split_file(file)
+    with _malformed_file_errors(file):
         by_ids = "sets" in content
         for splits in [entry["labeled"] for entry in content["sets"]] if by_ids else [content]:
-            _chosen(file, splits, cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED)
+            _select_split(file, splits, cfg.DATASETS.LABELED_PERCENT, cfg.DATASETS.SPLIT_SEED)
 
 
 def write_split_file(
     file: Path, annotated: dict[str, Records], percents: Iterable[float], seeds: Iterable[int]
 ) -> None:
-    """Draw splits, all of them as :func:`split_annotated` draws them, and write them down.
+    """Draw splits in the same way as :func:`split_annotated` and write them to a file.
 
     Args:
-        file: to be written; its folder is made.
+        file: file to write; its folder is created.
         annotated: name of a data set -> all its records.
-        percents, seeds: each percentage is drawn with each seed.
+        percents, seeds: a split is drawn for each percentage with each seed.
 
     Raises:
-        UsageError: for a percentage or seed that cannot be, no images, a data set without an
-            annotation file, or a file that cannot be written.
+        UsageError: for an invalid percentage or seed, no images, a data set without an annotation
+            file, or a file that cannot be written.
     """
     ids = [(name, record["image_id"]) for name, records in annotated.items() for record in records]
     if not ids:
-        raise UsageError("there are no images to draw from: name data sets in DATASETS.TRAIN")
-    sets = {name: _description(name, len(records)) for name, records in annotated.items()}
+        raise UsageError("there are no images to split: set DATASETS.TRAIN")
+    sets = {name: _describe(name, records) for name, records in annotated.items()}
     for percent, seed in ((float(p), s) for p in percents for s in seeds):
         for entry in sets.values():
             entry["labeled"].setdefault(str(percent), {})[str(seed)] = []
-        for name, image_id in (ids[i] for i in _drawn(len(ids), percent, seed)[0]):
+        for name, image_id in (ids[i] for i in _draw_split(len(ids), percent, seed)[0]):
             sets[name]["labeled"][str(percent)][str(seed)].append(image_id)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,60 +105,101 @@ def write_split_file(
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
 
 
-def annotation_file(name: str) -> Path:
-    """The file that says which images a data set has, and for COCO all of its boxes.
+def annotation_file(name: str) -> Path | None:
+    """The file that defines the images of a data set and, for COCO, their boxes.
+
+    None for data sets with an annotation file for each image.
+    """
+    kind, _, location = name.partition(":")
+    if kind == "coco":
+        return Path(expand_path(location).rpartition(":")[0])
+    file = index_file(name)
+    return Path(file) if file else None
+
+
+def split_indices(size: int, labeled_percent: float, seed: int) -> tuple[list[int], list[int]]:
+    """Draw the labeled images of a data set, without replacement.
+
+    The result depends only on the arguments: it is the same in every process, run and machine. It
+    is nested: a smaller percentage gives a subset of a larger one.
+
+    Args:
+        size: number of images.
+        labeled_percent: in (0, 100]; at least one image is drawn.
+        seed: seed of the draw.
+
+    Returns:
+        sorted indices of the labeled images, and of the others.
 
     Raises:
-        UsageError: for a data set that is neither COCO nor Pascal VOC.
+        ValueError: if the percentage is not in (0, 100].
     """
-    kind, _, rest = name.partition(":")
-    if kind == "coco":
-        return Path(expand_path(rest).rpartition(":")[0])
-    if file := registered_file(name):
-        return Path(file)
-    raise UsageError(
-        f"{name} has no annotation file to tie a split to: DATASETS.SPLIT_FILE needs COCO json or "
-        "Pascal VOC"
-    )
+    if not 0 < labeled_percent <= 100:
+        raise ValueError(f"labeled_percent must be in (0, 100], got {labeled_percent}")
+    count = max(1, round(size * labeled_percent / 100))
+    # numpy guarantees that RandomState gives the same numbers in all versions.
+    order = np.random.RandomState(seed).permutation(size)
+    return sorted(order[:count].tolist()), sorted(order[count:].tolist())
 
 
-def _joined(annotated: dict[str, Records]) -> Records:
+def _concatenate(annotated: dict[str, Records]) -> Records:
     return [record for records in annotated.values() for record in records]
 
 
-def _drawn(size: int, percent: float, seed: int) -> tuple[list[int], list[int]]:
-    if not 0 <= seed < 2**32:  # what numpy takes
-        raise UsageError(f"DATASETS.SPLIT_SEED must lie in [0, 2**32), got {seed}")
+def _draw_split(size: int, percent: float, seed: int) -> tuple[list[int], list[int]]:
+    if not 0 <= seed < 2**32:  # the range of numpy's seeds
+        raise UsageError(f"DATASETS.SPLIT_SEED must be in [0, 2**32), got {seed}")
     try:
         return split_indices(size, percent, seed)
     except ValueError as error:
         raise UsageError(f"DATASETS.LABELED_PERCENT: {error}") from error
 
 
-def _description(name: str, images: int) -> dict[str, Any]:
-    file = annotation_file(name)
-    return {"annotations": file.name, "sha256": _sha256(file), "images": images, "labeled": {}}
+def _describe(name: str, records: Records) -> dict[str, Any]:
+    source, digest = _annotation_digest(name, records)
+    return {
+        "annotations": Path(source).name,
+        "sha256": digest,
+        "images": len(records),
+        "labeled": {},
+    }
 
 
-def _sha256(file: Path) -> str:
+def _annotation_digest(name: str, records: Records) -> tuple[str, str]:
+    """What defines the images of a data set, and its SHA-256.
+
+    It is the annotation file, or else what was read of the annotation files of all images.
+
+    Raises:
+        UsageError: if the data set has no annotations.
+    """
+    if file := annotation_file(name):
+        return str(file), sha256_of(file)
+    if not any("annotations" in record for record in records):
+        raise UsageError(
+            f"{name} has no annotations, which DATASETS.SPLIT_FILE needs: use an annotated data set"
+        )
     digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    for record in records:
+        boxes = [[a["category_id"], *map(float, a["bbox"])] for a in record.get("annotations", [])]
+        digest.update(json.dumps([record["image_id"], boxes]).encode())
+    return name, digest.hexdigest()
+
+
+# -- split files -----------------------------------------------------------------------------------
 
 
 def _split_by_file(
     file: str, annotated: dict[str, Records], percent: float, seed: int
 ) -> tuple[Records, Records]:
-    content = _read(file)
-    with _broken(file):
+    content = _read_split_file(file)
+    with _malformed_file_errors(file):
         if "sets" in content:
-            return _by_ids(file, content["sets"], annotated, percent, seed)
-        return _by_positions(file, content, _joined(annotated), percent, seed)
+            return _split_by_ids(file, content["sets"], annotated, percent, seed)
+        return _split_by_positions(file, content, _concatenate(annotated), percent, seed)
 
 
-def _read(file: str) -> dict[str, Any]:
+def _read_split_file(file: str) -> dict[str, Any]:
     try:
         return json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
@@ -162,57 +207,58 @@ def _read(file: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _broken(file: str) -> Iterator[None]:
-    """Whatever goes wrong with the content of a file has the file named."""
+def _malformed_file_errors(file: str) -> Iterator[None]:
+    """Convert errors caused by the content of a split file to UsageErrors that name the file."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(
-            f"DATASETS.SPLIT_FILE {file!r} is no file of splits ({type(error).__name__}: {error}); "
-            "datasets/make_split.py writes one"
+            f"DATASETS.SPLIT_FILE {file!r} is not a split file ({type(error).__name__}: {error}); "
+            "write one with datasets/make_split.py"
         ) from error
 
 
-def _by_ids(
+def _split_by_ids(
     file: str, sets: list[dict], annotated: dict[str, Records], percent: float, seed: int
 ) -> tuple[Records, Records]:
     if len(sets) != len(annotated):
         raise UsageError(
-            f"DATASETS.SPLIT_FILE {file!r} is of {len(sets)} data sets, DATASETS.TRAIN names "
+            f"DATASETS.SPLIT_FILE {file!r} is of {len(sets)} data sets, DATASETS.TRAIN has "
             f"{len(annotated)}"
         )
     labeled: Records = []
     rest: Records = []
     for entry, (name, records) in zip(sets, annotated.items(), strict=True):
-        _check_same_annotations(file, entry, name, len(records))
-        chosen = _chosen(file, entry["labeled"], percent, seed)
-        wanted = set(chosen)
-        if len(wanted) < len(chosen):
+        _check_same_annotations(file, entry, name, records)
+        ids = _select_split(file, entry["labeled"], percent, seed)
+        unique = set(ids)
+        if len(unique) < len(ids):
             raise UsageError(
-                f"DATASETS.SPLIT_FILE {file!r} names {len(chosen) - len(wanted)} images of {name} "
-                "more than once; write it anew with datasets/make_split.py"
+                f"DATASETS.SPLIT_FILE {file!r} lists {len(ids) - len(unique)} images of {name} "
+                "more than once; write it again with datasets/make_split.py"
             )
-        missing = wanted - {record["image_id"] for record in records}
+        missing = unique - {record["image_id"] for record in records}
         if missing:
             raise UsageError(
-                f"DATASETS.SPLIT_FILE {file!r} names {len(missing)} images that {name} lacks, such "
-                f"as {min(missing, key=str)!r}; write it anew with datasets/make_split.py"
+                f"DATASETS.SPLIT_FILE {file!r} lists {len(missing)} images that {name} lacks, such "
+                f"as {min(missing, key=str)!r}; write it again with datasets/make_split.py"
             )
         for record in records:
-            (labeled if record["image_id"] in wanted else rest).append(record)
+            (labeled if record["image_id"] in unique else rest).append(record)
     return labeled, rest
 
 
-def _check_same_annotations(file: str, entry: dict, name: str, images: int) -> None:
-    source = annotation_file(name)
-    expected, found = entry["sha256"], _sha256(source)
-    if expected != found:
+def _check_same_annotations(file: str, entry: dict, name: str, records: Records) -> None:
+    images = len(records)
+    expected = entry["sha256"]
+    source, actual = _annotation_digest(name, records)
+    if expected != actual:
         raise UsageError(
             f"DATASETS.SPLIT_FILE {file!r} was made for {entry['annotations']} with the SHA-256 "
-            f"{expected}, {source} has {found}: use the same annotations, or write the split anew "
-            "with datasets/make_split.py"
+            f"{expected}, but {source} has {actual}: use the same annotations, or write the split "
+            "again with datasets/make_split.py"
         )
     if entry["images"] != images:
         raise UsageError(
@@ -220,7 +266,7 @@ def _check_same_annotations(file: str, entry: dict, name: str, images: int) -> N
         )
 
 
-def _chosen(file: str, splits: dict[str, dict[str, list]], percent: float, seed: int) -> list:
+def _select_split(file: str, splits: dict[str, dict[str, list]], percent: float, seed: int) -> list:
     by_percent = {float(key): value for key, value in splits.items()}
     if percent not in by_percent:
         known = ", ".join(f"{key:g}" for key in sorted(by_percent))
@@ -236,65 +282,36 @@ def _chosen(file: str, splits: dict[str, dict[str, list]], percent: float, seed:
     return by_percent[percent][str(seed)]
 
 
-def _by_positions(
+def _split_by_positions(
     file: str, splits: dict, records: Records, percent: float, seed: int
 ) -> tuple[Records, Records]:
     """Unbiased Teacher's format: percent -> seed -> positions, without a checksum.
 
-    They are positions in the list that Detectron2 makes of COCO's train2017: ordered by image id,
-    without the images that have no object or crowds only (117266 of 118287 remain). Those belong
-    to neither part there, so they are left out here. The number of positions, the percentage of
-    the list's length rounded down, tells other annotations from these.
+    Positions refer to the list that Detectron2 makes of COCO's train2017: sorted by image id,
+    without images that have no object or only crowds (117266 of 118287 remain). Unbiased Teacher
+    uses these images in neither part, and so does this function. The number of positions, which is
+    the percentage of the list's length rounded down, shows whether the annotations are the same.
     """
-    chosen = _chosen(file, splits, percent, seed)
+    positions = _select_split(file, splits, percent, seed)
     with_objects = filter_images_with_only_crowd_annotations(records)
     expected = int(percent / 100 * len(with_objects))
-    positions = set(chosen)
-    if len(chosen) != expected or len(positions) != expected:
+    unique = set(positions)
+    if len(positions) != expected or len(unique) != expected:
         raise UsageError(
-            f"DATASETS.SPLIT_FILE {file!r} has {len(chosen)} images as {percent:g} %, but of the "
-            f"{len(with_objects)} images with objects here {expected} would be: it was made for "
-            "other annotations (COCO's train2017 has 117266 such images)"
+            f"DATASETS.SPLIT_FILE {file!r} has {len(positions)} images for {percent:g} %, but "
+            f"{percent:g} % of the {len(with_objects)} images with objects are {expected}: it was "
+            "made for other annotations (COCO's train2017 has 117266 such images)"
         )
-    if positions and not (0 <= min(positions) and max(positions) < len(with_objects)):
+    if unique and not (0 <= min(unique) and max(unique) < len(with_objects)):
         raise UsageError(
-            f"DATASETS.SPLIT_FILE {file!r} names positions up to {max(positions)}, there are "
+            f"DATASETS.SPLIT_FILE {file!r} lists positions up to {max(unique)}, but there are "
             f"{len(with_objects)} images with objects"
         )
     logger.info(
-        "split of %s: %d images without objects are left out",
+        "split file %s: left out %d images without objects",
         file,
         len(records) - len(with_objects),
     )
-    labeled = [record for i, record in enumerate(with_objects) if i in positions]
-    rest = [record for i, record in enumerate(with_objects) if i not in positions]
+    labeled = [record for i, record in enumerate(with_objects) if i in unique]
+    rest = [record for i, record in enumerate(with_objects) if i not in unique]
     return labeled, rest
-
-
-# --------------------------------------------------------------------------------------------------
-# Which images of a fully annotated set are used with their labels.
-
-
-def split_indices(size: int, labeled_percent: float, seed: int) -> tuple[list[int], list[int]]:
-    """Draw the labeled images of a data set, without replacement.
-
-    The draw depends on the arguments alone: it is the same in every process, on every machine and
-    in every run. It is nested: a smaller percentage takes a subset of what a larger one takes.
-
-    Args:
-        size: number of images.
-        labeled_percent: in (0, 100]; at least one image is drawn.
-        seed: which of the possible draws.
-
-    Returns:
-        indices of the labeled images and of the others, both in order.
-
-    Raises:
-        ValueError: for a percentage outside of (0, 100].
-    """
-    if not 0 < labeled_percent <= 100:
-        raise ValueError(f"labeled_percent must lie in (0, 100], got {labeled_percent}")
-    count = max(1, round(size * labeled_percent / 100))
-    # numpy's old generator: its numbers are promised to stay the same in all later versions.
-    order = np.random.RandomState(seed).permutation(size)
-    return sorted(order[:count].tolist()), sorted(order[count:].tolist())

@@ -1,16 +1,27 @@
-"""Folders in Pascal VOC's layout."""
+"""Reader of Pascal VOC annotations, in VOC's layout or beside the images, as labelImg writes."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from detectron2.structures import BoxMode
 
 from ...errors import UsageError
-from .file_names import check_inside, printable_name
+from .file_names import (
+    IMAGE_SUFFIXES,
+    ImageFinder,
+    check_inside,
+    files_with_suffix,
+    printable_name,
+    read_text,
+)
+from .labels import ClassNames
 
 logger = logging.getLogger(__name__)
 
@@ -18,105 +29,184 @@ logger = logging.getLogger(__name__)
 def load_voc(
     folder: str, split: str, class_names: list[str], *, allow_outside: bool = False
 ) -> list[dict]:
-    """Records of a folder in Pascal VOC's layout.
+    """Read the annotated images of a split.
 
-    Unlike Detectron2's reader, objects marked difficult are kept apart: as ``iscrowd`` they are
-    left out of training and ignored in evaluation.
+    Objects marked as difficult become ``iscrowd`` annotations, which are left out of training and
+    ignored in evaluation. Detectron2's reader does not tell them from other objects.
 
     Args:
-        folder: with ``Annotations``, ``ImageSets/Main/<split>.txt``, ``JPEGImages``.
-        split: which list of images.
+        folder: with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main/<split>.txt``. Images may
+            be of any kind that can be read, not only .jpg.
+        split: name of the list of images.
         class_names: in the order of the model's classes.
-        allow_outside: the list may name files outside of these folders.
+        allow_outside: the list may name files outside of the folder.
+
+    Returns:
+        records in Detectron2's standard format. Boxes are xyxy in absolute pixels of the original
+        image, where the first pixel covers [0, 1].
 
     Raises:
-        UsageError: for a missing or broken annotation, a class that is not in ``class_names``, or
-            an image that is listed twice.
+        UsageError: for a missing or malformed annotation, a class that is not in ``class_names``,
+            or an image that is listed twice.
     """
-    return _records(folder, _listed(folder, split, allow_outside), class_names)
+    image_ids = read_split(folder, split, allow_outside)
+    finder = _finder(folder, split, allow_outside)
+    classes = ClassNames(class_names)
+    return [
+        _read_record(os.path.join(folder, "Annotations", f"{i}.xml"), i, i, finder, classes)
+        for i in image_ids
+    ]
 
 
 def load_unlabeled_voc(
     folder: str, split: str, class_names: list[str], *, allow_outside: bool = False
 ) -> list[dict]:
-    """The same of images to learn from without labels, which need no annotations.
+    """Read the images of a split to train on without labels; annotations are optional.
 
-    Those that are there can only say how good pseudo-labels are. Unless all of them can be read,
-    and their classes are known, records have nothing but ``file_name`` and ``image_id``.
+    Annotations serve only to measure pseudo-labels. If one is missing or has an unknown class, all
+    records have only ``file_name`` and ``image_id``.
+
+    Args:
+        folder, split, class_names, allow_outside: as for :func:`load_voc`.
 
     Raises:
-        UsageError: for a list that cannot be used.
+        UsageError: if the list of images cannot be used.
     """
-    ids = _listed(folder, split, allow_outside)
     try:
-        return _records(folder, ids, class_names)
+        return load_voc(folder, split, class_names, allow_outside=allow_outside)
     except UsageError as error:
+        image_ids = read_split(folder, split, allow_outside)
         logger.info("the annotations of unlabeled images are not used: %s", error)
-        return [{"file_name": _image(Path(folder), i), "image_id": i} for i in ids]
+        finder = _finder(folder, split, allow_outside)
+        return [{"file_name": finder.find_with_stem(i, i), "image_id": i} for i in image_ids]
 
 
-def _listed(folder: str, split: str, allow_outside: bool) -> list[str]:
-    """The names of a split's images."""
-    listed = Path(folder) / "ImageSets" / "Main" / f"{split}.txt"
+def load_voc_folder(folder: str, class_names: Sequence[str]) -> tuple[list[dict], list[str]]:
+    """Read the xml files of a folder and its subfolders, each beside its image.
+
+    Images without an xml file are left out, because their objects are not known.
+
+    Args:
+        folder: with images and xml files of the same names. In a folder ``Annotations``, xml files
+            are of the images in the folder ``JPEGImages`` or ``images`` beside it.
+        class_names: in the order of the model's classes. If it is empty, the classes are those of
+            the annotations in alphabetical order.
+
+    Returns:
+        records as of :func:`load_voc`, with the path of the xml file without suffix as
+        ``image_id``; and the class names.
+
+    Raises:
+        UsageError: for a missing or malformed annotation, or a class that is not in
+            ``class_names``.
+    """
+    files = files_with_suffix(folder, ".xml")
+    if not files:
+        raise UsageError(f"there is no xml file in {folder}")
+    classes = ClassNames(class_names)
+    finder = ImageFinder(folder, folder, allow_outside=False)
+    records = []
+    for file in files:
+        image_id = file[: -len(".xml")]
+        stem = _image_stem(folder, image_id)
+        records.append(_read_record(os.path.join(folder, file), image_id, stem, finder, classes))
+    return classes.with_indices(records), classes.names
+
+
+def split_file(folder: str, split: str) -> str:
+    """Path of the list of a split's images."""
+    return str(Path(folder) / "ImageSets" / "Main" / f"{split}.txt")
+
+
+def read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
+    """Read the image ids of a split.
+
+    Raises:
+        UsageError: if the list is no text, or lists an image twice.
+    """
+    file = split_file(folder, split)
     try:
-        lines = listed.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{listed} is no list of images: {error}") from error
-    # A list of one class says behind each name whether the image shows it.
-    ids = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
-    for image_id in ids:
-        check_inside(image_id, str(listed), folder, allow_outside=allow_outside)
-    if len(set(ids)) < len(ids):
-        repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
-        raise UsageError(f"{listed} lists {printable_name(repeated)} more than once")
-    return ids
+        raise UsageError(f"{file} is no list of images: {error}") from error
+    # The list of a class has a flag behind each name: whether the image shows the class.
+    image_ids = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
+    for image_id in image_ids:
+        check_inside(image_id, file, folder, allow_outside=allow_outside)
+    image_ids = [_without_suffix(folder, image_id) for image_id in image_ids]
+    repeated = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+    if repeated:
+        raise UsageError(f"{file} lists {printable_name(repeated[0])} more than once")
+    return image_ids
 
 
-def _records(folder: str, ids: list[str], class_names: list[str]) -> list[dict]:
-    index = {name: i for i, name in enumerate(class_names)}
-    return [_record(Path(folder), image_id, index) for image_id in ids]
+def _without_suffix(folder: str, image_id: str) -> str:
+    """Some lists name image files instead of images."""
+    stem, suffix = os.path.splitext(image_id)
+    if suffix.lower() not in IMAGE_SUFFIXES:
+        return image_id
+    annotations = Path(folder) / "Annotations"
+    is_file_name = not (annotations / f"{image_id}.xml").exists()
+    return stem if is_file_name and (annotations / f"{stem}.xml").exists() else image_id
 
 
-def _image(folder: Path, image_id: str) -> str:
-    return str(folder / "JPEGImages" / f"{image_id}.jpg")
+def _finder(folder: str, split: str, allow_outside: bool) -> ImageFinder:
+    images = str(Path(folder) / "JPEGImages")
+    return ImageFinder(split_file(folder, split), images, allow_outside=allow_outside)
 
 
-def _record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
-    file = folder / "Annotations" / f"{image_id}.xml"
+def _image_stem(folder: str, image_id: str) -> str:
+    """Where the image of an xml file is expected, without suffix, relative to the folder."""
+    parent, name = os.path.split(image_id)
+    if os.path.basename(parent).lower() != "annotations":
+        return image_id
+    for images in ("JPEGImages", "images"):
+        sibling = os.path.join(os.path.dirname(parent), images)
+        if os.path.isdir(os.path.join(folder, sibling)):
+            return os.path.join(sibling, name)
+    return image_id
+
+
+def _read_record(
+    file: str, image_id: str, stem: str, finder: ImageFinder, classes: ClassNames
+) -> dict:
+    """
+    Args:
+        file: the xml file.
+        image_id: of the record.
+        stem: path of the image without suffix, for ``finder``.
+        finder: finds images.
+        classes: classes of the annotations.
+    """
+    name = printable_name(file)
     try:
         root = ElementTree.parse(file).getroot()
         width, height = (int(_text(root, f"size/{side}")) for side in ("width", "height"))
         if min(width, height) < 1:
-            raise ValueError(f"it says that its image has {width} x {height} pixels")
-        return {
-            "file_name": _image(folder, image_id),
-            "image_id": image_id,
-            "height": height,
-            "width": width,
-            "annotations": [_object(node, class_index) for node in root.findall("object")],
-        }
+            raise ValueError(f"its image size is {width} x {height} pixels")
+        annotations = [_annotation(node, classes) for node in root.findall("object")]
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise UsageError(f"the annotation {printable_name(str(file))} {reason}") from error
+        raise UsageError(f"the annotation {name} {reason}") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: the encoding
-        raise UsageError(
-            f"the annotation {printable_name(str(file))} is broken: {error}"
-        ) from error
-
-
-def _object(node: ElementTree.Element, class_index: dict[str, int]) -> dict:
-    name = _text(node, "name")
-    if name not in class_index:
-        raise ValueError(
-            f"class {name!r} is none of {list(class_index)}; set DATASETS.CLASS_NAMES to the names "
-            "that the annotations use and MODEL.ROI_HEADS.NUM_CLASSES to their number"
-        )
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    x1, y1, x2, y2 = (float(_text(node, f"bndbox/{corner}")) for corner in corners)
-    # Corners are pixels counted from 1, and both belong to the box. Where they coincide that would
-    # make an object of one pixel's width; it is a slip, so the box is kept as one without area.
+        raise UsageError(f"the annotation {name} is malformed: {error}") from error
     return {
-        "category_id": class_index[name],
+        "file_name": finder.find_with_stem(stem, (root.findtext("filename") or "").strip()),
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
+
+
+def _annotation(node: ElementTree.Element, classes: ClassNames) -> dict:
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    category_id = classes.index(_text(node, "name"))
+    x1, y1, x2, y2 = (float(_text(node, f"bndbox/{corner}")) for corner in corners)
+    # Corners are pixel numbers, counted from 1, and both pixels belong to the box. If they are
+    # equal, this would give a box of one pixel for what is an annotation mistake: keep it empty.
+    return {
+        "category_id": category_id,
         "bbox": [x1 - (x2 != x1), y1 - (y2 != y1), x2, y2],
         "bbox_mode": BoxMode.XYXY_ABS,
         "iscrowd": int(node.findtext("difficult", "0") == "1"),

@@ -1,1 +1,1 @@
-"""What tools/check_data.py finds in data sets."""
+"""Inspection of data sets for ``tools/check_data.py``."""

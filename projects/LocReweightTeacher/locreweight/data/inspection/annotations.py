@@ -1,4 +1,4 @@
-"""What is right and wrong with the data of a config, in words, and with which keys to mend it."""
+"""Findings about classes, boxes and image files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ...errors import UsageError
-from ..checks import check_boxes, check_classes
+from ..checks import check_boxes, check_classes, describe_crowds
 from .findings import DataSets, Finding, Severity
 from .images import ImageFacts
 
 
 def class_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
-    """Class names that do not match, and classes without a box."""
+    """Find class names that do not match, and classes without boxes."""
     names = {
         name: list(MetadataCatalog.get(name).get("thing_classes", []))
         for name in (*sets.train, *sets.test)
     }
     findings = [
-        Finding(Severity.ERROR, f"{name} has no annotations; it can only be unlabeled")
+        Finding(Severity.ERROR, f"{name} has no annotations; use it in DATASETS.UNLABELED")
         for name, classes in names.items()
         if not classes
     ]
@@ -32,19 +32,20 @@ def class_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
     if not known:
         return findings
     count = len(next(iter(known.values())))
-    if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        findings.append(
-            Finding(
-                Severity.ERROR,
-                f"the labeled data have {count} classes, MODEL.ROI_HEADS.NUM_CLASSES is "
-                f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}",
-                fixes={"MODEL.ROI_HEADS.NUM_CLASSES": str(count)},
-            )
-        )
     try:
         check_classes(known, count)
     except UsageError as error:
         findings.append(Finding(Severity.ERROR, str(error)))
+    else:
+        if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            findings.append(
+                Finding(
+                    Severity.ERROR,
+                    f"the labeled data have {count} classes, MODEL.ROI_HEADS.NUM_CLASSES is "
+                    f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}",
+                    fixes={"MODEL.ROI_HEADS.NUM_CLASSES": str(count)},
+                )
+            )
     for name, records in (sets.train | sets.test).items():
         boxes = boxes_of_classes(name, records)
         if missing := [c for c in names[name] if not boxes[c]]:
@@ -54,7 +55,7 @@ def class_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
 
 
 def boxes_of_classes(name: str, records: list[dict]) -> Counter[str]:
-    """How many boxes each class has."""
+    """Number of boxes of each class, without crowds."""
     classes = MetadataCatalog.get(name).get("thing_classes", [])
     return Counter(
         classes[annotation["category_id"]]
@@ -65,37 +66,44 @@ def boxes_of_classes(name: str, records: list[dict]) -> Counter[str]:
 
 
 def box_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
-    """Boxes that cannot be trained on, or of which nothing is left."""
+    """Find boxes that cannot be trained on."""
     findings = []
     for name, records in (sets.train | sets.test).items():
         if not any("annotations" in record for record in records):
             continue
+        purpose = "are not trained on" if name in sets.train else "are ignored in evaluation"
+        if crowds := describe_crowds(name, records, f"They {purpose}"):
+            findings.append(Finding(Severity.NOTE, crowds))
         fixes = {"DATASETS.CHECKS.DROP_BAD_BOXES": "True"} if name in sets.train else {}
-        told = ""  # what the error says need not be a warning as well
-        with kept_warnings():
+        reported = ""  # part of the warning that would repeat the error
+        with collected_warnings():
             try:
                 check_boxes(records, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
             except UsageError as error:
-                told = "malformed"
+                reported = "malformed"
                 findings.append(Finding(Severity.ERROR, f"{name}: {error}", fixes=fixes))
-        with kept_warnings() as messages:
+        with collected_warnings() as messages:
             usable = check_boxes(records, drop_bad=True)
         findings += [
-            Finding(Severity.WARNING, f"{name}: training would have {message}")
+            Finding(
+                Severity.WARNING,
+                f"{name}: training {message.replace('left out', 'would leave out', 1)}",
+            )
             for message in messages
-            if not (told and told in message)
+            if not (reported and reported in message)
         ]
         if not any(a.get("iscrowd", 0) == 0 for r in usable for a in r["annotations"]):
-            findings.append(Finding(Severity.ERROR, f"{name}: no box would be used"))
+            use = "trained on" if name in sets.train else "evaluated on"
+            findings.append(Finding(Severity.ERROR, f"{name}: no box could be {use}"))
     return findings
 
 
 def image_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding]:
-    """Images that cannot be read, are rotated, or are not what their annotation says."""
+    """Find images that cannot be read, are rotated by EXIF, or differ from their annotation."""
     findings = []
     for purpose, named in sets.all.items():
         for name, records in named.items():
-            # Training skips unlabeled images that it cannot read.
+            # Training skips unreadable unlabeled images.
             severity = Severity.WARNING if purpose == "unlabeled" else Severity.ERROR
             faulty = [r["file_name"] for r in records if facts[r["file_name"]].fault]
             if faulty:
@@ -105,48 +113,50 @@ def image_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding
             rotated = [r["file_name"] for r in records if facts[r["file_name"]].rotated]
             if rotated:
                 text = (
-                    f"{name}: {len(rotated)} images are turned by their EXIF, here as in training; "
-                    "annotations must be of the upright image"
+                    f"{name}: {len(rotated)} images are rotated by their EXIF orientation, as in "
+                    "training; their annotations must refer to the upright image"
                 )
                 findings.append(Finding(Severity.NOTE, text, rotated))
-            other = [r["file_name"] for r in records if _has_other_size(r, facts[r["file_name"]])]
-            if other:
+            mismatched = [
+                r["file_name"] for r in records if _has_wrong_size(r, facts[r["file_name"]])
+            ]
+            if mismatched:
                 text = (
-                    f"{name}: {len(other)} images do not have the width and height that their "
-                    "annotations say (after the rotation that their EXIF asks for)"
+                    f"{name}: {len(mismatched)} images have another width and height than their "
+                    "annotations say (after EXIF rotation)"
                 )
-                findings.append(Finding(Severity.ERROR, text, other))
+                findings.append(Finding(Severity.ERROR, text, mismatched))
     return findings
 
 
-def _has_other_size(record: dict, facts: ImageFacts) -> bool:
-    said = record.get("width"), record.get("height")
-    return not facts.fault and None not in said and said != facts.size
+def _has_wrong_size(record: dict, facts: ImageFacts) -> bool:
+    annotated = record.get("width"), record.get("height")
+    return not facts.fault and None not in annotated and annotated != facts.size
 
 
 @contextmanager
-def kept_warnings() -> Iterator[list[str]]:
-    """What reading and checking data warns of, kept out of the log."""
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect the warnings of :mod:`locreweight.data` instead of logging them."""
     logger = logging.getLogger("locreweight.data")
     messages: list[str] = []
 
-    class Keeper(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
 
-    keeper, propagates = Keeper(), logger.propagate
-    logger.addHandler(keeper)
+    collector, propagates = Collector(), logger.propagate
+    logger.addHandler(collector)
     logger.propagate = False
     try:
         yield messages
     finally:
-        logger.removeHandler(keeper)
+        logger.removeHandler(collector)
         logger.propagate = propagates
 
 
 def boxes_per_image(records: list[dict]) -> str:
-    """Least, median and most, in words."""
+    """Minimum, median and maximum number of boxes per image, for the overview."""
     counts = [len(record.get("annotations", [])) for record in records]
     without = counts.count(0)
-    empty = f", {without} images without a box" if without else ""
+    empty = f", {without} images without boxes" if without else ""
     return f"{min(counts)} / {np.median(counts):g} / {max(counts)}{empty}"

@@ -1,4 +1,4 @@
-"""Images that are in the data of a config more than once, by their files, contents or looks."""
+"""Findings about images that occur more than once: the same file, content or appearance."""
 
 from __future__ import annotations
 
@@ -6,93 +6,94 @@ from itertools import chain
 
 from detectron2.config import CfgNode
 
-from ..checks import RealPaths, common_images
-from ..datasets.image_folders import ImageFiles
+from ..checks import common_images
+from ..datasets.packed_records import ImageFiles
+from ..datasets.real_paths import RealPathCache
 from .findings import DataSets, Finding, Severity
 from .images import Copy, ImageFacts, copies_between, copies_within
 
 
 def same_file_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
-    """The very same files in two places, whatever links lead to them."""
-    real_paths = RealPaths()
+    """Find files that several data sets contain, also through symbolic links."""
+    real_paths = RealPathCache()
     leave_out = {"DATASETS.EXCLUDE_LABELED": "True"}
-    nothing = "; the result would mean nothing: take them out of one of the two"
+    leak = "; test scores would be meaningless: remove them from one of the two"
     findings = []
     for purpose, of, why, fixes in (
         ("unlabeled", "labeled", "", leave_out),
         ("unlabeled", "test", "", leave_out),
-        ("labeled", "test", nothing, {}),
+        ("labeled", "test", leak, {}),
     ):
         if fixes and cfg.DATASETS.EXCLUDE_LABELED:
             continue
         images = ImageFiles.of_records(chain(*sets.all[purpose].values()))
         common = common_images(chain(*sets.all[of].values()), images, real_paths)
         if common:
-            text = f"{len(common)} {purpose} images are the very files of the {of} ones{why}"
+            text = f"{len(common)} {purpose} images are the same files as {of} images{why}"
             files = [images[i]["file_name"] for i in common]
             findings.append(Finding(Severity.ERROR, text, files, fixes))
     for purpose, named in sets.all.items():
-        findings += _listed_again(purpose, named, real_paths)
+        findings += _repeated_entries(purpose, named, real_paths)
     return findings
 
 
 def copy_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding]:
-    """Images that are copies of others, test images among others above all."""
+    """Find images that are copies of images in the same or another data set."""
     images = {
-        purpose: [facts[file] for file in _different_files(named)]
+        purpose: [facts[file] for file in _unique_files(named)]
         for purpose, named in sets.all.items()
     }
     findings = []
     for purpose, of, severity, why in (
-        ("labeled", "test", Severity.ERROR, "the result would mean nothing: take them out"),
-        ("unlabeled", "test", Severity.ERROR, "the result would flatter: take them out"),
-        ("unlabeled", "labeled", Severity.WARNING, "they would be learned twice"),
+        ("labeled", "test", Severity.ERROR, "test scores would be meaningless: remove them"),
+        ("unlabeled", "test", Severity.ERROR, "test scores would be optimistic: remove them"),
+        ("unlabeled", "labeled", Severity.WARNING, "training would use them twice"),
     ):
         copies = copies_between(images[of], images[purpose])
-        findings += _of_copies(copies, f"{purpose} images are {of} images as well", severity, why)
+        findings += _copy_findings(copies, f"{purpose} images are also {of} images", severity, why)
     for purpose, group in images.items():
-        why = "each counts as one more image"
-        text = f"{purpose} images are there more than once"
-        findings += _of_copies(copies_within(group), text, Severity.WARNING, why)
+        why = "training and evaluation count each copy"
+        text = f"{purpose} images occur more than once"
+        findings += _copy_findings(copies_within(group), text, Severity.WARNING, why)
     return findings
 
 
-def _listed_again(
-    purpose: str, named: dict[str, list[dict]], real_paths: RealPaths
+def _repeated_entries(
+    purpose: str, named: dict[str, list[dict]], real_paths: RealPathCache
 ) -> list[Finding]:
-    """A warning of files that several entries of the data sets name."""
-    seen: set[str] = set()
-    again = []
+    """Find files that several entries of the data sets refer to."""
+    known: set[str] = set()
+    repeated = []
     for file in _files(named):
         real = real_paths(file)
-        if real in seen:
-            again.append(file)
-        seen.add(real)
-    if not again:
+        if real in known:
+            repeated.append(file)
+        known.add(real)
+    if not repeated:
         return []
     text = (
-        f"{len(again)} entries of the {purpose} images name a file that another one names already; "
-        "each counts as one more image"
+        f"{len(repeated)} entries of the {purpose} images refer to a file that another entry has; "
+        "training and evaluation count each entry"
     )
-    return [Finding(Severity.WARNING, text, again)]
+    return [Finding(Severity.WARNING, text, repeated)]
 
 
-def _of_copies(copies: list[Copy], what: str, severity: Severity, why: str) -> list[Finding]:
+def _copy_findings(copies: list[Copy], what: str, severity: Severity, why: str) -> list[Finding]:
     findings = []
-    for exact, how in ((True, "the same file content"), (False, "they look alike")):
-        found = [copy for copy in copies if copy.exact == exact]
-        # Two images that look alike need not be one: somebody has to look.
+    for exact, how in ((True, "the same file content"), (False, "they look the same")):
+        matching = [copy for copy in copies if copy.exact == exact]
+        # Images that look the same can still be different.
         level = severity if exact else Severity.WARNING
-        if found:
-            text = f"{len(found)} {what} ({how}); {why}"
-            files = [f"{copy.file} = {copy.of}" for copy in found]
+        if matching:
+            text = f"{len(matching)} {what} ({how}); {why}"
+            files = [f"{copy.file} = {copy.of}" for copy in matching]
             findings.append(Finding(level, text, files))
     return findings
 
 
-def _different_files(named: dict[str, list[dict]]) -> list[str]:
-    """One path of each file, the first."""
-    real_paths = RealPaths()
+def _unique_files(named: dict[str, list[dict]]) -> list[str]:
+    """The first path of each file."""
+    real_paths = RealPathCache()
     first: dict[str, str] = {}
     for file in _files(named):
         first.setdefault(real_paths(file), file)

@@ -1,4 +1,4 @@
-"""The data sets of a config, each read on its own, and what is found of them."""
+"""Findings about data sets, and reading each data set of a config separately."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UsageError
 from ..datasets.catalog import expand_path
+from ..datasets.voc import split_file
 from ..training_sets import register_datasets
 
 
 class Severity(Enum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
-    ERROR = "error"  # training would stop, learn something wrong, or its result mean nothing
-    WARNING = "warning"  # it would work; somebody should have a look
+    ERROR = "error"  # training would stop, learn something wrong, or have meaningless results
+    WARNING = "warning"  # training would work, but the data should be looked at
     NOTE = "note"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """A finding about the data or the config.
 
     Attributes:
-        severity: of it.
-        text: in a sentence.
-        files: all that it is about.
-        fixes: config keys and values that mend it, if any do.
+        severity: how serious it is.
+        text: a sentence for the user.
+        files: all affected files.
+        fixes: config keys and values that fix it, if there are any.
     """
 
     severity: Severity
@@ -42,7 +43,7 @@ class Finding:
 
 @dataclass
 class DataSets:
-    """The records of a config's data sets by name; those that cannot be read are left out."""
+    """Records of the data sets of a config by name, without data sets that cannot be read."""
 
     train: dict[str, list[dict]] = field(default_factory=dict)
     test: dict[str, list[dict]] = field(default_factory=dict)
@@ -50,14 +51,14 @@ class DataSets:
 
     @property
     def all(self) -> dict[str, dict[str, list[dict]]]:
-        """The same by what they are for, as messages call it."""
+        """All data sets by purpose: labeled, test and unlabeled."""
         return {"labeled": self.train, "test": self.test, "unlabeled": self.unlabeled}
 
 
 def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
-    """Read all data sets of a config, each on its own."""
+    """Read each data set of a config separately, so that all problems are found."""
     sets, findings = DataSets(), []
-    problems: dict[str, str] = {}  # name -> why it cannot be read
+    problems: dict[str, str] = {}  # data set -> why it cannot be read
     for key, target in (
         ("TRAIN", sets.train),
         ("TEST", sets.test),
@@ -65,25 +66,25 @@ def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
     ):
         for name in cfg.DATASETS[key]:
             try:
-                register_datasets(_with_one(cfg, key, name))
+                register_datasets(_config_with(cfg, key, name))
                 target[name] = DatasetCatalog.get(name)
             except UsageError as error:
                 problems[name] = str(error)
             else:
                 if not target[name]:
                     findings.append(Finding(Severity.ERROR, f"{name} has no images"))
-    findings += [_unread(cfg, sets, name, problem) for name, problem in problems.items()]
+    findings += [_unreadable_set(cfg, sets, name, problem) for name, problem in problems.items()]
     if not cfg.DATASETS.TRAIN:
         findings.append(
-            Finding(Severity.ERROR, "DATASETS.TRAIN is empty: name your labeled images")
+            Finding(Severity.ERROR, "DATASETS.TRAIN is empty: set it to your labeled images")
         )
     if not cfg.DATASETS.TEST:
-        text = "DATASETS.TEST is empty: how good the detector is will not be known"
+        text = "DATASETS.TEST is empty: the detector will not be evaluated"
         findings.append(Finding(Severity.WARNING, text))
     return sets, findings
 
 
-def _with_one(cfg: CfgNode, key: str, name: str) -> CfgNode:
+def _config_with(cfg: CfgNode, key: str, name: str) -> CfgNode:
     cfg = cfg.clone()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
     cfg.DATASETS.UNLABELED, cfg.DATASETS.UNLABELED_TRUTH = (), ()
@@ -91,59 +92,60 @@ def _with_one(cfg: CfgNode, key: str, name: str) -> CfgNode:
     return cfg
 
 
-def _unread(cfg: CfgNode, sets: DataSets, name: str, problem: str) -> Finding:
-    """Why a data set could not be read: by its class names, or as its reader says it."""
-    found = _class_names_in(name)
+def _unreadable_set(cfg: CfgNode, sets: DataSets, name: str, problem: str) -> Finding:
+    """Explain why a data set cannot be read; unknown class names get a suggested fix."""
+    used_names = _class_names_in(name)
     expected = list(cfg.DATASETS.CLASS_NAMES) or MetadataCatalog.get(name).get("thing_classes", [])
-    if set(found) <= set(expected):
+    if set(used_names) <= set(expected):
         return Finding(Severity.ERROR, problem)
-    used = [c for c in found if c in expected]
-    consequence = "training would stop at the others" if used else "no box would be used"
-    fitting, doubt = _fitting_names(cfg, sets)
-    # Double quotes inside: a shell's go around them.
-    names = "(" + "".join(f'"{c}",' for c in fitting) + ")"
+    known = [c for c in used_names if c in expected]
+    consequence = "training would stop at the others" if known else "no box would be used"
+    suggestion, problem = _suggest_class_names(cfg, sets)
+    # Double quotes, because the shell command puts single quotes around the value.
+    names = "(" + "".join(f'"{c}",' for c in suggestion) + ")"
     fixes = {
         "DATASETS.CLASS_NAMES": names,
-        "MODEL.ROI_HEADS.NUM_CLASSES": str(len(fitting)),
+        "MODEL.ROI_HEADS.NUM_CLASSES": str(len(suggestion)),
     }
     return Finding(
         Severity.ERROR,
-        f"{name}: its annotations name the classes {', '.join(found)}; DATASETS.CLASS_NAMES are "
-        f"{', '.join(expected)}: {consequence}{doubt}",
-        fixes=fixes if fitting else {},
+        f"{name}: its annotations have the classes {', '.join(used_names)}, but "
+        f"DATASETS.CLASS_NAMES are {', '.join(expected)}: {consequence}{problem}",
+        fixes=fixes if suggestion else {},
     )
 
 
-def _fitting_names(cfg: CfgNode, sets: DataSets) -> tuple[list[str], str]:
-    """Class names under which all labeled and test sets could be read, or why there are none."""
+def _suggest_class_names(cfg: CfgNode, sets: DataSets) -> tuple[list[str], str]:
+    """Class names with which all labeled and test sets could be read, or why there are none."""
     used = {c for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) for c in _class_names_in(name)}
     names = sorted(used)
-    alike = [c for c in names if sum(c.casefold() == other.casefold() for other in names) > 1]
-    if alike:
-        return [], f". {', '.join(alike)} differ only in case: write them alike in the annotations"
+    similar = [c for c in names if sum(c.casefold() == other.casefold() for other in names) > 1]
+    if similar:
+        names_text = ", ".join(similar)
+        return [], f". {names_text} differ only in case: use the same case in all annotations"
     for name in (*sets.train, *sets.test):
-        given = list(MetadataCatalog.get(name).get("thing_classes", []))
-        if name.startswith("voc:") or not given:
+        fixed_names = list(MetadataCatalog.get(name).get("thing_classes", []))
+        if name.startswith("voc:") or not fixed_names:
             continue
-        # These say their classes themselves, in their order, and the model has but one list.
-        if used <= set(given):
-            return given, ""
-        return [], f". {name} has the classes {', '.join(given)}: make them the same"
+        # Other formats define their class names and order, which the model must share.
+        if used <= set(fixed_names):
+            return fixed_names, ""
+        return [], f". {name} has the classes {', '.join(fixed_names)}: use the same ones"
     return names, ""
 
 
 def _class_names_in(name: str) -> list[str]:
-    """Of a ``voc:`` data set: the names that its annotations use."""
-    kind, _, rest = name.partition(":")
-    folder, _, split = expand_path(rest).rpartition(":")
-    listed = Path(folder) / "ImageSets" / "Main" / f"{split}.txt"
-    if kind != "voc" or not listed.is_file():
+    """Class names in the annotations of a ``voc:`` data set; empty for other formats."""
+    kind, _, location = name.partition(":")
+    folder, _, split = expand_path(location).rpartition(":")
+    index = Path(split_file(folder, split))
+    if kind != "voc" or not index.is_file():
         return []
     names: set[str] = set()
-    for line in filter(str.strip, listed.read_text(errors="replace").splitlines()):
+    for line in filter(str.strip, index.read_text(errors="replace").splitlines()):
         try:
             root = ElementTree.parse(Path(folder, "Annotations", f"{line.split()[0]}.xml"))
         except (OSError, ValueError, LookupError, ElementTree.ParseError):
-            continue  # another finding tells of it
+            continue  # reported by another finding
         names.update((node.text or "").strip() for node in root.findall("object/name"))
     return sorted(names)

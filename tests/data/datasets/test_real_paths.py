@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from locreweight.data.checks import RealPaths, without_overlap
-from locreweight.data.datasets.image_folders import ImageFiles
+from locreweight.data.checks import without_overlap
+from locreweight.data.datasets.packed_records import ImageFiles
+from locreweight.data.datasets.real_paths import RealPathCache
 from locreweight.errors import UsageError
 
 
@@ -71,7 +72,7 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_pythons_realpath(tree, way):
-    real_path = RealPaths()
+    real_path = RealPathCache()
     for path in (os.path.join(tree, way), os.path.join("..", way), way):
         assert real_path(path) == os.path.realpath(path)
     assert real_path("/") == "/"
@@ -87,7 +88,7 @@ def test_folders_that_cannot_be_listed(tree, monkeypatch):
     monkeypatch.setattr(os, "scandir", closed)
     for way in WAYS:
         path = os.path.join(tree, way)
-        assert RealPaths()(path) == os.path.realpath(path)
+        assert RealPathCache()(path) == os.path.realpath(path)
 
 
 def image_files(*paths):
@@ -99,21 +100,21 @@ def test_known_images_are_found_by_every_way(tree):
     for known in ("a/1.png", "a/deep/2.png", "b/\udcff.png"):
         target = os.path.realpath(tree / known)
         expected = [i for i, path in enumerate(paths) if os.path.realpath(path) == target]
-        assert RealPaths().among({target}, image_files(*paths)) == expected
+        assert RealPathCache().find({target}, image_files(*paths)) == expected
 
 
 def test_none_are_known_or_there(tree):
     images = image_files(str(tree / "a/1.png"))
-    assert RealPaths().among(set(), images) == []
-    assert RealPaths().among({str(tree / "a/1.png")}, image_files()) == []
-    assert RealPaths().among({str(tree / "a/1.png")}, images) == [0]
+    assert RealPathCache().find(set(), images) == []
+    assert RealPathCache().find({str(tree / "a/1.png")}, image_files()) == []
+    assert RealPathCache().find({str(tree / "a/1.png")}, images) == [0]
 
 
 def test_each_folder_is_listed_once_for_all_its_images(tree, monkeypatch):
     scandir, listed = os.scandir, []
     monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
     monkeypatch.setattr(os, "lstat", lambda path: pytest.fail(f"{path} was asked about"))
-    real_path = RealPaths()
+    real_path = RealPathCache()
     real_path._real_folder = str  # asks about each part of each folder's path, once
     for i in range(1000):
         assert real_path(f"{tree}/a/{i}.png") == f"{tree}/a/{i}.png"
@@ -123,8 +124,10 @@ def test_each_folder_is_listed_once_for_all_its_images(tree, monkeypatch):
 def test_common_images_are_an_error_or_left_out(tree):
     labeled = [{"file_name": str(tree / "a/1.png")}]
     images = image_files(*(str(tree / name) for name in ("b/1.png", "b/same.png", "b/x.png")))
-    with pytest.raises(UsageError, match=r"1 unlabeled images are labeled.*b/same\.png.*EXCLUDE"):
-        without_overlap(labeled, images, RealPaths(), exclude=False)
-    kept = without_overlap(labeled, images, RealPaths(), exclude=True)
+    with pytest.raises(
+        UsageError, match=r"1 unlabeled images are also labeled.*b/same\.png.*EXCLUDE"
+    ):
+        without_overlap(labeled, images, RealPathCache(), exclude=False)
+    kept = without_overlap(labeled, images, RealPathCache(), exclude=True)
     assert [os.path.basename(r["file_name"]) for r in kept] == ["1.png", "x.png"]
-    assert without_overlap([], images, RealPaths(), exclude=False) is images
+    assert without_overlap([], images, RealPathCache(), exclude=False) is images

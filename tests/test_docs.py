@@ -1,0 +1,247 @@
+"""The documentation names only files, functions, config keys, options and messages that exist."""
+
+import ast
+import csv
+import itertools
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
+
+from locreweight.config import METHODS_FOLDER, load_config
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "projects/LocReweightTeacher/locreweight"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "datasets/README.md",
+    ROOT / "projects/LocReweightTeacher/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# The changelog names former files and keys.
+CURRENT_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+CODE_FOLDERS = (
+    "benchmarks",
+    "configs",
+    "datasets",
+    "docs",
+    "examples",
+    "projects",
+    "tests",
+    "tools",
+)
+SECTIONS = "DATALOADER|DATASETS|INPUT|MODEL|SEMI|SOLVER|TEST"
+# python or torchrun with a module or a script
+SCRIPT = re.compile(
+    r"(?:\w+=\S+ )*(?:srun )?(?:python|torchrun.*?) (?:-m ((?:benchmarks|tests)\.\w+)|(\S+\.py))"
+)
+# Files that a reader creates while following the docs.
+CREATED = {
+    "configs/mine.yaml",
+    "configs/methods/score_weighted.yaml",
+    "locreweight/methods/score_weighted.py",
+}
+
+
+def for_each(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def expand_braces(path):
+    """``a/{b,c}.yaml`` -> ``a/b.yaml``, ``a/c.yaml``, as a shell does."""
+    parts = re.split(r"\{([^}]*)\}", path)
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(combination) for combination in itertools.product(*choices)]
+
+
+def commands(page):
+    """The shell commands of a page, each in one line."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    inline = re.findall(r"`(python [^`]*)`", page.read_text())
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in [*lines, *inline] if line.strip()]
+
+
+def anchor(heading):
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def headings(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+
+@cache
+def names_in(file):
+    """Functions and classes of a Python file, and methods and attributes as ``Class.name``."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{x.name}" for x in node.body if isinstance(x, ast.FunctionDef)}
+    return names
+
+
+@for_each(PAGES)
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if fragment:
+            assert fragment in map(anchor, headings(file)), target
+
+
+@for_each(CURRENT_PAGES)
+def test_named_functions_and_classes_exist(page):
+    for path, names in re.findall(r"`([\w/]+\.py): ([\w., ]+)`", page.read_text()):
+        file = next(
+            (f for f in (PACKAGE / path, PACKAGE.parent / path, ROOT / path) if f.is_file()), None
+        )
+        assert file, path
+        for name in names.split(", "):
+            assert name in names_in(file), f"{path}: {name}"
+
+
+def test_equation_table_is_found():
+    page = (ROOT / "projects/LocReweightTeacher/README.md").read_text()
+    assert len(re.findall(r"`[\w/]+\.py: [\w., ]+`", page)) > 15
+
+
+@for_each(CURRENT_PAGES)
+def test_named_files_exist(page):
+    pattern = rf"(?<![\w/.$-])(?:{'|'.join(CODE_FOLDERS)})/[\w./{{}},*-]*\.(?:md|py|yaml|csv|txt)\b"
+    for path in set(re.findall(pattern, page.read_text())) - CREATED:
+        if path.startswith("datasets/") and not path.endswith((".py", "README.md")):
+            continue  # data, which is not part of the repository
+        for name in expand_braces(path):
+            assert list(ROOT.glob(name)) or list(page.parent.glob(name)), name
+    for path in set(re.findall(r"`(tests/[\w/]+)`", page.read_text())):
+        assert (ROOT / path).exists(), path
+    for path in (
+        set(re.findall(r"`([a-z_]+/(?:[a-z_]+/)*[a-z_]+\.py)`", page.read_text())) - CREATED
+    ):
+        assert (ROOT / path).is_file() or (PACKAGE / path).is_file(), path
+
+
+@for_each(CURRENT_PAGES)
+def test_config_keys_exist(page):
+    cfg = load_config("", [])
+    for key in set(re.findall(rf"\b(?:{SECTIONS})(?:\.[A-Z][A-Z0-9_]*)+", page.read_text())):
+        node = cfg
+        for part in key.split("."):
+            assert isinstance(node, CfgNode) and part in node, key
+            node = node[part]
+
+
+@for_each(CURRENT_PAGES)
+def test_config_files_in_the_text_can_be_loaded(page, tmp_path):
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)):
+        if "ScoreWeighted" not in block:  # the name of a method that a reader adds
+            content = yaml.safe_load(block)
+            base = content.get("_BASE_")
+            if base:
+                content["_BASE_"] = str(ROOT / "configs" / Path(base).name)
+            file = tmp_path / f"{number}.yaml"
+            file.write_text(yaml.safe_dump(content))
+            load_config(str(file), [])
+
+
+@for_each(CURRENT_PAGES)
+def test_methods_of_the_command_line_exist(page):
+    for method in re.findall(r"--method ([a-z_/-]+)", page.read_text()):
+        if method != "score_weighted":
+            assert (METHODS_FOLDER / f"{method}.yaml").is_file(), method
+
+
+@for_each(CURRENT_PAGES)
+def test_options_of_scripts_exist(page):
+    for command in commands(page):
+        found = SCRIPT.match(command)
+        if not found:
+            continue
+        script = ROOT / (found[1].replace(".", "/") + ".py" if found[1] else found[2])
+        assert script.is_file(), command
+        # Tools share some of their options.
+        files = [script, *(ROOT / "tools").glob("*.py"), PACKAGE / "engine/launch.py"]
+        source = "".join(file.read_text() for file in files)
+        source += default_argument_parser().format_help()
+        for option in re.findall(r"(?<=\s)--([a-z][\w-]*)", command[found.end() :]):
+            # The options of the reference example are the fields of a class.
+            is_field = script.parent.name == "examples" and option.replace("-", "_") in source
+            assert f"--{option}" in source or is_field, f"--{option} in {command}"
+
+
+@cache
+def messages():
+    """All string literals of the package, with ``\\0`` for inserted values."""
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [x.value if isinstance(x, ast.Constant) else "\0" for x in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[\d.]*[sdrgf]", "\0", node.value))
+    return "\n".join(found)
+
+
+def quoted_messages():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    blocks = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    table = re.findall(r"^\| `([a-z][^`]* [^`]*)` \|", page, re.MULTILINE)
+    return [" ".join(text.split()) for text in [*blocks, *table]]
+
+
+@pytest.mark.parametrize("message", quoted_messages(), ids=lambda text: text[:40].replace(" ", "_"))
+def test_quoted_messages_exist(message):
+    for part in filter(None, map(str.strip, message.split("..."))):
+        assert part in messages(), part
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "projects/LocReweightTeacher/README.md", ROOT / "docs/troubleshooting.md"]
+)
+def test_metric_names_exist(page):
+    prefixes = "pseudo_labels|proposals|data"
+    names = re.findall(rf"`((?:{prefixes})/[a-z_]+)`", page.read_text())
+    assert names
+    for name in {*names, "skipped_steps", "loss_scale", "data_time"}:
+        assert name in messages(), name
+
+
+def test_results_have_one_row_per_run():
+    with (ROOT / "docs/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    runs = [(row["config"], row["method"], row["seed"]) for row in rows]
+    assert len(set(runs)) == len(runs) == 51
+    for row in rows:
+        assert (ROOT / f"configs/{row['config']}.yaml").is_file()
+        assert (METHODS_FOLDER / f"{row['method']}.yaml").is_file()
+
+
+def test_means_in_the_results_are_those_of_the_rows():
+    with (ROOT / "docs/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tables = (ROOT / "docs/results.md").read_text().split("## Blood cells")
+    for config, text in zip(("quickstart", "bccd-small"), tables, strict=True):
+        for method in {row["method"] for row in rows if row["config"] == config}:
+            values = [
+                float(row["AP"])
+                for row in rows
+                if (row["config"], row["method"]) == (config, method)
+            ]
+            line = next(x for x in text.splitlines() if f"| `{method}` |" in x)
+            mean = float(line.split("|")[4].strip(" *").split(" ± ")[0])
+            assert mean == pytest.approx(sum(values) / len(values), abs=0.011)
