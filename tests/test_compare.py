@@ -1,4 +1,4 @@
-"""Comparisons: which runs there are, how they are done and gone on with, the tables."""
+"""Comparisons: planned runs, processes, results and tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ import pytest
 import yaml
 
 import compare
-from locreweight.engine import run_queue as run_queue
-from locreweight.engine.run_queue import Attempt, Run, RunQueue, gpu_slots, read_attempts
+from locreweight.engine.comparison import last_line, plan_runs, run_all
+from locreweight.engine.run_folder import ATTEMPTS_FILE, Attempt, read_attempts
+from locreweight.engine.run_queue import CONSOLE_FILE, Run, RunQueue, gpu_slots
 from locreweight.engine.run_record import RUN_FILE, RunRecord
-from locreweight.engine.run_results import changed_settings, is_finished, results_of
 from locreweight.errors import UsageError
-from locreweight.visualization.comparison_report import as_csv, as_markdown, curves
+from locreweight.visualization.comparison_report import (
+    as_csv,
+    as_markdown,
+    draw_curves,
+    read_results,
+    write_report,
+)
 from tests.engine.tiny_training import TRAINING, make_datasets
 from tests.modeling.tiny_model import TINY, as_options
 
@@ -38,10 +44,10 @@ def run_of(output, seed=1, method=None, options=SHORT):
 
 
 def write_results(run, aps, *labels):
-    """As training leaves them; ``aps`` by iterations done, then what was measured of labels."""
+    """Write the files of a run: AP by completed iterations, and measurements of pseudo-labels."""
     run.output.mkdir(parents=True)
     (run.output / "config.yaml").write_text(run.cfg.dump())
-    # Burn-in, of 20 iterations, is the faster part.
+    # Iterations of burn-in, the first 20, are faster.
     lines = [{"iteration": i, "time": 0.1 + i / 100} for i in (0, 1, 2, 30, 31, 32)]
     for done, ap in aps.items():
         scores = {
@@ -57,7 +63,7 @@ def write_results(run, aps, *labels):
     if run.cfg.SOLVER.MAX_ITER in aps:
         (run.output / "model_final.pth").touch()
     attempt = Attempt(seconds=3.0, exit_code=0, peak_ram_mib=1000.0)
-    (run.output / run_queue.ATTEMPTS).write_text(json.dumps([vars(attempt)]))
+    (run.output / ATTEMPTS_FILE).write_text(json.dumps([vars(attempt)]))
     write_starts(run, "abc")
 
 
@@ -67,17 +73,21 @@ def write_starts(run, *commits):
     (run.output / RUN_FILE).write_text(json.dumps([vars(start) for start in starts]))
 
 
-def arguments(*more):
-    return compare.parse_arguments([str(part) for part in more])
+def plan(*arguments):
+    """Plan the runs of a command line."""
+    args = compare.parse_arguments([str(part) for part in arguments])
+    return plan_runs(
+        args.config_file, args.methods, args.seeds, args.output, args.opts, args.num_gpus
+    )
 
 
-# --- which runs -----------------------------------------------------------------------------------
+# --- planning -------------------------------------------------------------------------------------
 
 
-def test_runs_are_all_configs_times_methods_times_seeds(tmp_path):
-    methods = [METHODS / "stac.yaml", METHODS / "supervised.yaml"]
+def test_plan_combines_configs_methods_and_seeds(tmp_path):
+    methods = ["stac", METHODS / "supervised.yaml"]  # a name and a file
     words = ["--config-file", QUICKSTART, ROOT / "configs/bccd-small.yaml", "--methods", *methods]
-    runs = compare.runs_of(arguments(*words, "--seeds", 1, 2, "--output", tmp_path))
+    runs = plan(*words, "--seeds", 1, 2, "--output", tmp_path)
     assert len(runs) == 8
     assert {run.row for run in runs} == {
         "quickstart + stac",
@@ -92,9 +102,9 @@ def test_runs_are_all_configs_times_methods_times_seeds(tmp_path):
     assert runs[0].cfg.SEMI.METHOD == "Stac"
 
 
-def test_options_hold_for_all_runs_and_go_over_the_configs(tmp_path):
+def test_options_override_the_configs_of_all_runs(tmp_path):
     words = ["--config-file", QUICKSTART, "--output", tmp_path, "SOLVER.MAX_ITER", 40]
-    (run,) = compare.runs_of(arguments(*words, "DATASETS.SPLIT_SEED", 7))
+    (run,) = plan(*words, "DATASETS.SPLIT_SEED", 7)
     assert (run.cfg.SOLVER.MAX_ITER, run.cfg.DATASETS.SPLIT_SEED, run.cfg.SEED) == (40, 7, 1)
 
 
@@ -106,10 +116,10 @@ def test_options_hold_for_all_runs_and_go_over_the_configs(tmp_path):
         ("published/stac-coco.yaml", "SEMI.EMA_KEEP_RATE"),
     ],
 )
-def test_options_may_not_make_a_method_another_one(tmp_path, method, key):
+def test_option_that_a_method_sets_is_an_error(tmp_path, method, key):
     words = ["--config-file", QUICKSTART, "--methods", METHODS / method, "--output", tmp_path]
-    with pytest.raises(UsageError, match=rf"{key} is for .*{method} to decide"):
-        compare.runs_of(arguments(*words, key, 3))
+    with pytest.raises(UsageError, match=rf"{key} is set by .*{method}"):
+        plan(*words, key, 3)
 
 
 @pytest.mark.parametrize(
@@ -125,78 +135,78 @@ def test_options_may_not_make_a_method_another_one(tmp_path, method, key):
         ),
     ],
 )
-def test_options_may_not_make_rows_or_seeds_alike(tmp_path, option, message):
+def test_option_that_distinguishes_runs_is_an_error(tmp_path, option, message):
     configs = sorted((ROOT / "configs/table3").glob("*.yaml"))
     words = ["--config-file", *configs, "--seeds", 1, 2, "--output", tmp_path]
-    assert len(compare.runs_of(arguments(*words, "SOLVER.MAX_ITER", 7))) == 8
+    assert len(plan(*words, "SOLVER.MAX_ITER", 7)) == 8
     with pytest.raises(UsageError, match=message):
-        compare.runs_of(arguments(*words, *option))
+        plan(*words, *option)
 
 
-def test_a_fold_that_is_missing_is_found_before_anything_runs(tmp_path):
+def test_missing_fold_is_an_error_before_the_first_run(tmp_path):
     split = tmp_path / "splits.json"
     split.write_text(json.dumps({"sets": [{"labeled": {"100.0": {"1": [], "2": []}}}]}))
 
-    def runs_of(*seeds):
+    def plan_seeds(*seeds):
         words = ["--config-file", QUICKSTART, "--seeds", *seeds, "--output", tmp_path]
-        return compare.runs_of(arguments(*words, "DATASETS.SPLIT_FILE", split))
+        return plan(*words, "DATASETS.SPLIT_FILE", split)
 
-    assert len(runs_of(1, 2)) == 2
+    assert len(plan_seeds(1, 2)) == 2
     with pytest.raises(UsageError, match="quickstart, seed 3: .* no split of seed 3.* 1, 2"):
-        runs_of(2, 3)
+        plan_seeds(2, 3)
 
 
-def test_a_file_that_is_no_config_is_named(tmp_path):
+def test_method_that_is_not_a_config_file_is_an_error(tmp_path):
     words = ["--config-file", QUICKSTART, "--output", tmp_path, "--methods", ROOT / "README.md"]
     with pytest.raises(UsageError, match=r"cannot read the config file '.*README\.md'"):
-        compare.runs_of(arguments(*words))
+        plan(*words)
 
 
 @pytest.mark.parametrize("words", [["--num-gpus", 0], ["--parallel", -1]])
-def test_there_is_at_least_one_of_each(tmp_path, words, capsys):
+def test_counts_below_one_are_an_error(tmp_path, words, capsys):
     with pytest.raises(SystemExit):
-        arguments("--config-file", QUICKSTART, "--output", tmp_path, *words)
+        plan("--config-file", QUICKSTART, "--output", tmp_path, *words)
     assert f"{words[0]}: {words[1]} is less than 1" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_output_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     words = ["--config-file", QUICKSTART, "--output", tmp_path / "file/out", "MODEL.DEVICE", "cpu"]
-    with pytest.raises(UsageError, match=r"cannot make the folder --output: .*file/out"):
-        compare.compare(arguments(*words))
+    with pytest.raises(UsageError, match=r"--output: .*file/out"):
+        run_all(plan(*words), None, lambda: None)
 
 
-def test_files_of_the_same_name_are_an_error(tmp_path):
+def test_config_files_with_the_same_name_are_an_error(tmp_path):
     other = tmp_path / "quickstart.yaml"
     other.write_text(yaml.dump({"_BASE_": str(QUICKSTART)}))
-    with pytest.raises(UsageError, match="share a folder"):
-        compare.runs_of(arguments("--config-file", QUICKSTART, other, "--output", tmp_path))
+    with pytest.raises(UsageError, match="have the same name"):
+        plan("--config-file", QUICKSTART, other, "--output", tmp_path)
 
 
-def test_comparisons_are_on_one_test_set(tmp_path):
+def test_several_test_sets_are_an_error(tmp_path):
     tests = "['coco:a.json:a', 'coco:b.json:b']"
     words = ["--config-file", QUICKSTART, "--output", tmp_path, "DATASETS.TEST", tests]
-    with pytest.raises(UsageError, match="compare on one"):
-        compare.runs_of(arguments(*words))
+    with pytest.raises(UsageError, match=r"several sets in DATASETS\.TEST"):
+        plan(*words)
 
 
-def test_a_run_that_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
+def test_run_started_with_other_settings_is_not_resumed(tmp_path):
     words = ["--config-file", QUICKSTART, "--output", tmp_path]
     run = run_of(tmp_path / "quickstart/seed-1")
     write_results(run, {20: 1.0})
-    assert changed_settings(run) == []
+    assert run.changed_settings() == []
     with pytest.raises(UsageError, match=r"SOLVER\.MAX_ITER was 40, now 41"):
-        compare.runs_of(arguments(*words, "SOLVER.MAX_ITER", 41, "SEMI.BURN_IN_ITERS", 20))
+        plan(*words, "SOLVER.MAX_ITER", 41, "SEMI.BURN_IN_ITERS", 20)
 
 
-def test_a_run_that_was_killed_before_it_wrote_its_config_can_be_gone_on_with(tmp_path):
+def test_run_killed_before_it_wrote_its_config_is_started_again(tmp_path):
     run = run_of(tmp_path / "run")
     run.output.mkdir()
     (run.output / "config.yaml").touch()
-    assert changed_settings(run) == [] and results_of(run) is None and not is_finished(run)
+    assert run.changed_settings() == [] and read_results(run) is None and not run.is_finished
 
 
-def test_the_command_is_one_that_a_user_can_call(tmp_path):
+def test_command_is_that_of_train_net(tmp_path):
     command = run_of(tmp_path, seed=3, method="stac").command
     assert command[1:] == [
         *("--config-file", str(QUICKSTART), "--method", str(METHODS / "stac.yaml"), "--resume"),
@@ -208,77 +218,77 @@ def test_the_command_is_one_that_a_user_can_call(tmp_path):
 # --- results and tables ---------------------------------------------------------------------------
 
 
-def test_results_are_those_of_the_final_teacher(tmp_path):
+def test_results_of_a_finished_run(tmp_path):
     run = run_of(tmp_path / "run", seed=2, method="soft_teacher")
     write_results(run, {20: 10.0, 40: 30.0}, {"precision": 0.75, "recall": 0.25})
-    found = results_of(run)
-    assert (found.row, found.seed, found.finished) == ("quickstart + soft_teacher", 2, True)
-    assert (found.ap, found.ap50, found.ap75, found.student_ap) == (30.0, 60.0, 15.0, 29.0)
-    assert found.voc_ap50 == 90.0
-    assert (found.precision, found.recall) == (0.75, 0.25)
-    assert found.seconds_per_iteration == pytest.approx(0.41)  # of 0.40, 0.41, 0.42
-    assert (found.peak_memory_mib, found.memory_of) == (1000.0, "RAM")
-    assert (found.threshold, found.unsupervised_weight, found.burn_in) == (0.6, 2.0, 20)
-    assert (found.commit, found.machine) == ("abc", "2 x CPU")
+    results = read_results(run)
+    assert (results.row, results.seed, results.finished) == ("quickstart + soft_teacher", 2, True)
+    assert (results.ap, results.ap50, results.ap75, results.student_ap) == (30.0, 60.0, 15.0, 29.0)
+    assert results.voc_ap50 == 90.0
+    assert (results.precision, results.recall) == (0.75, 0.25)
+    assert results.seconds_per_iteration == pytest.approx(0.41)  # of 0.40, 0.41, 0.42
+    assert (results.peak_memory_mib, results.memory_of) == (1000.0, "RAM")
+    assert (results.threshold, results.unsupervised_weight, results.burn_in) == (0.6, 2.0, 20)
+    assert (results.commit, results.machine) == ("abc", "2 x CPU")
 
 
-def test_without_pseudo_labels_at_the_end_there_is_no_precision(tmp_path):
+def test_precision_is_unknown_without_pseudo_labels_at_the_end(tmp_path):
     run = run_of(tmp_path / "run")
     write_results(run, {40: 30.0}, {"precision": 0.75, "recall": 0.25}, {"recall": 0.0})
-    found = results_of(run)
-    assert (np.isnan(found.precision), found.recall) == (True, 0.0)
+    results = read_results(run)
+    assert (np.isnan(results.precision), results.recall) == (True, 0.0)
 
 
-def test_a_row_names_every_commit_that_it_was_trained_with(tmp_path):
+def test_row_names_all_commits_of_a_run(tmp_path):
     run = run_of(tmp_path / "run")
     write_results(run, {40: 30.0})
     write_starts(run, "abc", "abc", "def+changes")
-    assert results_of(run).commit == "abc, def+changes"
-    assert "| abc, def+changes " in as_markdown([results_of(run)])
+    assert read_results(run).commit == "abc, def+changes"
+    assert "| abc, def+changes " in as_markdown([read_results(run)])
 
 
-def test_attempts_of_an_earlier_version_can_be_read(tmp_path):
+def test_read_attempts_of_an_earlier_version(tmp_path):
     old = {"commit": "abc", "machine": "2 x CPU", "seconds": 3.0, "exit_code": 0}
-    (tmp_path / run_queue.ATTEMPTS).write_text(json.dumps([old | {"peak_ram_mib": 1.0}]))
+    (tmp_path / ATTEMPTS_FILE).write_text(json.dumps([old | {"peak_ram_mib": 1.0}]))
     assert read_attempts(tmp_path) == [Attempt(3.0, 0, 1.0)]
 
 
-def test_peak_memory_is_that_of_the_gpu_where_there_is_one(tmp_path):
+def test_peak_memory_is_that_of_the_gpu_if_there_is_one(tmp_path):
     run = run_of(tmp_path / "run")
     write_results(run, {40: 30.0})
     (run.output / "log.txt").write_text("lr: 0.1  max_mem: 512M\nlr: 0.1  max_mem: 2048M\n")
-    assert (results_of(run).peak_memory_mib, results_of(run).memory_of) == (2048.0, "GPU")
+    assert (read_results(run).peak_memory_mib, read_results(run).memory_of) == (2048.0, "GPU")
 
 
-def test_a_model_that_finds_nothing_has_an_ap_of_zero(tmp_path):
+def test_model_without_detections_has_an_ap_of_zero(tmp_path):
     run = run_of(tmp_path / "run")
     write_results(run, {20: 10.0, 40: float("nan")})
-    assert (results_of(run).ap, results_of(run).ap75) == (0.0, 0.0)
+    assert (read_results(run).ap, read_results(run).ap75) == (0.0, 0.0)
 
 
-def test_a_run_that_has_not_begun_has_no_results(tmp_path):
-    assert results_of(run_of(tmp_path / "none")) is None
+def test_run_that_was_not_started_has_no_results(tmp_path):
+    assert read_results(run_of(tmp_path / "none")) is None
 
 
 @pytest.mark.parametrize(("aps", "finished"), [({20: 1.0}, False), ({20: 1.0, 40: 2.0}, True)])
-def test_a_run_is_finished_when_it_was_evaluated_at_its_end(tmp_path, aps, finished):
+def test_run_is_finished_after_the_last_evaluation(tmp_path, aps, finished):
     run = run_of(tmp_path / "run")
     write_results(run, aps)
     (run.output / "model_final.pth").touch()
-    assert is_finished(run) == finished
+    assert run.is_finished == finished
 
 
-def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path):
+def test_incomplete_last_line_of_metrics_is_ignored(tmp_path):
     run = run_of(tmp_path / "run")
     write_results(run, {20: 10.0})
     with (run.output / "metrics.json").open("a") as file:
         file.write('{"iteration": 39, "bbox/AP": 3')
-    assert results_of(run).iterations == 33
+    assert read_results(run).iterations == 33
 
 
 @pytest.fixture
 def three_rows(tmp_path):
-    """Three finished seeds, one finished, one that goes on."""
+    """Three finished seeds of one row, another finished run, and an unfinished one."""
     runs = [run_of(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)]
     for run, ap in zip(runs, (30.0, 32.0, 34.0), strict=True):
         write_results(run, {20: ap - 10, 40: ap})
@@ -288,8 +298,8 @@ def three_rows(tmp_path):
     return runs
 
 
-def test_the_table_has_mean_and_standard_deviation_of_finished_runs(three_rows):
-    summary, _, single = as_markdown([results_of(run) for run in three_rows]).partition("\n\n")
+def test_table_has_mean_and_standard_deviation_of_finished_runs(three_rows):
+    summary, _, single = as_markdown([read_results(run) for run in three_rows]).partition("\n\n")
     lines = summary.splitlines()[2:]
     assert len(lines) == 2
     assert "| quickstart " in lines[0] and "| 1, 2, 3 " in lines[0]
@@ -298,22 +308,22 @@ def test_the_table_has_mean_and_standard_deviation_of_finished_runs(three_rows):
     assert single.count("2 x CPU") == 5 and "33 of 40" in single
 
 
-def test_the_csv_has_all_runs_and_leaves_out_what_is_not_known(three_rows):
-    rows = list(csv.DictReader(io.StringIO(as_csv([results_of(run) for run in three_rows]))))
+def test_csv_has_all_runs_and_no_unknown_values(three_rows):
+    rows = list(csv.DictReader(io.StringIO(as_csv([read_results(run) for run in three_rows]))))
     assert [row["ap"] for row in rows] == ["30.0", "32.0", "34.0", "18.0", ""]
     assert {row["precision"] for row in rows} == {""}
     assert rows[0]["commit"] == "abc" and rows[4]["finished"] == "False"
 
 
-def test_a_supervised_run_has_no_threshold(tmp_path):
+def test_supervised_run_has_no_threshold(tmp_path):
     run = run_of(tmp_path / "run", method="supervised", options=SHORT[:2])
     write_results(run, {40: 10.0})
-    assert np.isnan(results_of(run).threshold) and np.isnan(results_of(run).burn_in)
+    assert np.isnan(read_results(run).threshold) and np.isnan(read_results(run).burn_in)
 
 
-def test_curves_are_drawn_for_what_there_is(three_rows, tmp_path):
+def test_curves_are_drawn_for_evaluated_runs_only(three_rows, tmp_path):
     drawn, empty = (
-        cv2.imdecode(np.frombuffer(curves(runs), np.uint8), cv2.IMREAD_COLOR)
+        cv2.imdecode(np.frombuffer(draw_curves(runs), np.uint8), cv2.IMREAD_COLOR)
         for runs in (three_rows, [run_of(tmp_path / "none")])
     )
     assert drawn.shape == empty.shape
@@ -329,7 +339,7 @@ def test_curves_are_drawn_for_what_there_is(three_rows, tmp_path):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Runs do what a script says, with their folder as argument."""
+    """Make runs execute a script, with their folder and seed as arguments."""
 
     def make(script):
         monkeypatch.setattr(
@@ -345,18 +355,18 @@ def work(runs, where):
     return ended
 
 
-def test_a_run_that_fails_does_not_stop_the_others(scripted, tmp_path):
+def test_failed_run_does_not_stop_the_others(scripted, tmp_path):
     scripted("import sys; print('out of luck'); sys.exit(int(sys.argv[2]) % 2)")
     runs = [run_of(tmp_path / f"{seed}", seed) for seed in (1, 2, 3)]
     ended = work(runs, [None])
     assert [ended[run].exit_code for run in runs] == [1, 0, 1]
-    assert compare.last_line(runs[0].output / run_queue.CONSOLE) == "out of luck"
+    assert last_line(runs[0].output / CONSOLE_FILE) == "out of luck"
     work(runs[:1], [None])
     assert [attempt.exit_code for attempt in read_attempts(runs[0].output)] == [1, 1]
 
 
-def test_runs_side_by_side_have_gpus_of_their_own(scripted, tmp_path):
-    """Each waits for the other: one after another they would never end."""
+def test_runs_at_the_same_time_have_different_gpus(scripted, tmp_path):
+    """Each run waits for the other one, so they end only if they run at the same time."""
     scripted(
         "import os, pathlib, sys, time\n"
         "here = pathlib.Path(sys.argv[1]); (here / 'there').touch()\n"
@@ -365,18 +375,18 @@ def test_runs_side_by_side_have_gpus_of_their_own(scripted, tmp_path):
     )
     runs = [run_of(tmp_path / f"{seed}", seed) for seed in (1, 2)]
     assert all(attempt.exit_code == 0 for attempt in work(runs, ["0,1", "2,3"]).values())
-    assert {compare.last_line(run.output / run_queue.CONSOLE) for run in runs} == {"0,1", "2,3"}
+    assert {last_line(run.output / CONSOLE_FILE) for run in runs} == {"0,1", "2,3"}
 
 
-def test_memory_of_a_run_is_that_of_its_process(scripted, tmp_path):
+def test_peak_memory_of_a_run_is_that_of_its_process(scripted, tmp_path):
     scripted("import sys; block = b'1' * (300 * 2**20 * (int(sys.argv[2]) - 1))")
     small, large = (run_of(tmp_path / f"{seed}", seed) for seed in (1, 2))
     ended = work([small, large], [None])
-    # The smaller one is also charged with what this process held when it was started.
+    # The memory of the small one includes that of this process when it was forked.
     assert ended[large].peak_ram_mib > 300
 
 
-def test_an_interrupted_comparison_asks_its_runs_to_stop(scripted, tmp_path):
+def test_interrupt_terminates_the_running_process(scripted, tmp_path):
     scripted("import pathlib, sys, time; pathlib.Path(sys.argv[1], 'on').touch(); time.sleep(600)")
     runs = [run_of(tmp_path / f"{seed}", seed) for seed in (1, 2)]
     queue = RunQueue(runs, [None])
@@ -402,26 +412,27 @@ def test_an_interrupted_comparison_asks_its_runs_to_stop(scripted, tmp_path):
         (5, None, ["4,5,6,7,9"]),
     ],
 )
-def test_gpus_are_shared_out(monkeypatch, num_gpus, parallel, expected):
+def test_gpu_slots_divide_the_visible_gpus(monkeypatch, num_gpus, parallel, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,9")
     assert gpu_slots(num_gpus, parallel, on_gpus=True) == expected
     assert gpu_slots(num_gpus, parallel, on_gpus=False) == [None] * (parallel or 1)
 
 
-def test_more_gpus_than_there_are_cannot_be_had(monkeypatch):
+def test_gpu_slots_with_too_few_gpus_is_an_error(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(ValueError, match="2 x 2 GPUs are asked for, there are 2"):
+    with pytest.raises(UsageError, match="2 x 2 GPUs, but 2 are visible"):
         gpu_slots(2, 2, on_gpus=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ValueError, match="1 x 1 GPUs are asked for, there are 0"):
+    with pytest.raises(UsageError, match="1 x 1 GPUs, but 0 are visible"):
         gpu_slots(1, None, on_gpus=True)
 
 
-# --- as a user runs it ----------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
-def test_it_is_stopped_and_goes_on(tmp_path, capsys):
-    """The terminal closes after a checkpoint; finished by the second call; nothing for a third."""
+@pytest.mark.slow
+def test_stopped_comparison_is_resumed(tmp_path, capsys):
+    """The terminal closes after a checkpoint; a second call finishes, a third has nothing to do."""
     changed = {"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 12, "SEMI.BURN_IN_ITERS": 6}
     settings = TINY | TRAINING | make_datasets(tmp_path / "data") | changed
     output = tmp_path / "out"
@@ -431,27 +442,28 @@ def test_it_is_stopped_and_goes_on(tmp_path, capsys):
         *("--output", str(output), *as_options(settings)),
     ]
     command = [sys.executable, str(ROOT / "tools/compare.py"), *words]
-    # As in a terminal, also where these tests are run by nohup.
+    # nohup ignores SIGHUP; the process must not inherit that.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     signal.signal(signal.SIGHUP, before)
-    (run,) = compare.runs_of(compare.parse_arguments(words))
+    (run,) = plan(*words)
     while not (run.output / "last_checkpoint").exists():
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.05)
     first.send_signal(signal.SIGHUP)
-    said = first.communicate()[0]
-    assert first.returncode == 1 and "the same command goes on" in said
-    assert not is_finished(run)
+    stdout = first.communicate()[0]
+    assert first.returncode == 1 and "to resume, repeat the command" in stdout
+    assert not run.is_finished
 
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     assert [attempt.exit_code == 0 for attempt in read_attempts(run.output)] == [False, True]
-    assert "resumed after iteration" in (run.output / run_queue.CONSOLE).read_text()
+    assert "resumed after iteration" in (run.output / CONSOLE_FILE).read_text()
     assert {"results.csv", "table.md", "curves.png"} <= set(os.listdir(output))
     assert "| Base-LocReweight + loc_reweight | 1 " in second.stdout
-    assert is_finished(run) and results_of(run).ap >= 0
+    assert run.is_finished and read_results(run).ap >= 0
 
-    assert compare.compare(compare.parse_arguments(words)) == []
-    assert "1 runs, 1 of them finished before" in capsys.readouterr().out
+    runs = plan(*words)
+    assert run_all(runs, None, lambda: write_report(runs, output)) == []
+    assert "1 runs: 1 already finished" in capsys.readouterr().out
     assert len(read_attempts(run.output)) == 2

@@ -1,4 +1,4 @@
-"""A trained model is handed on, found by name on a server, trusted and used."""
+"""Tests of publishing a trained model, and of using it by name from a server."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ import publish
 import train_net
 from locreweight import model_zoo
 from locreweight.checkpoint.safe_loading import read_safetensors
-from locreweight.checkpoint.zoo import VARIABLE, sha256_of
+from locreweight.checkpoint.zoo import VARIABLE
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.engine.finished_run import read_run
 from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
-from publish import PublishOptions
+from locreweight.file_io import sha256_of
+from locreweight.publish import PublishOptions, read_trained_model
+from locreweight.publish import publish as publish_model
 from tests.checkpoint.serving import serving
 from tests.engine.tiny_training import (
     build_trainer,
@@ -45,7 +46,7 @@ LICENSE = "cc-by-4.0"
 
 
 def command_line(config_file, *flags, **settings):
-    """What train_net.py does, in this process."""
+    """Call train_net.py in this process."""
     arguments = ["--config-file", str(config_file), *flags, *as_options(settings)]
     with restored_loggers_and_signals():
         return train_net.main(default_argument_parser().parse_args(arguments))
@@ -57,20 +58,23 @@ def keys(**settings):
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """Their test set is what an earlier teacher found: later ones have an AP between 0 and 100."""
+    """Data sets whose test set has an earlier teacher's detections as ground truth.
+
+    Later teachers have an AP between 0 and 100 on it.
+    """
     folder = tmp_path_factory.mktemp("data")
     names = make_datasets(folder)
     earlier = build_trainer(training_config(names, folder / "earlier", {"SOLVER.MAX_ITER": 2}))
     earlier.train()
     test_set = detections_as_ground_truth(
-        earlier.teacher, names["DATASETS.TEST"][0], folder / "truth.json"
+        earlier.teacher, names["DATASETS.TEST"][0], folder / "detections.json"
     )
     return names | {"DATASETS.TEST": [test_set]}
 
 
 @pytest.fixture(scope="module")
 def run(datasets, tmp_path_factory):
-    """A run that was evaluated twice, with its trainer."""
+    """Output folder of a run that was evaluated twice, and its trainer."""
     output = tmp_path_factory.mktemp("jane") / "tiny.v1"
     settings = {"DATASETS.TEST": datasets["DATASETS.TEST"], "TEST.EVAL_PERIOD": 2}
     cfg = training_config(datasets, output, settings)
@@ -87,8 +91,8 @@ def run(datasets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def zoo(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
-    wishes = PublishOptions("tiny/v1", license=LICENSE, description="Made for tests.", pickle=True)
-    publish.publish(read_run(run[0], last=True), folder, wishes)
+    options = PublishOptions("tiny/v1", license=LICENSE, description="Made for tests.", pickle=True)
+    publish_model(read_trained_model(run[0], last=True), folder, options)
     return folder
 
 
@@ -103,8 +107,9 @@ def served(zoo, monkeypatch, tmp_path):
 # --- from a run to a server and back --------------------------------------------------------------
 
 
-def test_the_metrics_by_name_from_a_server_are_those_of_the_training(run, served, tmp_path):
-    """To the last digit."""
+def test_evaluation_of_the_published_model_equals_the_metrics_of_the_training(
+    run, served, tmp_path
+):
     lines = map(json.loads, (run[0] / "metrics.json").read_text().splitlines())
     *_, trained = (line for line in lines if "bbox/AP" in line)
     results = command_line(
@@ -120,7 +125,7 @@ def test_the_metrics_by_name_from_a_server_are_those_of_the_training(run, served
         assert value == trained[name] == results["bbox"][name.removeprefix("bbox/")], name
 
 
-def test_one_line_gives_the_model(run, served):
+def test_model_zoo_get_builds_the_published_model(run, served):
     model = model_zoo.get("tiny/v1.yaml", trained=True)
     assert same(model.state_dict(), copy_of(run[1].teacher))
     assert model.training
@@ -129,14 +134,14 @@ def test_one_line_gives_the_model(run, served):
     assert not same(model_zoo.get("tiny/v1").state_dict(), model.state_dict())
 
 
-def test_tools_open_it_by_name(run, served):
+def test_load_predictor_takes_the_address_of_a_model(run, served):
     detector = load_predictor("locreweight://tiny/v1", device="cpu")
     assert detector.class_names == ["cat", "dog", "owl"] and detector.has_localization_quality
     assert same(detector.model.state_dict(), copy_of(run[1].teacher))
 
 
-def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
-    """All but the layers whose outputs are classes; these are named, in one line."""
+def test_training_with_other_classes_keeps_all_other_layers(run, served, tmp_path, caplog):
+    """One log line names the layers that depend on the classes."""
     labeled = make_coco(tmp_path / "labeled", images=3, classes=("ant", "bee"))
     settings = {
         "MODEL.WEIGHTS": "locreweight://tiny/v1",
@@ -147,11 +152,11 @@ def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
     cfg.SOLVER.MAX_ITER = 1
     with caplog.at_level(logging.WARNING, logger="locreweight"):
         trainer = build_trainer(cfg)
-    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "initialized randomly" in r.getMessage()]
     layers = [
         f"roi_heads.box_predictor.{name}" for name in ("bbox_pred", "cls_score", "log_variance")
     ]
-    assert line.endswith(f"of another shape there: {', '.join(layers)}")
+    assert line.endswith(f"of another shape in the file: {', '.join(layers)}")
     teacher, before = trainer.teacher.state_dict(), run[1].teacher.state_dict()
     changed = {name for name in teacher if not torch.equal(teacher[name], before[name])}
     assert {name.rpartition(".")[0] for name in changed} == set(layers)
@@ -160,7 +165,7 @@ def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
     assert trainer.iter == 1
 
 
-def test_a_change_of_the_file_is_seen(run, zoo, monkeypatch, tmp_path):
+def test_changed_weight_file_is_rejected(run, zoo, monkeypatch, tmp_path):
     copied = shutil.copytree(zoo, tmp_path / "zoo")
     monkeypatch.setenv(VARIABLE, str(copied))
     (file,) = copied.rglob("*.safetensors")
@@ -171,10 +176,10 @@ def test_a_change_of_the_file_is_seen(run, zoo, monkeypatch, tmp_path):
         model_zoo.get("tiny/v1", trained=True)
 
 
-# --- what goes along, and what does not -----------------------------------------------------------
+# --- published files ------------------------------------------------------------------------------
 
 
-def test_the_entry_is_complete(run, zoo):
+def test_publish_writes_all_files_of_an_entry(run, zoo):
     folder = zoo / "tiny/v1"
     (weights,) = folder.glob("*.safetensors")
     (pickled,) = folder.glob("*.pkl")
@@ -200,7 +205,7 @@ def test_the_entry_is_complete(run, zoo):
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
-def test_the_weights_are_the_teachers_and_nothing_else(run, zoo):
+def test_published_weights_contain_only_the_teacher(run, zoo):
     (file,) = zoo.rglob("*.safetensors")
     content = read_safetensors(str(file))
     assert same(content["model"], copy_of(run[1].teacher))
@@ -210,8 +215,8 @@ def test_the_weights_are_the_teachers_and_nothing_else(run, zoo):
     assert file.stat().st_size < size + 50_000
 
 
-def test_nothing_of_the_machine_is_in_any_file(run, datasets, zoo):
-    """Neither the folders of run, data and home nor the names of user and host."""
+def test_published_files_contain_nothing_private(run, datasets, zoo):
+    """They contain neither folders of run, data and home, nor names of the user and host."""
     folders = {str(Path.home()), str(run[0].parent), "jane", sys.prefix, "/tmp", "/home"}
     folders |= {
         str(Path(name.split(":")[1]).parent) for names in datasets.values() for name in names
@@ -222,16 +227,16 @@ def test_nothing_of_the_machine_is_in_any_file(run, datasets, zoo):
     for file in files:
         content = file.read_bytes()
         in_text = file.suffix in {".yaml", ".json", ".md", ".py"}
-        # Four bytes are by chance among so many numbers.
+        # Binary files contain sequences of four bytes by chance.
         for word in (folder.encode() for folder in folders if in_text or len(folder) > 5):
             assert word not in content, f"{word} in {file}"
         for name in (re.escape(name.encode()) for name in people if in_text):
             assert not re.search(rb"\b" + name + rb"\b", content), f"{name} in {file}"
 
 
-def test_the_same_run_makes_the_same_entry(run, zoo, tmp_path):
-    publish.publish(
-        read_run(run[0], last=True), tmp_path, PublishOptions("tiny/v1", license=LICENSE)
+def test_publishing_a_run_again_writes_the_same_files(run, zoo, tmp_path):
+    publish_model(
+        read_trained_model(run[0], last=True), tmp_path, PublishOptions("tiny/v1", license=LICENSE)
     )
     for name in ("config.yaml", "detections.jpg"):
         assert (tmp_path / "tiny/v1" / name).read_bytes() == (zoo / "tiny/v1" / name).read_bytes()
@@ -239,11 +244,11 @@ def test_the_same_run_makes_the_same_entry(run, zoo, tmp_path):
     assert names[0] == names[1]
 
 
-# --- choices --------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("last", "name"), [(False, "model_best.pth"), (True, "model_final.pth")])
-def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
+def test_metrics_belong_to_the_published_checkpoint(run, tmp_path, last, name):
     output = shutil.copytree(run[0], tmp_path / "output")
     best = torch.load(output / "model_best.pth", weights_only=True)
     best["trainer"]["iteration"] = 1
@@ -254,30 +259,32 @@ def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
         for i, ap in evaluations
     ]
     (output / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
-    trained = read_run(output, last=last)
+    trained = read_trained_model(output, last=last)
     assert trained.checkpoint.name == name
     assert trained.iterations == (4 if last else 2)
     assert trained.metrics == {"bbox/AP": 10.0 if last else 30.0}
 
 
-def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
+def test_run_without_evaluations_has_no_metrics(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
-    entry = publish.publish(read_run(output), tmp_path / "zoo", PublishOptions("a", pictures=0))
+    entry = publish_model(
+        read_trained_model(output), tmp_path / "zoo", PublishOptions("a", pictures=0)
+    )
     assert entry.metrics == {}
     card = (tmp_path / "zoo/a/README.md").read_text()
-    assert "It was not evaluated." in card and "detections.jpg" not in card
+    assert "Not evaluated." in card and "detections.jpg" not in card
     assert "not stated" in card and "license:" not in card
 
 
-def test_a_line_that_a_kill_cut_off_costs_no_metrics(run, tmp_path):
+def test_metrics_ignore_an_incomplete_last_line(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     with (output / "metrics.json").open("a") as file:
         file.write('{"iteration": 3, "bbox/')
-    assert read_run(output).metrics == read_run(run[0]).metrics
+    assert read_trained_model(output).metrics == read_trained_model(run[0]).metrics
 
 
-def test_what_the_run_recorded_is_handed_on(run, tmp_path):
+def test_command_and_versions_of_the_run_are_published(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     start = {
         "command": "python train_net.py --config-file /home/jane/mine.yaml SEED 3",
@@ -288,23 +295,23 @@ def test_what_the_run_recorded_is_handed_on(run, tmp_path):
         "machine": {"CPU": "jane's"},
     }
     (output / "run.json").write_text(json.dumps([start, start | {"command": "resumed"}]))
-    entry = publish.publish(read_run(output), tmp_path / "zoo", PublishOptions("a", pictures=0))
+    entry = publish_model(
+        read_trained_model(output), tmp_path / "zoo", PublishOptions("a", pictures=0)
+    )
     assert entry.training_command == "python train_net.py --config-file mine.yaml SEED 3"
     assert entry.versions == {"PyTorch": "2.0", "commit": "0123456789ab"}
     assert "jane" not in (tmp_path / "zoo/a/README.md").read_text()
 
 
-def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
-    trained = read_run(run[0])
-    publish.publish(trained, tmp_path, PublishOptions("a", pictures=0))
+def test_publish_replaces_an_entry_only_with_the_option(run, tmp_path):
+    trained = read_trained_model(run[0])
+    publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
     (tmp_path / "a/old").touch()
-    with pytest.raises(
-        UsageError, match=r"already has 'a': choose another --name, or add --replace"
-    ):
-        publish.publish(trained, tmp_path, PublishOptions("a", pictures=0))
-    publish.publish(trained, tmp_path, PublishOptions("a", pictures=0, replace=True))
+    with pytest.raises(UsageError, match=r"already has 'a': use another --name, or add --replace"):
+        publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
+    publish_model(trained, tmp_path, PublishOptions("a", pictures=0, replace=True))
     assert not (tmp_path / "a/old").exists()
-    publish.publish(trained, tmp_path, PublishOptions("b", pictures=0))
+    publish_model(trained, tmp_path, PublishOptions("b", pictures=0))
     assert [m["name"] for m in json.loads((tmp_path / "index.json").read_text())["models"]] == [
         "a",
         "b",
@@ -312,26 +319,26 @@ def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b", "a/b/c/d")])
-def test_models_do_not_lie_in_each_other(run, tmp_path, first, second):
-    """Replacing one would remove the other."""
-    trained = read_run(run[0])
-    publish.publish(trained, tmp_path, PublishOptions(first, pictures=0))
+def test_publish_rejects_nested_entries(run, tmp_path, first, second):
+    """Replacing the outer entry would delete the inner one."""
+    trained = read_trained_model(run[0])
+    publish_model(trained, tmp_path, PublishOptions(first, pictures=0))
     with pytest.raises(UsageError, match=f"'{second}' and the model in {tmp_path / first} would"):
-        publish.publish(trained, tmp_path, PublishOptions(second, pictures=0, replace=True))
+        publish_model(trained, tmp_path, PublishOptions(second, pictures=0, replace=True))
 
 
-def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
+def test_publish_rejects_folders_that_are_not_zoos(run, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for zoo, words in (
         (tmp_path, "neither empty nor a model zoo"),
-        ("http://a/zoo", "is no folder"),
+        ("http://a/zoo", "is not a folder"),
     ):
         with pytest.raises(UsageError, match=words):
-            publish.publish(read_run(run[0]), Path(zoo), PublishOptions("a", pictures=0))
+            publish_model(read_trained_model(run[0]), Path(zoo), PublishOptions("a", pictures=0))
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
 
-# --- what the user has to put right ---------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def error_of(monkeypatch, *arguments):
@@ -342,11 +349,13 @@ def error_of(monkeypatch, *arguments):
     return exit_.value.code
 
 
-def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
+def test_invalid_arguments_raise_errors_of_one_line(run, tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
     assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
     output = shutil.copytree(run[0], tmp_path / "output")
-    assert "cannot be the name" in error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
+    assert "is not a valid model name" in error_of(
+        monkeypatch, output, "--to", zoo, "--name", "../a"
+    )
     assert "--pictures is -1" in error_of(monkeypatch, output, "--to", zoo, "--pictures", "-1")
     a_file = tmp_path / "file"
     a_file.touch()
@@ -359,29 +368,31 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     torch.save(content, best)
     assert f"infinite or NaN, such as {first}" in error_of(monkeypatch, output, "--to", zoo)
     torch.save({"model": content["model"]}, best)
-    assert "has no teacher beside a student" in error_of(monkeypatch, output, "--to", zoo)
-    best.write_text("no weights")
+    assert "has no teacher and student" in error_of(monkeypatch, output, "--to", zoo)
+    best.write_text("not weights")
     assert "model_best.pth is not a checkpoint" in error_of(monkeypatch, output, "--to", zoo)
     for file in [*output.glob("*.pth"), output / "last_checkpoint"]:
         file.unlink()
-    assert "has no checkpoint yet" in error_of(monkeypatch, output, "--to", zoo)
+    assert "has no checkpoint" in error_of(monkeypatch, output, "--to", zoo)
     assert not zoo.exists()
 
 
-def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
+def test_unknown_class_names_are_reported(run, tmp_path, monkeypatch):
     output = shutil.copytree(run[0], tmp_path / "output")
     content = torch.load(output / "model_best.pth", weights_only=True)
     content.pop("class_names")
     torch.save(content, output / "model_best.pth")
     text = (output / "config.yaml").read_text()
     (output / "config.yaml").write_text(text.replace(".json", ".gone"))
-    assert "does not say its class names" in error_of(monkeypatch, output, "--to", tmp_path / "zoo")
+    assert "does not contain its class names" in error_of(
+        monkeypatch, output, "--to", tmp_path / "zoo"
+    )
 
 
-def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):
+def test_command_prints_what_it_wrote(run, tmp_path, monkeypatch, capsys):
     arguments = ["publish.py", str(run[0]), "--to", str(tmp_path / "zoo"), "--pictures", "1"]
     monkeypatch.setattr(sys, "argv", arguments)
     publish.main()
-    said = capsys.readouterr().out
-    assert str(tmp_path / "zoo/tiny.v1") in said and "model_best_" in said
-    assert "without a license" in said and "may be shown" in said
+    output = capsys.readouterr().out
+    assert str(tmp_path / "zoo/tiny.v1") in output and "model_best_" in output
+    assert "without a license" in output and "may be published" in output

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""The main job in small: make a data set, train on it, draw pictures, write a report.
+"""Complete example: create a synthetic dataset, train on it, draw detections, write a report.
 
     make quickstart        or        python tools/quickstart.py [KEY VALUE ...]
 
-Called again it goes on where it was stopped, or shows the results of what is finished.
+If it was interrupted, the same command resumes the training. After that, it shows the results.
 """
 
 from __future__ import annotations
@@ -15,53 +15,55 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "datasets"))
-
-from make_synthetic import make_dataset  # noqa: E402
-
 from locreweight.config import load_config
 from locreweight.engine.inference import find_inputs
+from locreweight.engine.prediction import predict_files
 from locreweight.engine.predictor import load_predictor
+from locreweight.engine.run_folder import open_runs, summary_table
 from locreweight.errors import UsageError
-from predict import predict  # noqa: E402
-from report import write_report  # noqa: E402
-from summarize import results_of, table  # noqa: E402
+from locreweight.visualization.report import write_report
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
-PICTURES = 12
+NUM_PICTURES = 12
 
 
 def main() -> None:
-    os.chdir(ROOT)  # the config names its data from there
-    options = sys.argv[1:]
+    os.chdir(ROOT)  # paths in the config are relative to the repository
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = ["MODEL.DEVICE", device, *options]
+    options = ["MODEL.DEVICE", device, *sys.argv[1:]]
 
-    print("1/3  making the data set: 40 labeled images, 500 unlabeled, 200 to test on", flush=True)
-    make_dataset(ROOT / "datasets/synthetic", labeled=40, unlabeled=500, val=200, size=64, seed=0)
+    print("1/3  creating the dataset: 40 labeled, 500 unlabeled and 200 test images", flush=True)
+    sizes = ["--labeled", "40", "--unlabeled", "500", "--val", "200", "--size", "64", "--seed", "0"]
+    run_script("datasets/make_synthetic.py", *sizes)
 
-    command = ["train_net.py", "--config-file", CONFIG, "--resume", *options]
-    print(f"2/3  training on {device}: python {' '.join(command)}", flush=True)
-    if code := subprocess.run([sys.executable, *command]).returncode:
-        sys.exit(code)  # it has said why
+    arguments = ["--config-file", CONFIG, "--resume", *options]
+    print(f"2/3  training on {device}: python train_net.py {' '.join(arguments)}", flush=True)
+    run_script("train_net.py", *arguments)
 
-    print("3/3  drawing, and writing the report", flush=True)
+    print("3/3  drawing detections and writing the report", flush=True)
     output = ROOT / load_config(str(ROOT / CONFIG), options).OUTPUT_DIR
-    files = find_inputs(["datasets/synthetic/val"])[:PICTURES]
-    predict(load_predictor(str(output)), files, output / "detections", threshold=0.5, batch=1)
+    files = find_inputs(["datasets/synthetic/val"])[:NUM_PICTURES]
+    detector = load_predictor(str(output))
+    predict_files(detector, files, output / "detections", threshold=0.5, batch=1)
     write_report([output], output / "report.html", images=200)
-    print(f"\n{table(results_of(output))}\n")
+    print(f"\n{summary_table(open_runs([output]))}\n")
     print(f"report         {output / 'report.html'}")
     print(f"detections     {output / 'detections'}")
     print(f"pseudo-labels  {output / 'panels'}")
     print(f"curves         tensorboard --logdir {output}")
     print(f"checkpoints    {output}: model_best.pth, model_final.pth (the teacher is `model`)")
-    print("to train anew, remove that folder; to train on your own data, see README.md")
+    print("To train again from scratch, remove that folder. For your own data, see README.md.")
+
+
+def run_script(*command: str) -> None:
+    """Run a Python script. If it fails, exit with its code; it has printed the reason."""
+    if code := subprocess.run([sys.executable, *command]).returncode:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (FileExistsError, UsageError) as error:
+    except UsageError as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Average precision of teacher and student on one or several test sets."""
+"""Evaluation of teacher and student on one or several test sets."""
 
 import json
 
@@ -30,13 +30,13 @@ def model():
     return tiny_model()
 
 
-def test_a_coco_set_gives_coco_style_precision(config_with, datasets, model):
+def test_coco_dataset_has_coco_style_ap(config_with, datasets, model):
     results = evaluate(config_with(*datasets["DATASETS.TEST"]), model)
     assert set(results) == {"bbox"}
     assert {"AP", "AP50", "AP75"} <= set(results["bbox"])
 
 
-def test_a_voc_set_gives_both_precisions(config_with, tmp_path, model):
+def test_voc_dataset_also_has_11_point_ap(config_with, tmp_path, model):
     folder = make_voc(tmp_path / "voc")
     results = evaluate(config_with(f"voc:{folder}:trainval"), model)
     assert set(results) == {"bbox", "voc_11_point"}
@@ -44,7 +44,7 @@ def test_a_voc_set_gives_both_precisions(config_with, tmp_path, model):
     assert set(results["voc_11_point"]) == {"AP", "AP50", "AP75"}
 
 
-def test_several_sets_are_told_apart_by_their_names(config_with, tmp_path, datasets, model):
+def test_results_of_several_test_sets_are_keyed_by_name(config_with, tmp_path, datasets, model):
     first, second = datasets["DATASETS.TEST"][0], f"voc:{make_voc(tmp_path / 'voc')}:trainval"
     cfg = config_with(first, second)
     results = evaluate(cfg, model)
@@ -53,8 +53,8 @@ def test_several_sets_are_told_apart_by_their_names(config_with, tmp_path, datas
     assert main_metric(config_with(first)) == "bbox/AP"
 
 
-def test_ground_truth_is_converted_anew(config_with, tmp_path, model):
-    """A conversion kept from an earlier evaluation would outlive the annotations."""
+def test_ground_truth_is_converted_in_each_evaluation(config_with, tmp_path, model):
+    """A cached file might be older than the annotations."""
     name = f"voc:{make_voc(tmp_path / 'voc')}:trainval"
     cfg = config_with(name)
     evaluate(cfg, model)
@@ -68,25 +68,24 @@ def test_ground_truth_is_converted_anew(config_with, tmp_path, model):
     evaluate(cfg, model)
 
 
-def test_classes_that_are_not_the_models_are_an_error(config_with, tmp_path, model):
+def test_classes_other_than_those_of_the_model_are_an_error(config_with, tmp_path, model):
     json_file, images = make_coco(tmp_path / "two", classes=("cat", "dog"))
     with pytest.raises(UsageError, match="2 classes"):
         evaluate(config_with(f"coco:{json_file}:{images}"), model)
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_the_student_is_evaluated_beside_the_teacher(monkeypatch, alike):
-    """Alike, once is enough."""
-    precision = {"teacher": 40.0, "student": 40.0 if alike else 30.0}
-    asked = []
+@pytest.mark.parametrize("identical", [True, False])
+def test_student_is_evaluated_unless_it_equals_the_teacher(monkeypatch, identical):
+    precision = {"teacher": 40.0, "student": 40.0 if identical else 30.0}
+    evaluated = []
 
-    def of(_, model, keep_detections):
-        assert not keep_detections  # the one would overwrite those of the other
-        asked.append(model)
+    def fake_evaluate(_, model, keep_detections):
+        assert not keep_detections  # one model's would overwrite the other's
+        evaluated.append(model)
         return {"bbox": {"AP": precision[model]}}
 
-    monkeypatch.setattr(evaluation, "evaluate", of)
-    results = evaluate_teacher_and_student(None, "teacher", "student", alike=alike)
+    monkeypatch.setattr(evaluation, "evaluate", fake_evaluate)
+    results = evaluate_teacher_and_student(None, "teacher", "student", identical=identical)
     assert results["bbox"]["AP"] == 40.0
     assert results["student"]["bbox"]["AP"] == precision["student"]
-    assert asked == (["teacher"] if alike else ["teacher", "student"])
+    assert evaluated == (["teacher"] if identical else ["teacher", "student"])

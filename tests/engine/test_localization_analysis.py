@@ -1,4 +1,4 @@
-"""Correlations and calibration have their known values where these are known."""
+"""Localization quality against IoU: correlations, calibration, and the figure."""
 
 import json
 import math
@@ -20,6 +20,7 @@ from locreweight.engine.localization_analysis import (
 from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import detections_as_ground_truth
+from tests.tiny_data import make_coco
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def detector(run):
     return load_predictor(str(run.output), device="cpu")
 
 
-def test_correlations_of_a_line_and_of_a_curve():
+def test_correlation_of_a_line_and_of_a_curve():
     x = np.linspace(0.1, 1, 50)
     line, curve = correlation(x, 3 * x + 1), correlation(x, -(x**7))
     assert (line.pearson, line.spearman, line.count) == (pytest.approx(1), pytest.approx(1), 50)
@@ -37,64 +38,62 @@ def test_correlations_of_a_line_and_of_a_curve():
 
 
 @pytest.mark.parametrize("values", [[], [0.5, 0.6], [0.5] * 9])
-def test_without_variation_there_is_no_correlation(values):
+def test_correlation_of_constant_values_is_nan(values):
     result = correlation(np.array(values), np.arange(len(values)))
     assert math.isnan(result.pearson) and math.isnan(result.spearman)
 
 
-def test_errors_that_are_as_large_as_predicted_are_calibrated():
+def test_errors_with_the_predicted_variance_are_calibrated():
     rng = np.random.default_rng(0)
     variance = rng.uniform(0.01, 0.1, size=(50_000, 4))
     groups = calibration(variance, rng.normal(0, np.sqrt(variance)))
     assert len(groups.variance) == 10
     assert (np.diff(groups.variance) > 0).all()
     np.testing.assert_allclose(groups.squared_error, groups.variance, rtol=0.05)
-    # Nearly all errors are below 1, where the loss is the square's.
+    # Nearly all errors are below 1, where the loss fits the square.
     np.testing.assert_allclose(groups.fitted_error, groups.squared_error, rtol=0.01)
 
 
-def test_beyond_1_the_loss_fits_less_than_the_square():
+def test_fitted_error_grows_linearly_beyond_1():
     groups = calibration(np.ones((1, 4)), np.array([[0.5, -1.0, 3.0, -3.0]]), groups=1)
     assert groups.squared_error.tolist() == [(0.25 + 1 + 9 + 9) / 4]
     assert groups.fitted_error.tolist() == [(0.25 + 1 + 5 + 5) / 4]
 
 
 @pytest.mark.parametrize("side", [64, 96])
-def test_a_truth_that_was_found_is_localized_without_error(run, tmp_path, side):
-    """Whatever size the model sees the image in."""
+def test_detections_as_ground_truth_have_no_error(run, tmp_path, side):
+    """At any input size."""
     sizes = ["INPUT.MIN_SIZE_TEST", str(side), "INPUT.MAX_SIZE_TEST", str(side)]
     detector = load_predictor(str(run.output), options=sizes, device="cpu")
 
     def detect(inputs):
         image = inputs[0]["image"].flip(0).permute(1, 2, 0).contiguous().numpy()
-        return [{"instances": found} for found in detector.detect([image])]
+        return [{"instances": detections} for detections in detector.detect([image])]
 
     detect.eval = lambda: detect
     name = detections_as_ground_truth(detect, run.test_set, tmp_path / "truth.json")
     data = localize(detector, annotated_records(detector, name))
     assert len(data.iou) > 5 and data.iou.min() > 0.98
     assert data.variance.shape == data.error.shape == (len(data.iou), 4)
-    # Coordinates that were cut off at the border were predicted beyond it.
+    # The median, because some boxes were clipped at the border of the image.
     assert np.median(np.abs(data.error)) < 1e-3
     assert np.allclose(data.quality, 1 / (1 + np.exp(data.variance.mean(axis=1))), atol=1e-5)
 
 
-def test_images_without_objects_have_no_overlap(run, detector, tmp_path):
+def test_images_without_objects_have_zero_iou(run, detector, tmp_path):
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
     data = localize(detector, [{"file_name": str(tmp_path / "a.png"), "annotations": []}])
     assert not data.iou.any() and data.variance.shape == (0, 4)
 
 
-def test_a_data_set_with_other_classes_is_told(detector, tmp_path):
-    from tests.tiny_data import make_coco
-
+def test_dataset_with_other_classes_is_an_error(detector, tmp_path):
     other = make_coco(tmp_path / "other", classes=("emu", "fox", "gnu"))
     with pytest.raises(UsageError, match="emu"):
         annotated_records(detector, "coco:{}:{}".format(*other))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_the_figure_and_its_numbers(run, tmp_path, monkeypatch, capsys, suffix):
+def test_tool_writes_the_figure_and_its_numbers(run, tmp_path, monkeypatch, capsys, suffix):
     files = [str(tmp_path / f"fig3{suffix}"), str(tmp_path / "numbers.json")]
     arguments = ["--weights", str(run.output), "--output", files[0], "--json", files[1]]
     monkeypatch.setattr(sys, "argv", ["plot", *arguments, "--device", "cpu"])
@@ -107,7 +106,7 @@ def test_the_figure_and_its_numbers(run, tmp_path, monkeypatch, capsys, suffix):
     assert len(numbers["calibration"]["variance"]) == len(numbers["calibration"]["fitted_error"])
 
 
-def test_nan_is_told_and_not_left_out(detector, run):
+def test_nan_prediction_is_an_error(detector, run):
     with torch.no_grad():
         detector.model.roi_heads.box_predictor.log_variance.bias.fill_(math.nan)
     with pytest.raises(UsageError, match="NaN"):

@@ -1,7 +1,8 @@
-"""Panels show and measure what the teacher sees, and change nothing of the training."""
+"""Panels of pseudo-labels: pictures, measurements, and no influence on the training."""
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from locreweight.data.monitored import MonitoredSample
+from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine.panels import PanelStyle, PseudoLabelPanels, draw_pseudo_labels
 from locreweight.modeling.meta_arch import TeacherOutput
@@ -22,14 +24,14 @@ STYLE = PanelStyle(["cat", "dog", "owl"], "RGB", 0.5)
 
 
 def generators():
-    """The state of all that training may draw from."""
+    """Return the state of all random generators that training may use."""
     numpy = np.random.get_state()
     return numpy[1].tolist(), numpy[2], random.getstate(), torch.get_rng_state().tolist()
 
 
 @pytest.fixture
 def trained(make_trainer, tmp_path):
-    """Trains with and without panels; both draw as they like."""
+    """Train with and without panels, from the same random state."""
 
     def train(period, **settings):
         trainer = make_trainer({"VIS_PERIOD": period, "TEST.MONITORED_IMAGES": 3, **settings})
@@ -43,7 +45,7 @@ def trained(make_trainer, tmp_path):
 
 
 def test_training_is_the_same_with_panels_and_without(trained, tmp_path):
-    # Without burn-in: in it Detectron2 itself draws labeled images for VIS_PERIOD.
+    # Without burn-in, in which Detectron2 itself draws labeled images every VIS_PERIOD.
     with_panels, first = trained(1, **{"SEMI.BURN_IN_ITERS": 0})
     assert len(list((tmp_path / "panels").iterdir())) == 4
     without, second = trained(0, **{"SEMI.BURN_IN_ITERS": 0})
@@ -52,7 +54,7 @@ def test_training_is_the_same_with_panels_and_without(trained, tmp_path):
     assert same(copy_of(with_panels.teacher), copy_of(without.teacher))
 
 
-def test_panels_come_every_period_and_at_the_end(trained, tmp_path):
+def test_panels_are_written_every_period_and_at_the_end(trained, tmp_path):
     trained(3)
     files = sorted(file.name for file in (tmp_path / "panels").iterdir())
     assert files == ["iter_0000003.jpg", "iter_0000004.jpg"]
@@ -60,12 +62,12 @@ def test_panels_come_every_period_and_at_the_end(trained, tmp_path):
         assert min(image.size) > 300
 
 
-def test_period_0_is_never(trained, tmp_path):
+def test_period_0_writes_no_panels(trained, tmp_path):
     trained(0)
     assert not (tmp_path / "panels").exists()
 
 
-def test_a_panel_goes_to_tensorboard(trained, tmp_path):
+def test_first_row_is_written_to_tensorboard(trained, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trained(4)
@@ -73,10 +75,10 @@ def test_a_panel_goes_to_tensorboard(trained, tmp_path):
     assert "pseudo_labels" in events.Tags()["images"]
 
 
-def test_what_the_teacher_finds_is_measured_against_the_truth(make_trainer, tmp_path):
-    """As truth what this very teacher finds: all pseudo-labels are right, by definition."""
+def test_pseudo_labels_are_compared_with_the_ground_truth(make_trainer, tmp_path):
+    """With the teacher's own detections as ground truth, all pseudo-labels are correct."""
     settings = {
-        # Views that are the images themselves.
+        # The weak view is the image itself.
         "INPUT.MIN_SIZE_TRAIN": (64,),
         "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
         "INPUT.RANDOM_FLIP": "none",
@@ -85,10 +87,10 @@ def test_what_the_teacher_finds_is_measured_against_the_truth(make_trainer, tmp_
     json_file, images = make_coco(tmp_path / "unlabeled", images=4, seed=9)
     settings["DATASETS.UNLABELED"] = [f"folder:{images}"]
     teacher = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": ()}).teacher
-    truth = detections_as_ground_truth(
+    ground_truth = detections_as_ground_truth(
         teacher, f"coco:{json_file}:{images}", tmp_path / "truth.json"
     )
-    trainer = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": [truth]})
+    trainer = make_trainer(settings | {"DATASETS.UNLABELED_TRUTH": [ground_truth]})
     assert same(copy_of(trainer.teacher), copy_of(teacher))
     (hook,) = [h for h in trainer._hooks if isinstance(h, PseudoLabelPanels)]
     with EventStorage() as storage:
@@ -98,25 +100,25 @@ def test_what_the_teacher_finds_is_measured_against_the_truth(make_trainer, tmp_
         measured = {name: value for name, (value, _) in storage.latest().items()}
     assert measured["pseudo_truth/precision"] == 1.0
     assert measured["pseudo_truth/mean_iou"] == pytest.approx(1.0, abs=1e-3)
-    found = json.loads((tmp_path / "truth.json").read_text())["annotations"]
-    assert 0 < measured["pseudo_truth/recall"] <= 1.0 and found
+    annotations = json.loads((tmp_path / "truth.json").read_text())["annotations"]
+    assert 0 < measured["pseudo_truth/recall"] <= 1.0 and annotations
     quarters = [measured[f"pseudo_truth/quality_quarter_{i}/recall"] for i in range(1, 5)]
     assert sum(quarters) == pytest.approx(measured["pseudo_truth/recall"])
 
 
-def test_without_truth_nothing_is_measured(trained):
+def test_nothing_is_measured_without_ground_truth(trained):
     trainer, _ = trained(4)
     assert not [name for name in trainer.storage.latest() if name.startswith("pseudo_truth")]
 
 
-def test_of_many_images_without_truth_only_the_shown_ones_are_looked_at(datasets, tmp_path):
-    looked = []
+def test_without_ground_truth_only_images_of_the_panel_are_detected(datasets, tmp_path):
+    detected = []
 
     class Teacher:
         device = torch.device("cpu")
 
         def detect(self, inputs):
-            looked.extend(inputs)
+            detected.extend(inputs)
             empty = Instances(
                 (64, 64),
                 pred_boxes=Boxes(torch.zeros(0, 4)),
@@ -126,10 +128,6 @@ def test_of_many_images_without_truth_only_the_shown_ones_are_looked_at(datasets
             )
             return TeacherOutput({}, [empty] * len(inputs))
 
-    from types import SimpleNamespace
-
-    from locreweight.data.training_sets import load_training_sets, register_datasets
-
     _, images = make_coco(tmp_path / "many", images=20, seed=9)
     settings = {"DATASETS.UNLABELED": [f"folder:{images}"], "VIS_PERIOD": 1}
     cfg = training_config(datasets, tmp_path, settings)
@@ -138,26 +136,26 @@ def test_of_many_images_without_truth_only_the_shown_ones_are_looked_at(datasets
     with EventStorage() as storage:
         hook.trainer = SimpleNamespace(iter=0, max_iter=9, storage=storage)
         hook.after_step()
-    assert len(looked) == 6
+    assert len(detected) == 6
 
 
-def test_boxes_of_a_panel_lie_at_the_same_place_in_both_views():
+def test_boxes_are_projected_to_the_strong_view():
     gray = torch.full((3, 100, 100), 128, dtype=torch.uint8)
     shift = torch.tensor([[1, 0, 20], [0, 1, 10], [0, 0, 1]], dtype=torch.float64)
     views = UnlabeledSample("a", View(gray, torch.eye(3, dtype=torch.float64)), View(gray, shift))
-    chosen = Instances(
+    pseudo_labels = Instances(
         (100, 100),
         pred_boxes=Boxes(torch.tensor([[10.0, 40, 40, 70], [85, 5, 99, 20]])),
         pred_classes=torch.tensor([0, 1]),
         scores=torch.tensor([0.9, 0.8]),
         localization_quality=torch.tensor([0.5, 0.3]),
     )
-    picture = draw_pseudo_labels(MonitoredSample(views, None), chosen, STYLE)
+    picture = draw_pseudo_labels(MonitoredSample(views, None), pseudo_labels, STYLE)
     weak, strong = picture[:300, :300], picture[:300, 304:604]
-    best, worse = quality_colors(chosen.localization_quality)
+    best, worse = quality_colors(pseudo_labels.localization_quality)
     for view, left, bottom in ((weak, 30, 210), (strong, 90, 240)):
         rows, columns = np.nonzero((view == best).all(axis=2))
         assert columns.min() == pytest.approx(left, abs=4)
         assert rows.max() == pytest.approx(bottom, abs=4)
-    # The other one has left the strong view.
+    # The other box is outside of the strong view.
     assert (weak == worse).all(axis=2).any() and not (strong == worse).all(axis=2).any()

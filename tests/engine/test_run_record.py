@@ -1,4 +1,4 @@
-"""What a run was started with is kept, each time it is started."""
+"""Records of how a run was started."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from locreweight.engine.run_record import RunRecord, read_run_records, write_run
 from locreweight.installed_detectron2 import describe_detectron2
 
 
-def test_each_start_is_kept(tmp_path):
+def test_each_start_is_recorded(tmp_path):
     write_run_record(tmp_path, ["train_net.py", "--config-file", "a b.yaml"], processes=2)
     write_run_record(tmp_path, ["train_net.py", "--resume"], processes=1)
     first, second = read_run_records(tmp_path)
@@ -23,18 +23,18 @@ def test_each_start_is_kept(tmp_path):
     assert first.versions["Detectron2"] == describe_detectron2()
 
 
-def test_a_run_without_a_record_has_none(tmp_path):
+def test_missing_record_is_empty(tmp_path):
     assert read_run_records(tmp_path) == []
 
 
-def test_outside_of_git_there_is_no_commit(tmp_path, monkeypatch):
+def test_commit_is_empty_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     write_run_record(tmp_path, ["train_net.py"], processes=1)
     assert read_run_records(tmp_path)[0].commit == ""
 
 
-def test_code_that_is_not_in_the_commit_shows(tmp_path, monkeypatch):
-    """A repository of its own; the record looks at the one that it lies in."""
+def test_uncommitted_code_is_marked(tmp_path, monkeypatch):
+    """In a new repository: the record describes the one that contains the module."""
     engine = tmp_path / "engine"
     engine.mkdir()
     (engine / "run_record.py").touch()
@@ -60,7 +60,7 @@ def test_code_that_is_not_in_the_commit_shows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gpus", "expected"), [("none", "2 x CPU"), ("8 x H100", "2 x CPU, 8 x H100")]
 )
-def test_the_machine_in_a_few_words(gpus, expected):
+def test_processors_describe_the_machine(gpus, expected):
     machine = {"CPU": "CPU", "cores": "2", "GPUs": gpus}
     assert RunRecord("", "", "", 1, machine=machine).processors == expected
 

@@ -1,4 +1,4 @@
-"""What goes in is found, nothing overwrites anything, and what cannot be read is named."""
+"""Detection in images and videos: inputs, pictures, json, unreadable files."""
 
 import io
 import json
@@ -28,19 +28,19 @@ def names(inputs, output=None):
 # --- inputs ---------------------------------------------------------------------------------------
 
 
-def test_folders_keep_their_tree_and_files_their_names(tmp_path):
+def test_pictures_keep_the_folder_structure(tmp_path):
     for name in ("in/b.jpg", "in/a.png", "in/sub/a.jpg", "in/notes.txt", "c.jpg"):
         picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("")
     assert names([tmp_path / "in", tmp_path / "c.jpg"]) == ["a.png", "b.jpg", "sub/a.jpg", "c.jpg"]
 
 
-def test_no_two_pictures_get_one_name(tmp_path):
+def test_names_of_pictures_are_unique(tmp_path):
     files = [picture(tmp_path / folder / "a.jpg") for folder in ("x", "y", "z")]
     assert names(files) == ["a.jpg", "a-2.jpg", "a-3.jpg"]
 
 
-def test_pictures_have_names_that_say_what_they_are(tmp_path):
-    """Films of two kinds become two films of one kind; a photo may come without a suffix."""
+def test_pictures_have_a_known_suffix(tmp_path):
+    """Videos become .mp4, images without a suffix .jpg."""
     files = [tmp_path / name for name in ("film.avi", "film.mp4", "photo", "photo.JPG")]
     for file in files:
         file.touch()
@@ -55,25 +55,25 @@ def test_patterns_and_standard_input(tmp_path, monkeypatch):
     assert names(["-"]) == ["2.png", "0.png"]
 
 
-def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+def test_existing_file_is_not_treated_as_a_pattern(tmp_path):
     picture(tmp_path / "1.png")
     assert names([picture(tmp_path / "[1].png")]) == ["[1].png"]
 
 
-def test_pictures_of_an_earlier_call_are_not_inputs(tmp_path):
+def test_pictures_in_the_output_folder_are_not_inputs(tmp_path):
     picture(tmp_path / "a.jpg")
     picture(tmp_path / "found" / "a.jpg")
     assert names([tmp_path], output=tmp_path / "found") == ["a.jpg"]
 
 
-def test_originals_cannot_be_overwritten(tmp_path):
+def test_input_folder_as_output_folder_is_an_error(tmp_path):
     picture(tmp_path / "a.jpg")
-    with pytest.raises(UsageError, match="does not count"):
+    with pytest.raises(UsageError, match="are ignored"):
         find_inputs([str(tmp_path)], output=tmp_path)
 
 
 @pytest.mark.parametrize("given", ["none.jpg", "none/*.jpg", "empty"])
-def test_inputs_that_are_not_there_are_told(tmp_path, given):
+def test_missing_input_is_an_error(tmp_path, given):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=given.replace("*", r"\*")):
         find_inputs([str(tmp_path / given)])
@@ -83,24 +83,15 @@ def test_inputs_that_are_not_there_are_told(tmp_path, given):
 
 
 @pytest.fixture
-def call(run, monkeypatch, capsys, tmp_path):
-    """Runs the tool; returns its exit code or message, and what it printed."""
-
-    def call(*arguments):
-        weights = ["--weights", str(run.output / "model_final.pth"), "--device", "cpu"]
-        output = ["--output", str(tmp_path / "out"), "--threshold", "0.1"]
-        monkeypatch.setattr(sys, "argv", ["predict.py", *weights, *output, *map(str, arguments)])
-        try:
-            predict.main()
-        except SystemExit as end:
-            return end.code, capsys.readouterr()
-        return 0, capsys.readouterr()
-
-    return call
+def predict_call(run, call, tmp_path):
+    """Call the tool on the tiny run; returns its exit code or message, and the output."""
+    weights = ["--weights", run.output / "model_final.pth", "--device", "cpu"]
+    output = ["--output", tmp_path / "out", "--threshold", "0.1"]
+    return lambda *arguments: call(predict, *weights, *output, *arguments)
 
 
-def test_pictures_and_json(run, call, tmp_path):
-    code, printed = call("--input", run.test_images, "--json", tmp_path / "found.json")
+def test_pictures_and_json(run, predict_call, tmp_path):
+    code, printed = predict_call("--input", run.test_images, "--json", tmp_path / "found.json")
     assert code == 0
     pictures = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert pictures == sorted(file.name for file in run.test_images.iterdir())
@@ -115,25 +106,25 @@ def test_pictures_and_json(run, call, tmp_path):
         assert Path(entry["file_name"]).is_file()
 
 
-def test_no_progress_bar_where_nobody_looks(run, call):
-    assert "images" not in call("--input", run.test_images)[1].err
+def test_no_progress_bar_without_a_terminal(run, predict_call):
+    assert "images" not in predict_call("--input", run.test_images)[1].err
 
 
-def test_batches_find_what_single_images_do(run, call, tmp_path):
-    found = []
+def test_results_do_not_depend_on_the_batch_size(run, predict_call, tmp_path):
+    results = []
     for batch in (1, 2):
-        call("--input", run.test_images, "--json", tmp_path / "a.json", "--batch", batch)
-        found.append(json.loads((tmp_path / "a.json").read_text()))
-    assert len(found[0]) == len(found[1])
-    for one, other in zip(*found, strict=True):
+        predict_call("--input", run.test_images, "--json", tmp_path / "a.json", "--batch", batch)
+        results.append(json.loads((tmp_path / "a.json").read_text()))
+    assert len(results[0]) == len(results[1])
+    for one, other in zip(*results, strict=True):
         assert one["file_name"] == other["file_name"]
         assert one["bbox"] == pytest.approx(other["bbox"], abs=0.05)
 
 
-def test_what_cannot_be_read_is_skipped_and_named(run, call, tmp_path):
+def test_unreadable_files_are_skipped_and_listed(run, predict_call, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    code, printed = call(
+    code, printed = predict_call(
         "--input", tmp_path / "broken.png", tmp_path / "broken.mp4", run.test_images
     )
     assert code == "error: 2 of 5 inputs could not be read"
@@ -141,14 +132,16 @@ def test_what_cannot_be_read_is_skipped_and_named(run, call, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_a_video_becomes_a_video(run, call, tmp_path):
+def test_video_with_detections(run, predict_call, tmp_path):
     writer = cv2.VideoWriter(
         str(tmp_path / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 5, (64, 48)
     )
     for value in (60, 120, 180):
         writer.write(np.full((48, 64, 3), value, np.uint8))
     writer.release()
-    code, _ = call("--input", tmp_path / "film.mp4", "--json", tmp_path / "a.json", "--batch", "2")
+    code, _ = predict_call(
+        "--input", tmp_path / "film.mp4", "--json", tmp_path / "a.json", "--batch", "2"
+    )
     assert code == 0
     film = cv2.VideoCapture(str(tmp_path / "out" / "film.mp4"))
     assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3
@@ -157,6 +150,6 @@ def test_a_video_becomes_a_video(run, call, tmp_path):
     assert frames <= {0, 1, 2} and frames
 
 
-def test_a_mistake_is_one_line(call):
-    code, _ = call("--input", "none.jpg")
+def test_error_is_one_line(predict_call):
+    code, _ = predict_call("--input", "none.jpg")
     assert code == "error: the input 'none.jpg' does not exist"

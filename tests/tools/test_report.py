@@ -1,4 +1,4 @@
-"""The page says what the run left, whatever is missing, and a real browser shows all of it."""
+"""The report: its content, missing parts, and how a browser shows it."""
 
 import json
 import re
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import report
-from locreweight.engine.run_folder import Curve, read_run, unique_names
+from locreweight.engine.run_folder import Curve, open_run, unique_names
 from locreweight.errors import UsageError
 from locreweight.visualization.figures import Line, line_figure
+from locreweight.visualization.report import detect_test_images, write_report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
@@ -24,7 +25,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Elements by name, with their attributes; and whether all were closed in order."""
+    """Elements of a page with their attributes; checks that they are closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -51,27 +52,27 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(run, tmp_path_factory):
-    """The page of one run, that of two, and that of a run that has just begun."""
+    """Reports of one run, of two runs, and of a run that has just started."""
     folder = tmp_path_factory.mktemp("pages")
     other = folder / "other"
     shutil.copytree(run.output, other)
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("LER: true", "LER: false"))
-    begun = folder / "begun"
-    begun.mkdir()
-    shutil.copy(run.output / "config.yaml", begun)
-    report.write_report([run.output], folder / "one.html", images=3, device="cpu")
-    report.write_report([run.output, other], folder / "two.html", images=0)
-    report.write_report([begun], folder / "begun.html", images=3)
+    started = folder / "started"
+    started.mkdir()
+    shutil.copy(run.output / "config.yaml", started)
+    write_report([run.output], folder / "one.html", images=3, device="cpu")
+    write_report([run.output, other], folder / "two.html", images=0)
+    write_report([started], folder / "started.html", images=3)
     return folder
 
 
-@pytest.fixture(params=["one", "two", "begun"])
+@pytest.fixture(params=["one", "two", "started"])
 def page(request, pages):
     return Page((pages / f"{request.param}.html").read_text())
 
 
-def test_elements_are_closed_and_names_are_unique(page):
+def test_elements_are_closed_and_ids_are_unique(page):
     assert not page.open
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -79,7 +80,7 @@ def test_elements_are_closed_and_names_are_unique(page):
     assert links and all(link.startswith("#") and link[1:] in ids for link in links)
 
 
-def test_nothing_is_fetched(page):
+def test_page_has_no_external_resources(page):
     for tag, attributes in page.elements:
         for name in ("src", "href", "xlink:href", "srcset", "data"):
             value = attributes.get(name, "#")
@@ -87,7 +88,7 @@ def test_nothing_is_fetched(page):
     assert not page.all("script") and not page.all("iframe")
 
 
-def test_every_figure_has_words_for_those_who_do_not_see_it(page):
+def test_pictures_and_figures_have_text_alternatives(page):
     assert all(attributes.get("alt") for attributes in page.all("img"))
     for attributes in page.all("svg"):
         assert attributes["role"] == "img" and len(attributes["aria-label"]) > 20
@@ -100,7 +101,7 @@ def test_headings_do_not_skip_a_level(page):
     assert all(b - a <= 1 for a, b in pairwise(levels))
 
 
-def test_what_scrolls_can_be_reached_by_keyboard(page):
+def test_scrolling_elements_can_be_reached_by_keyboard(page):
     scrolling = [a for _, a in page.elements if a.get("class") == "scroll"]
     assert scrolling
     assert all(
@@ -108,7 +109,7 @@ def test_what_scrolls_can_be_reached_by_keyboard(page):
     )
 
 
-def test_one_run(pages, run):
+def test_report_of_one_run(pages, run):
     page = Page((pages / "one.html").read_text())
     for part in (
         "final teacher",
@@ -124,14 +125,14 @@ def test_one_run(pages, run):
     assert len(page.all("svg")) > 8
 
 
-def test_two_runs_are_compared(pages):
+def test_report_of_two_runs_compares_them(pages):
     text = Page((pages / "two.html").read_text()).text
     assert "Where the configs differ" in text and "SEMI.LER" in text
-    assert "tiny" in text and "other" in text and "left out, by --images 0" in text
+    assert "tiny" in text and "other" in text and "left out because of --images 0" in text
 
 
-def test_a_run_that_has_just_begun_says_what_is_missing(pages):
-    page = Page((pages / "begun.html").read_text())
+def test_report_of_a_started_run_names_missing_parts(pages):
+    page = Page((pages / "started.html").read_text())
     for part in (
         "Nothing has been evaluated yet",
         "no metrics.json",
@@ -143,30 +144,30 @@ def test_a_run_that_has_just_begun_says_what_is_missing(pages):
     assert not page.all("svg")
 
 
-def test_test_images_that_are_gone_are_told(run, tmp_path):
+def test_missing_checkpoint_is_reported(run, tmp_path):
     other = tmp_path / "moved"
     shutil.copytree(run.output, other)
     file = other / "gone.pth"
     (other / "last_checkpoint").write_text(file.name)
-    seen = report.look_at_test_images(read_run(other, "a"), 3, "cpu")
-    assert "does not exist" in seen.missing
+    detections = detect_test_images(open_run(other, "a"), 3, "cpu")
+    assert "does not exist" in detections.missing
 
 
 @pytest.mark.parametrize("folder", ["none", "empty"])
-def test_a_folder_that_is_no_run_is_told(tmp_path, folder, monkeypatch):
+def test_folder_that_is_not_a_run_is_an_error(tmp_path, folder, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / folder)])
     with pytest.raises(SystemExit) as end:
         report.main()
     assert end.value.code.startswith("error: ") and folder in end.value.code
     with pytest.raises(UsageError):
-        read_run(tmp_path / folder, "a")
+        open_run(tmp_path / folder, "a")
 
 
-def test_what_a_name_contains_cannot_break_the_page(run, tmp_path):
+def test_names_are_escaped(run, tmp_path):
     other = tmp_path / "<b>a & b"
     shutil.copytree(run.output, other)
-    report.write_report([other], tmp_path / "a.html", images=0)
+    write_report([other], tmp_path / "a.html", images=0)
     page = Page((tmp_path / "a.html").read_text())
     assert "<b>a & b" in page.text and not page.all("b")
 
@@ -180,20 +181,20 @@ def test_what_a_name_contains_cannot_break_the_page(run, tmp_path):
         (["output/a"], ["a"]),
     ],
 )
-def test_runs_and_checkpoints_are_named_by_what_tells_them_apart(paths, names):
+def test_unique_names(paths, names):
     assert unique_names(list(map(Path, paths))) == names
 
 
-def test_a_number_that_was_measured_twice_holds_as_it_was_last(run, tmp_path):
+def test_curve_has_the_last_value_of_each_iteration(run, tmp_path):
     other = tmp_path / "resumed"
     shutil.copytree(run.output, other)
     lines = [{"iteration": 3, "x": 1.0}, {"iteration": 5, "x": 2.0}, {"iteration": 3, "x": 7.0}]
-    text = "\n".join(map(json.dumps, lines)) + '\n{"iteration": 9, "x"'  # still being written
+    text = "\n".join(map(json.dumps, lines)) + '\n{"iteration": 9, "x"'  # incomplete
     (other / "metrics.json").write_text(text)
-    assert read_run(other, "a").curve("x") == Curve([3, 5], [7.0, 2.0])
+    assert open_run(other, "a").curve("x") == Curve([3, 5], [7.0, 2.0])
 
 
-def test_figures_take_their_ink_from_the_page():
+def test_figures_use_the_text_color_of_the_page():
     figure = line_figure([Line("a", Curve([1, 2], [0.5, 0.7]))], "share", "A <curve>", burn_in=1)
     assert "currentColor" in figure.svg and "#010203" not in figure.svg
     assert "burn-in" in figure.svg and "&lt;curve&gt;" in figure.svg
@@ -215,7 +216,7 @@ PROBE = """<script>addEventListener("load", () => {
   }), "*");
 });</script>"""
 
-# Browsers have a least width of their own; a frame in them has none.
+# Browser windows have a minimum width; frames have none.
 FRAME = """<body></body><script>
 addEventListener("message", message => { document.body.textContent = message.data; });
 document.write('<iframe src="page.html" width="{width}" height="900" frameborder="0"></iframe>');
@@ -223,7 +224,7 @@ document.write('<iframe src="page.html" width="{width}" height="900" frameborder
 
 
 def inspect_page(folder, text, width, dark):
-    """What a browser makes of a page, and what it complains about."""
+    """Return measurements of a page in a browser, and the errors on its console."""
     (folder / "page.html").write_text(text.replace("</head>", PROBE + "</head>"))
     (folder / "frame.html").write_text(FRAME.replace("{width}", str(width)))
     done = subprocess.run(
@@ -238,8 +239,8 @@ def inspect_page(folder, text, width, dark):
         text=True,
         timeout=300,
     )
-    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(re.search(r"<body>(\{.*\})", done.stdout)[1]), complaints
+    console_errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(re.search(r"<body>(\{.*\})", done.stdout)[1]), console_errors
 
 
 needs_browser = pytest.mark.skipif(
@@ -251,28 +252,28 @@ needs_browser = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "width", "dark"), [("one", 390, True), ("one", 1200, False), ("two", 390, False)]
 )
-def test_a_browser_shows_all_of_it(pages, tmp_path, name, width, dark):
+def test_browser_shows_all_pictures_and_figures(pages, tmp_path, name, width, dark):
     text = (pages / f"{name}.html").read_text()
-    seen, complaints = inspect_page(tmp_path, text, width, dark)
-    assert not complaints
+    shown, console_errors = inspect_page(tmp_path, text, width, dark)
+    assert not console_errors
     page = Page(text)
-    assert len(seen["images"]) == len(page.all("img")) and all(seen["images"])
-    assert len(seen["figures"]) == len(page.all("svg")) > 5 and all(seen["figures"])
-    assert seen["content"] <= seen["width"] == width
-    ink, paper = (sum(map(int, re.findall(r"\d+", seen[key])[:3])) for key in ("ink", "page"))
+    assert len(shown["images"]) == len(page.all("img")) and all(shown["images"])
+    assert len(shown["figures"]) == len(page.all("svg")) > 5 and all(shown["figures"])
+    assert shown["content"] <= shown["width"] == width
+    ink, paper = (sum(map(int, re.findall(r"\d+", shown[key])[:3])) for key in ("ink", "page"))
     assert (ink > paper + 300) if dark else (paper > ink + 300)
 
 
 @needs_browser
-def test_a_browser_would_notice(pages, tmp_path):
-    """What the test above looks for is seen where it is wrong."""
+def test_inspection_in_the_browser_detects_errors(pages, tmp_path):
+    """The checks of the test above fail on a broken page."""
     text = (pages / "one.html").read_text()
-    wide = '<p style="width: 2000px">wide</p><script>console.error("complaint")</script>'
+    wide = '<p style="width: 2000px">wide</p><script>console.error("error")</script>'
     broken = text.replace("image/jpeg;base64,/9j/", "image/jpeg;base64,AAAA", 1)
     broken = re.sub(r"(<svg [^>]*>).*?</svg>", r"\1</svg>", broken, count=1, flags=re.DOTALL)
-    seen, complaints = inspect_page(
+    shown, console_errors = inspect_page(
         tmp_path, broken.replace("</main>", wide + "</main>"), 390, False
     )
-    assert complaints
-    assert seen["images"].count(False) == 1 and seen["figures"].count(False) == 1
-    assert seen["content"] > seen["width"]
+    assert console_errors
+    assert shown["images"].count(False) == 1 and shown["figures"].count(False) == 1
+    assert shown["content"] > shown["width"]

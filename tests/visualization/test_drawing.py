@@ -1,4 +1,4 @@
-"""Boxes are drawn where they are, in the colors that say what they are."""
+"""Drawing of boxes, labels, grids and captions."""
 
 import numpy as np
 import pytest
@@ -31,12 +31,12 @@ def layer(*boxes, labels=None):
 
 
 def red_pixels(picture):
-    """Rows and columns of them."""
+    """Return the rows and the columns of red pixels."""
     return np.nonzero((picture == RED).all(axis=2))
 
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(60, 90, 8), (1440, 720, 0.5)])
-def test_small_images_are_enlarged_large_ones_reduced_and_boxes_follow(height, width, scale):
+def test_draw_resizes_image_and_boxes(height, width, scale):
     box = [width * 0.25, height * 0.5, width * 0.75, height * 0.75]
     picture = draw(gray(height, width), [layer(box)], side=720)
     assert picture.shape == (height * scale, width * scale, 3)
@@ -45,20 +45,20 @@ def test_small_images_are_enlarged_large_ones_reduced_and_boxes_follow(height, w
     assert measured == pytest.approx([value * scale for value in box], abs=3)
 
 
-def test_colors_of_the_image_stay():
+def test_draw_keeps_the_colors_of_the_image():
     image = gray(50, 50)
     image[:, :25] = (0, 0, 255)
     picture = draw(image, [], side=50)
     assert np.array_equal(picture, image)
 
 
-def test_boxes_out_of_sight_or_without_area_are_not_drawn():
+def test_boxes_outside_or_without_area_are_not_drawn():
     boxes = [[60, 60, 80, 80], [10, 10, 10, 30], [-20, -20, -5, -5]]
     picture = draw(gray(50, 50), [layer(*boxes, labels=["a", "b", "c"])], side=50)
     assert np.array_equal(picture, gray(50, 50))
 
 
-def test_a_box_that_reaches_out_is_cut_off():
+def test_boxes_are_clipped_to_the_image():
     rows, columns = red_pixels(draw(gray(50, 50), [layer([-10, 20, 100, 30])], side=50))
     assert columns.min() == 0 and columns.max() == 49
     assert 18 <= rows.min() and rows.max() <= 32
@@ -73,37 +73,37 @@ def test_later_layers_cover_earlier_ones():
     assert len(red_pixels(first)[0]) and not len(red_pixels(second)[0])
 
 
-def test_labels_say_class_score_and_quality():
-    found = Instances(
+def test_detection_labels_have_class_score_and_quality():
+    detections = Instances(
         (50, 50),
         pred_boxes=Boxes(torch.zeros(2, 4)),
         pred_classes=torch.tensor([1, 0]),
         scores=torch.tensor([0.931, 0.5]),
         localization_quality=torch.tensor([0.412, 0.2]),
     )
-    assert detection_labels(found, ["cat", "dog"]) == ["dog 93% q 0.41", "cat 50% q 0.20"]
-    assert detection_labels(found, ["cat", "dog"], quality=False) == ["dog 93%", "cat 50%"]
+    assert detection_labels(detections, ["cat", "dog"]) == ["dog 93% q 0.41", "cat 50% q 0.20"]
+    assert detection_labels(detections, ["cat", "dog"], quality=False) == ["dog 93%", "cat 50%"]
 
 
-def test_bad_boxes_are_red_and_good_ones_blue():
+def test_quality_colors_go_from_red_to_blue():
     (bad, worse), (good,) = (
         quality_colors(torch.tensor([0.25, 0.0])),
         quality_colors(torch.tensor([0.5])),
     )
     assert bad == worse and bad[0] > 2 * bad[2]
     assert good[2] > 2 * good[0]
-    # Of a score that is stretched to 1, the half is what 0.25 is of 0.5.
+    # 0.5 of 1 is the same fraction as 0.25 of 0.5.
     assert quality_colors(torch.tensor([0.5]), highest=1.0) == [bad]
 
 
-def test_a_grid_has_room_for_all_and_keeps_them():
+def test_grid_contains_all_pictures():
     small, wide, tall = gray(10, 10), gray(10, 30), gray(20, 10)
     picture = grid([[small, wide], [tall]], gap=2)
     assert picture.shape == (10 + 2 + 20 + 2, 10 + 2 + 30 + 2, 3)
     assert (picture == 128).all(axis=2).sum() == 100 + 300 + 200
 
 
-def test_caption_and_legend_are_as_wide_as_the_picture():
+def test_caption_and_legend_have_the_width_of_the_picture():
     picture = captioned(gray(30, 200), "a text that is far too long for such a small picture" * 3)
     assert picture.shape[1] == 200 and picture.shape[0] > 30
     assert np.array_equal(picture[-30:], gray(30, 200))
@@ -111,7 +111,7 @@ def test_caption_and_legend_are_as_wide_as_the_picture():
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".bmp", ".JPEG"])
-def test_pictures_are_written_in_the_format_of_their_name(tmp_path, suffix):
+def test_save_picture_uses_the_format_of_the_suffix(tmp_path, suffix):
     file = tmp_path / "new" / f"a{suffix}"
     save_picture(gray(20, 30), file)
     with Image.open(file) as image:

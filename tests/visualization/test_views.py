@@ -31,7 +31,7 @@ def test_draw_views_shows_a_wrong_matrix(is_wrong):
     )
     record = {"annotations": [{"bbox": [10, 10, 20, 20], "bbox_mode": 1, "category_id": 0}]}
     _, picture = views.draw_views(sample, record, torch.zeros(0, 4), "RGB")
-    box = extent_of_color(picture, views.TRUTH)
+    box = extent_of_color(picture, views.GROUND_TRUTH_COLOR)
     square = [4 * v for v in (30, 50, 50, 70)]
     assert (np.abs(np.subtract(box, square)).max() < 8) != is_wrong
 

@@ -172,6 +172,56 @@ class TestFolder:
             monkeypatch.setattr(os, ask, checked)
         assert len(load_folder(str(folder))) == 20
 
+    @pytest.mark.parametrize(
+        "others",
+        [
+            ["config.yaml", ".lock"],
+            ["config.yaml", "metrics.json"],
+            ["config.yaml", "run.json", "log.txt"],
+            ["config.yaml", "last_checkpoint"],
+        ],
+    )
+    def test_folders_of_runs_are_left_out(self, tmp_path, caplog, others):
+        for name in ("a.png", "b/c.png", "b/any name/panels/iter_0000001.jpg", "b/any name/x.png"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        for name in others:
+            (tmp_path / "b/any name" / name).write_bytes(b"")
+        (tmp_path / "second-old-1").symlink_to(tmp_path / "b/any name")
+        with caplog.at_level("INFO"):
+            found = files(load_folder(str(tmp_path)))
+        assert found == [str(tmp_path / "a.png"), str(tmp_path / "b/c.png")]
+        assert f"left out 1 folders of runs in the image folder {tmp_path}" in caplog.text
+        assert "any name" in caplog.text
+
+    @pytest.mark.parametrize(
+        "others", [[], ["config.yaml"], ["metrics.json", "run.json"], [".lock"], ["log.txt"]]
+    )
+    def test_similar_folders_are_not_left_out(self, tmp_path, caplog, others):
+        for name in ("a.png", "b/c.png", "b/panels/d.png", *(f"b/{other}" for other in others)):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        with caplog.at_level("INFO"):
+            assert len(load_folder(str(tmp_path))) == 3
+        assert "left out" not in caplog.text
+
+    def test_pictures_of_a_run_in_the_image_folder_itself_are_left_out(self, tmp_path, caplog):
+        names = ("a.png", "b/c.png", "panels/iter_0000001.jpg", "config.yaml", ".lock")
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        with caplog.at_level("INFO"):
+            found = files(load_folder(str(tmp_path)))
+        assert found == [str(tmp_path / "a.png"), str(tmp_path / "b/c.png")]
+        assert "left out 1 folders" in caplog.text
+
+    def test_folder_with_output_of_runs_only_is_an_error(self, tmp_path):
+        for name in ("run/panels/iter_0000001.jpg", "run/config.yaml", "run/run.json"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UsageError, match="no image"):
+            load_folder(str(tmp_path))
+
 
 def names(images):
     return [os.path.basename(image["file_name"]) for image in images]

@@ -1,4 +1,4 @@
-"""Average precision of a model on the test sets of a config."""
+"""Evaluate models on test sets: COCO-style average precision, and VOC's 11-point one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,16 +28,19 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 from torch import nn
 
+from ..checkpoint.loading import check_weights_exist, read_description
 from ..data.checks import (
     check_boxes,
     check_classes,
     check_test_set,
     countable_boxes,
     describe_crowds,
+    first_few,
 )
 from ..data.datasets.file_names import printable_name
 from ..data.datasets.voc import read_split
 from ..data.mapper import RecordMapper
+from ..data.training_sets import check_test_sets
 from ..errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -47,17 +51,17 @@ _MAX_AREA = 1e10  # of COCO's range "all", in square pixels
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) -> dict:
-    """Evaluate on all ``DATASETS.TEST``; to be called on all processes.
+    """Evaluate a model on all ``DATASETS.TEST``; must be called on all processes.
 
     Args:
         cfg: names the test sets.
-        model: is put back into the mode that it was in.
-        keep_detections: write them to ``OUTPUT_DIR/inference``.
+        model: its training or evaluation mode is restored.
+        keep_detections: write detections to ``OUTPUT_DIR/inference``.
 
     Returns:
-        On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent, for Pascal VOC
-        ``"voc_11_point"`` beside it; with several test sets one such dictionary for each name.
-        Elsewhere the same without content.
+        On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent; datasets in
+        Pascal VOC format also have ``"voc_11_point"``. With several test sets, a dictionary of
+        these by name. On other processes, the dictionaries are empty.
 
     Raises:
         UsageError: if a data set has no box to evaluate on, or its classes are not the model's.
@@ -74,16 +78,60 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
     return next(iter(results.values())) if len(results) == 1 else dict(results)
 
 
+def check_evaluation(cfg: CfgNode) -> None:
+    """Check the test sets, and that they have the classes of the checkpoint ``MODEL.WEIGHTS``.
+
+    Must be called on all processes.
+
+    Raises:
+        UsageError: for problems of the data, or if class names or their order differ and
+            ``DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES`` is False.
+    """
+    check_test_sets(cfg)
+    file = cfg.MODEL.WEIGHTS
+    if not file or file.endswith(".pkl"):  # Detectron2's files do not name classes
+        return
+    check_weights_exist(file)
+    description = read_description(file, trusted=cfg.MODEL.TRUST_WEIGHTS)
+    if description and not cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES:
+        for name in cfg.DATASETS.TEST:
+            _check_checkpoint_classes(
+                file, description.class_names, name, list(MetadataCatalog.get(name).thing_classes)
+            )
+
+
+def _check_checkpoint_classes(
+    file: str, trained: Sequence[str], name: str, tested: Sequence[str]
+) -> None:
+    if list(trained) == list(tested):
+        return
+    if sorted(trained) == sorted(tested):
+        difference = "the same classes in another order"
+        fix = "Sort the classes of the data set like those of the checkpoint (COCO: by category id)"
+    else:
+        difference = "other classes"
+        fix = "Use data with the classes of the checkpoint"
+    pairs = zip_longest(trained, tested, fillvalue="(none)")
+    first, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise UsageError(
+        f"the test set {name} has {difference} than the checkpoint {file}, so detections would "
+        f"count for wrong classes. Checkpoint: {first_few(trained)}. Test set: "
+        f"{first_few(tested)}. Class {first} is {there!r} in the checkpoint, {here!r} in the test "
+        f"set. {fix}. Or, if class i of the data means class i of the checkpoint under another "
+        "name, set DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES True"
+    )
+
+
 def main_metric(cfg: CfgNode) -> str:
-    """Under which name the AP of the first test set is logged; it decides which teacher is best."""
+    """Return the metric by which the best teacher is selected: AP on the first test set."""
     return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
 
 
 class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
-    """VOC's own AP of 2007, under a name that leaves COCO's beside it.
+    """11-point AP of Pascal VOC 2007. Its name differs from that of the COCO-style AP.
 
-    It is the mean over the classes that occur in the test set, as COCO's. Detectron2 counts classes
-    that do not occur as 0.
+    As in COCO, it is the mean over the classes that occur in the test set. Detectron2 counts other
+    classes as 0.
     """
 
     _class_names: list[str]
@@ -121,12 +169,11 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
 
 
 def write_ground_truth(cfg: CfgNode) -> None:
-    """Check the test sets and write what they are evaluated with; call it on all processes.
+    """Check the test sets and write their ground truth; must be called on all processes.
 
-    The boxes are those that were read; masks do not count. Boxes without area or outside of their
-    image, which no detector can find, are left out. It is written anew in each run: a cached
-    conversion outlives the annotations that it was made of. Training calls it before it starts: a
-    disk that fills up later cannot end it then.
+    Masks are ignored. Boxes without area or outside of their image, which no detector can find, are
+    left out. The files are written in each run, because a cached file might be older than the
+    annotations. Training calls this at startup, so that a disk that is full later does not end it.
 
     Raises:
         UsageError: if a test set has no box to evaluate on or other classes than the model, or the
@@ -180,7 +227,7 @@ def _log_uncounted(cfg: CfgNode, name: str, records: Sequence[dict]) -> None:
     consequence = "Evaluation ignores them: a detection of one is neither right nor wrong"
     if crowds := describe_crowds(f"the test set {name}", records, consequence):
         logger.info("%s", crowds)
-    check_boxes(records, drop_bad=True)  # logs those without area and outside of their image
+    check_boxes(list(records), drop_bad=True)  # logs those without area and outside of their image
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     numbers = {record["file_name"]: sum(1 for _ in countable_boxes(record)) for record in records}
     above = [file for file, number in numbers.items() if number > limit >= 0]
@@ -233,17 +280,21 @@ def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetE
 
 
 def evaluate_teacher_and_student(
-    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool
+    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, identical: bool
 ) -> dict:
-    """The teacher's results, and the student's under ``"student"``.
+    """Evaluate both models; must be called on all processes.
 
     Args:
         cfg: names the test sets.
-        teacher, student: models; each is put back into the mode that it was in.
-        alike: the two have the same weights (in burn-in): evaluate once.
+        teacher, student: models. Their training or evaluation mode is restored.
+        identical: whether both have the same weights, as in burn-in. Then one evaluation suffices.
+
+    Returns:
+        the teacher's results as returned by :func:`evaluate`, and the student's as ``"student"``.
     """
-    # Detections are not kept: the student's would overwrite the teacher's, on a disk that may fill.
+    # The student's detections would overwrite the teacher's, and a disk that fills up during
+    # training would end it.
     results = evaluate(cfg, teacher, keep_detections=False)
-    if alike:
+    if identical:
         return {**results, "student": results}
     return {**results, "student": evaluate(cfg, student, keep_detections=False)}

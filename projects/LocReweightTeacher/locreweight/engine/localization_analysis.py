@@ -1,9 +1,9 @@
-"""Each detection of a model on annotated images beside what it should have been.
+"""Measure how well the localization quality of detections predicts their IoU.
 
 Shapes:
 
     D: detections of all images together
-    M: those of them that found an object of their class, with IoU at least 0.5
+    M: detections with an IoU of at least 0.5 with an object of their class
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.checks import check_boxes, check_classes
+from ..data.checks import (
+    check_boxes,
+    check_classes,
+    check_images_decode,
+    check_images_exist,
+)
 from ..data.datasets.catalog import register
 from ..data.image_io import read_rgb
 from ..data.monitored import ground_truth_in_view
@@ -31,14 +36,14 @@ from .predictor import Predictor
 
 @dataclass(frozen=True)
 class Localization:
-    """What was predicted of boxes, and what is true.
+    """Predictions of all detections, compared with the ground truth.
 
     Attributes:
         score: ``(D,)`` foreground score.
         quality: ``(D,)`` localization quality (Eq. 5).
-        iou: ``(D,)`` with the ground truth box that overlaps most, of whatever class.
-        variance: ``(M, 4)`` predicted, in the squared units of the box coding.
-        error: ``(M, 4)`` of the coded box, true minus predicted.
+        iou: ``(D,)`` IoU with the ground truth box of any class that overlaps most.
+        variance: ``(M, 4)`` predicted variance, in the squared units of the box coding.
+        error: ``(M, 4)`` true minus predicted box deltas, in the units of the box coding.
     """
 
     score: np.ndarray
@@ -50,7 +55,7 @@ class Localization:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of IoU with another number over some detections; NaN where one of them does not vary."""
+    """Correlation of IoU with another value; NaN if one of the two is constant."""
 
     pearson: float
     spearman: float
@@ -58,22 +63,46 @@ class Correlation:
 
 
 def correlation(iou: np.ndarray, other: np.ndarray) -> Correlation:
-    """Pearson's and Spearman's coefficient of two arrays ``(D,)``."""
+    """Return Pearson's and Spearman's coefficient of two arrays ``(D,)``."""
     if len(iou) < 3 or np.ptp(iou) == 0 or np.ptp(other) == 0:
         return Correlation(float("nan"), float("nan"), len(iou))
     pearson, spearman = pearsonr(iou, other).statistic, spearmanr(iou, other).statistic
     return Correlation(float(pearson), float(spearman), len(iou))
 
 
+def correlations(data: Localization, threshold: float) -> dict[str, Correlation]:
+    """Correlate IoU with score and with quality in several groups of detections.
+
+    Args:
+        data: all detections.
+        threshold: detections above this score would be pseudo-labels.
+
+    Returns:
+        "score" and "quality", each over all detections, over would-be pseudo-labels, and over
+        detections with an IoU of at least 0.5. The last group excludes detections of objects that
+        the ground truth lacks.
+    """
+    groups = {
+        "all": np.full(len(data.iou), True),
+        "pseudo-labels": data.score > threshold,
+        "on objects": data.iou >= IOU_THRESHOLD,
+    }
+    return {
+        f"{name}, {group}": correlation(data.iou[selected], getattr(data, name)[selected])
+        for group, selected in groups.items()
+        for name in ("score", "quality")
+    }
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Coordinates in groups of equal size, by their predicted variance: means of each group.
+    """Means over groups of coordinates with similar predicted variance.
 
     Attributes:
-        variance: predicted.
-        squared_error: what the variance of a Gaussian would be equal to.
-        fitted_error: what the KL loss fits it to: the squared error up to 1, beyond
-            ``2 * |error| - 1`` (Eq. 8 and 9).
+        variance: mean predicted variance.
+        squared_error: mean squared error; equal to the variance if that is calibrated.
+        fitted_error: mean of the error to which the KL loss fits the variance: the squared error
+            where the absolute error is <= 1, ``2 * |error| - 1`` beyond (Eq. 8 and 9).
     """
 
     variance: np.ndarray
@@ -82,11 +111,11 @@ class Calibration:
 
 
 def calibration(variance: np.ndarray, error: np.ndarray, groups: int = 10) -> Calibration:
-    """Predicted variance against actual error.
+    """Compare predicted variances with actual errors.
 
     Args:
-        variance, error: ``(M, 4)``, of :class:`Localization`.
-        groups: at most; fewer if there are fewer coordinates.
+        variance, error: ``(M, 4)``, see :class:`Localization`.
+        groups: number of groups of equal size; fewer if there are fewer coordinates.
     """
     variance, size = variance.ravel(), np.abs(error.ravel())
     order = np.argsort(variance, kind="stable")
@@ -99,48 +128,57 @@ def calibration(variance: np.ndarray, error: np.ndarray, groups: int = 10) -> Ca
 
 
 def annotated_records(detector: Predictor, name: str, count: int | None = None) -> list[dict]:
-    """Records of an annotated data set whose classes are the detector's.
+    """Load the records of a dataset that is annotated with the detector's classes.
 
     Args:
-        detector: whose config names the data set, if ``name`` is empty: the first one to test on.
-        name: of the data set, as in the config.
-        count: so many at most, the first ones.
+        detector: checked against the dataset.
+        name: name of the dataset, as in a config; if empty, the first of the detector's
+            ``DATASETS.TEST``.
+        count: largest number of records; the first ones are used.
 
     Raises:
-        UsageError: for a data set that is not there, or not annotated with these classes.
+        UsageError: if the dataset does not exist or has other classes.
     """
     if not name and not detector.cfg.DATASETS.TEST:
-        raise UsageError("the config of the checkpoint has no DATASETS.TEST: name a --dataset")
+        raise UsageError("the checkpoint's config has no DATASETS.TEST: give a --dataset")
     name = name or detector.cfg.DATASETS.TEST[0]
     settings = detector.cfg.DATASETS
     register([name], settings.CLASS_NAMES, allow_outside=settings.CHECKS.ALLOW_OUTSIDE_PATHS)
     records = DatasetCatalog.get(name)
     classes = list(MetadataCatalog.get(name).get("thing_classes", []))
     check_classes({"the checkpoint": detector.class_names, name: classes}, len(classes))
-    return check_boxes(records[:count], drop_bad=True)
+    chosen = check_boxes(records[:count], drop_bad=settings.CHECKS.DROP_BAD_BOXES)
+    check_images_exist(chosen)
+    if settings.CHECKS.DECODE_IMAGES:
+        check_images_decode(chosen)
+    return chosen
 
 
 @torch.no_grad()
 def localize(detector: Predictor, records: Sequence[dict]) -> Localization:
-    """All detections on annotated images, with a progress bar on a terminal.
+    """Compare all detections in annotated images with the ground truth.
+
+    Shows a progress bar on a terminal.
 
     Raises:
-        UsageError: if the detector does not measure localization quality, or finds nothing.
+        UsageError: if the detector has no localization quality, predicts NaN, or detects nothing.
     """
     if not detector.has_localization_quality:
-        raise UsageError("this is a plain Detectron2 detector: it predicts no localization quality")
+        raise UsageError(
+            "the checkpoint is a plain Detectron2 detector, which has no localization quality"
+        )
     parts = [
         _localize_one(detector, record)
         for record in tqdm(records, desc="localization", disable=None)
     ]
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     if not joined or not len(joined[0]):
-        raise UsageError("the checkpoint finds nothing in these images")
+        raise UsageError("the checkpoint detects nothing in these images")
     return Localization(*joined)
 
 
 def _localize_one(detector: Predictor, record: dict) -> tuple[np.ndarray, ...]:
-    """The fields of :class:`Localization` of one image, in the frame of the model's input."""
+    """Return the fields of :class:`Localization` for one image, in the frame of the model input."""
     model = detector.model
     inputs = detector.model_input(read_rgb(record["file_name"]))
     images = model.preprocess_image([inputs])
@@ -148,39 +186,44 @@ def _localize_one(detector: Predictor, record: dict) -> tuple[np.ndarray, ...]:
     proposals, _ = model.proposal_generator(images, features, None)
     boxes = [p.proposal_boxes for p in proposals]
     predictions = model.roi_heads.predict(features, boxes)
-    # What is not finite would be left out, and rows no longer be those of the proposals.
+    # Inference drops predictions that are not finite. The rows would no longer index proposals.
     if not all(values.isfinite().all() for values in predictions):
         raise UsageError(f"the checkpoint predicts NaN or infinity for {record['file_name']}")
-    (found,), (rows,) = model.roi_heads.box_predictor.inference(predictions, proposals)
+    (detections,), (rows,) = model.roi_heads.box_predictor.inference(predictions, proposals)
 
     height, width = images.image_sizes[0]
     scale = torch.diag(torch.tensor([width / inputs["width"], height / inputs["height"], 1.0]))
-    truth = ground_truth_in_view(record, scale, (height, width)).to(found.pred_boxes.device)
-    iou = pairwise_iou(found.pred_boxes, truth.gt_boxes)
-    best = iou.max(dim=1).values if len(truth) else torch.zeros(len(found))
-    variance, error = _coded(detector, predictions, boxes[0].tensor, found, rows, truth, iou)
-    columns = (found.scores, found.localization_quality, best, variance, error)
+    ground_truth = ground_truth_in_view(record, scale, (height, width))
+    ground_truth = ground_truth.to(detections.pred_boxes.device)
+    iou = pairwise_iou(detections.pred_boxes, ground_truth.gt_boxes)
+    best = iou.max(dim=1).values if len(ground_truth) else torch.zeros(len(detections))
+    variance, error = _variances_and_errors(
+        detector, predictions, boxes[0].tensor, detections, rows, ground_truth, iou
+    )
+    columns = (detections.scores, detections.localization_quality, best, variance, error)
     return tuple(column.cpu().numpy() for column in columns)
 
 
-def _coded(
+def _variances_and_errors(
     detector: Predictor,
     predictions: BoxPredictions,
     proposals: Tensor,
-    found: Instances,
+    detections: Instances,
     rows: Tensor,
-    truth: Instances,
+    ground_truth: Instances,
     iou: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``(M, 4)`` variances and errors of the detections that found an object of their class."""
+    """Return ``(M, 4)`` variances and errors of detections that match an object of their class."""
     predictor = detector.model.roi_heads.box_predictor
-    same_class = iou * (found.pred_classes[:, None] == truth.gt_classes[None])
-    if not len(truth):
+    same_class = iou * (detections.pred_classes[:, None] == ground_truth.gt_classes[None])
+    if not len(ground_truth):
         return proposals.new_zeros(0, 4), proposals.new_zeros(0, 4)
-    overlap, partner = same_class.max(dim=1)
-    hit = overlap >= IOU_THRESHOLD
-    rows, partner, classes = rows[hit], partner[hit], found.pred_classes[hit]
-    target = predictor.box2box_transform.get_deltas(proposals[rows], truth.gt_boxes.tensor[partner])
+    overlap, match = same_class.max(dim=1)
+    is_match = overlap >= IOU_THRESHOLD
+    rows, match, classes = rows[is_match], match[is_match], detections.pred_classes[is_match]
+    target = predictor.box2box_transform.get_deltas(
+        proposals[rows], ground_truth.gt_boxes.tensor[match]
+    )
 
     def of_class(values: Tensor) -> Tensor:
         values = values[rows].unflatten(1, (-1, 4))

@@ -1,11 +1,10 @@
-"""Detections against the truth: which of them are right, and how well they are localized.
+"""Match detections to ground truth and measure precision, recall and IoU.
 
-Boxes are xyxy in absolute pixels of one frame.
+Boxes are xyxy, absolute pixels. Detections and ground truth are in the same frame.
 
 Shapes:
 
-    N: detections of one image
-    G: boxes of its ground truth
+    N: detections
 """
 
 from __future__ import annotations
@@ -24,34 +23,34 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class Match:
-    """How the detections of one image (or, joined, of several) fare against the truth.
+    """Detections of one or several images, matched to ground truth.
 
     Attributes:
-        truth: ``(N,)`` index of the truth box that a detection found, -1 for none.
+        index: ``(N,)`` index of the matched ground truth box of the image, -1 for none.
         iou: ``(N,)`` IoU with that box; 0 for none.
         quality: ``(N,)`` localization quality.
-        num_truth: number of boxes that there were to be found.
+        num_ground_truth: number of ground truth boxes without crowd regions.
     """
 
-    truth: Tensor
+    index: Tensor
     iou: Tensor
     quality: Tensor
-    num_truth: int
+    num_ground_truth: int
 
     @property
-    def right(self) -> Tensor:
-        """``(N,)`` whether the detection found a box."""
-        return self.truth >= 0
+    def is_correct(self) -> Tensor:
+        """``(N,)`` bool: whether the detection is matched."""
+        return self.index >= 0
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of a set of detections: in [0, 1], NaN where there is nothing to divide by.
+    """Agreement of detections with ground truth, in [0, 1]; NaN where the divisor is 0.
 
     Attributes:
-        precision: share of the detections that are right.
-        recall: share of the truth that they found.
-        mean_iou: of the right ones with the boxes they found.
+        precision: fraction of the detections that are matched.
+        recall: fraction of the ground truth that is matched.
+        mean_iou: mean IoU of the matched detections.
     """
 
     precision: float
@@ -59,68 +58,72 @@ class Agreement:
     mean_iou: float
 
 
-def match(found: Instances, truth: Instances, threshold: float = IOU_THRESHOLD) -> Match:
-    """Pair detections and truth of the same class one to one, the highest score first.
+def match(
+    detections: Instances, ground_truth: Instances, threshold: float = IOU_THRESHOLD
+) -> Match:
+    """Match detections one to one to ground truth of the same class, highest score first.
 
-    Detections that found nothing but overlap a crowd region are left out: they are neither right
-    nor wrong.
+    Unmatched detections that overlap a crowd region are dropped: they count neither as correct nor
+    as wrong.
 
     Args:
-        found: ``pred_boxes``, ``pred_classes``, ``scores``, ``localization_quality``.
-        truth: ``gt_boxes``, ``gt_classes`` and ``gt_crowd`` (bool), in the frame of ``found``.
-        threshold: least IoU of a pair.
+        detections: ``pred_boxes``, ``pred_classes``, ``scores``, ``localization_quality``.
+        ground_truth: ``gt_boxes``, ``gt_classes`` and ``gt_crowd`` (bool).
+        threshold: smallest IoU of a match.
     """
-    same_class = found.pred_classes[:, None] == truth.gt_classes[None]
-    iou = pairwise_iou(found.pred_boxes, truth.gt_boxes) * same_class
-    overlaps_crowd = (iou * truth.gt_crowd >= threshold).any(dim=1)
-    free = iou * ~truth.gt_crowd
-    partner = torch.full((len(found),), -1)
-    pair_iou = torch.zeros(len(found))
-    for i in found.scores.argsort(descending=True).tolist() if len(truth) else []:
-        best, j = free[i].max(dim=0)
+    same_class = detections.pred_classes[:, None] == ground_truth.gt_classes[None]
+    iou = pairwise_iou(detections.pred_boxes, ground_truth.gt_boxes) * same_class
+    overlaps_crowd = (iou * ground_truth.gt_crowd >= threshold).any(dim=1)
+    available = iou * ~ground_truth.gt_crowd
+    index = torch.full((len(detections),), -1)
+    matched_iou = torch.zeros(len(detections))
+    for i in detections.scores.argsort(descending=True).tolist() if len(ground_truth) else []:
+        best, j = available[i].max(dim=0)
         if best >= threshold:
-            partner[i], pair_iou[i] = j, best
-            free[:, j] = 0
-    counted = (partner >= 0) | ~overlaps_crowd
+            index[i], matched_iou[i] = j, best
+            available[:, j] = 0
+    counts = (index >= 0) | ~overlaps_crowd
     return Match(
-        partner[counted],
-        pair_iou[counted],
-        found.localization_quality[counted],
-        int((~truth.gt_crowd).sum()),
+        index[counts],
+        matched_iou[counts],
+        detections.localization_quality[counts],
+        int((~ground_truth.gt_crowd).sum()),
     )
 
 
 def join(matches: Sequence[Match]) -> Match:
-    """Those of several images as one; indices into the truth are of each image's own."""
+    """Concatenate the matches of several images; each ``index`` still refers to its own image."""
     return Match(
-        torch.cat([m.truth for m in matches]),
+        torch.cat([m.index for m in matches]),
         torch.cat([m.iou for m in matches]),
         torch.cat([m.quality for m in matches]),
-        sum(m.num_truth for m in matches),
+        sum(m.num_ground_truth for m in matches),
     )
 
 
 def agreement(matched: Match) -> Agreement:
-    """Precision, recall and mean IoU of all detections together."""
-    right = int(matched.right.sum())
+    """Return precision, recall and mean IoU of all detections."""
+    num_correct = int(matched.is_correct.sum())
     return Agreement(
-        precision=_ratio(right, len(matched.right)),
-        recall=_ratio(right, matched.num_truth),
-        mean_iou=_ratio(float(matched.iou.sum()), right),
+        precision=_ratio(num_correct, len(matched.is_correct)),
+        recall=_ratio(num_correct, matched.num_ground_truth),
+        mean_iou=_ratio(float(matched.iou.sum()), num_correct),
     )
 
 
 def agreement_by_quality(matched: Match) -> list[Agreement]:
-    """The same of each quarter of the detections, from the lowest localization quality upwards.
+    """Return the agreement of each quarter of the detections, lowest localization quality first.
 
-    The recalls of the quarters add up to that of all.
+    Each recall is relative to all ground truth: the recalls of the quarters add up to that of all.
     """
     order = matched.quality.argsort(stable=True)
     return [
-        agreement(Match(matched.truth[q], matched.iou[q], matched.quality[q], matched.num_truth))
+        agreement(
+            Match(matched.index[q], matched.iou[q], matched.quality[q], matched.num_ground_truth)
+        )
         for q in order.tensor_split(QUARTERS)
     ]
 
 
-def _ratio(part: float, whole: int) -> float:
-    return part / whole if whole else math.nan
+def _ratio(numerator: float, denominator: int) -> float:
+    return numerator / denominator if denominator else math.nan

@@ -1,4 +1,4 @@
-"""What the teacher makes of the same few unlabeled images while training goes on."""
+"""Draw and measure the teacher's pseudo-labels of fixed unlabeled images during training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.structures import Instances
-from torch import Tensor
 
 from ..data.mapper import ViewMapper
 from ..data.monitored import MonitoredImages, MonitoredSample
 from ..data.training_sets import TrainingSets
-from ..data.transforms.views import View
 from ..methods.base import to_pseudo_labels
 from ..modeling.meta_arch import SemiSupervisedRCNN
+from ..run_files import PANEL_FOLDER
 from ..visualization.drawing import (
-    TRUTH,
+    GROUND_TRUTH_COLOR,
     Layer,
     captioned,
     detection_labels,
@@ -30,6 +29,7 @@ from ..visualization.drawing import (
     grid,
     quality_colors,
     quality_legend,
+    rgb_pixels,
     save_picture,
 )
 from .matching import Match, agreement, agreement_by_quality, join, match
@@ -37,21 +37,20 @@ from .training_step import project_to_strong_view
 
 logger = logging.getLogger(__name__)
 
-PANEL_FOLDER = "panels"  # in OUTPUT_DIR
 PANEL_IMAGES = 6
-IMAGES_A_ROW = 2
+IMAGES_PER_ROW = 2
 _SIDE = 300  # pixels of a view's longer side
-_LOOK_AT_ONCE = 8  # images
+_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
 class PanelStyle:
-    """How pseudo-labels are drawn.
+    """Settings for drawing pseudo-labels.
 
     Attributes:
-        class_names: of the detections.
-        image_format: "RGB" or "BGR", the order of the views' channels.
-        highest_quality: the upper bound of the localization quality.
+        class_names: names of the predicted classes.
+        image_format: "RGB" or "BGR", the channel order of the views.
+        highest_quality: upper bound of the localization quality.
     """
 
     class_names: list[str]
@@ -64,10 +63,11 @@ class PanelStyle:
 
 
 class PseudoLabelPanels(HookBase):
-    """Draws and, where the truth is known, measures pseudo-labels of fixed images now and then.
+    """Hook that periodically draws pseudo-labels and compares them with known ground truth.
 
-    Panels go to ``OUTPUT_DIR/panels/iter_*.jpg`` and, their first row, to TensorBoard; measurements
-    go to the metrics as ``pseudo_truth/...``. Nothing that training draws or computes is changed.
+    Pictures ("panels") are written to ``OUTPUT_DIR/panels/iter_*.jpg``, their first row also to
+    TensorBoard. Precision, recall and IoU are logged as ``pseudo_truth/...``. The hook changes
+    neither the training nor its random state.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class PseudoLabelPanels(HookBase):
     ) -> None:
         """
         Args:
-            teacher: in evaluation mode.
-            monitored: the images.
-            period: of the looks, in iterations; the last iteration has one, too.
-            threshold: a detection above this score is a pseudo-label.
+            teacher: model in evaluation mode.
+            monitored: unlabeled images.
+            period: number of iterations between panels. The last iteration also has one.
+            threshold: detections above this score are pseudo-labels.
             output: ``OUTPUT_DIR``.
-            style: how the panels are drawn.
-            amp_dtype: what the teacher computes in when it labels for training; None for float32.
+            style: settings for drawing.
+            amp_dtype: data type in which the teacher labels for training; None for float32.
         """
         self._teacher = teacher
         self._monitored = monitored
@@ -118,45 +118,49 @@ class PseudoLabelPanels(HookBase):
         )
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self._period == 0 or done == self.trainer.max_iter:
-            self._look(done)
+        iteration = self.trainer.iter + 1
+        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
+            self._evaluate(iteration)
 
-    def _look(self, done: int) -> None:
+    def _evaluate(self, iteration: int) -> None:
         cells: list[np.ndarray] = []
         matches: list[Match] = []
-        for sample, found in self._seen():
-            chosen = found[found.scores > self._threshold]
+        for sample, detections in self._detect():
+            pseudo_labels = detections[detections.scores > self._threshold]
             if len(cells) < PANEL_IMAGES:
-                cells.append(draw_pseudo_labels(sample, chosen, self._style))
+                cells.append(draw_pseudo_labels(sample, pseudo_labels, self._style))
             if sample.truth is not None:
-                matches.append(match(chosen, sample.truth))
-        caption = f"pseudo-labels after {done} iterations"
-        panel = panel_of(cells, caption, self._style)
+                matches.append(match(pseudo_labels, sample.truth))
+        caption = f"pseudo-labels after {iteration} iterations"
+        panel = draw_panel(cells, caption, self._style)
+        file = self._folder / f"iter_{iteration:07d}.jpg"
         try:
-            save_picture(panel, self._folder / f"iter_{done:07d}.jpg")
-        except OSError as error:  # a full disk is no reason to end a training
-            logger.error("this panel of pseudo-labels is lost: %s", error)
-        # TensorBoard keeps PNG: to encode the whole panel takes longer than to make it.
-        part = panel_of(cells[:IMAGES_A_ROW], caption, self._style)
-        self.trainer.storage.put_image("pseudo_labels", part.transpose(2, 0, 1))
+            save_picture(panel, file)
+        except OSError as error:  # a full disk must not end the training
+            logger.error("cannot write %s, training continues without it: %s", file, error)
+        # TensorBoard stores PNG. Encoding all rows would take longer than drawing them.
+        first_row = draw_panel(cells[:IMAGES_PER_ROW], caption, self._style)
+        self.trainer.storage.put_image("pseudo_labels", first_row.transpose(2, 0, 1))
         if matches:
-            self._measure(join(matches))
+            self._log_agreement(join(matches))
 
-    def _seen(self) -> Iterator[tuple[MonitoredSample, Instances]]:
-        """Each sample with the teacher's detections in its weak view."""
+    def _detect(self) -> Iterator[tuple[MonitoredSample, Instances]]:
+        """Yield each sample with the teacher's detections in its weak view, on the CPU."""
+        # Without ground truth, only the images in the panel are needed.
         count = len(self._monitored) if self._monitored.truth_is_known else PANEL_IMAGES
         count = min(count, len(self._monitored))
-        for start in range(0, count, _LOOK_AT_ONCE):
-            samples = [self._monitored[i] for i in range(start, min(start + _LOOK_AT_ONCE, count))]
+        for start in range(0, count, _BATCH_SIZE):
+            samples = [self._monitored[i] for i in range(start, min(start + _BATCH_SIZE, count))]
             inputs = [{"image": sample.views.weak.image} for sample in samples]
             dtype = self._amp_dtype
             with torch.autocast(self._teacher.device.type, dtype=dtype, enabled=dtype is not None):
-                seen = self._teacher.detect(inputs)
-            yield from zip(samples, (d.to("cpu") for d in seen.detections), strict=True)
+                teacher_output = self._teacher.detect(inputs)
+            detections = (each.to("cpu") for each in teacher_output.detections)
+            yield from zip(samples, detections, strict=True)
 
-    def _measure(self, matched: Match) -> None:
-        named = {"": agreement(matched)}
+    def _log_agreement(self, matched: Match) -> None:
+        overall = agreement(matched)
+        named = {"": overall}
         for i, quarter in enumerate(agreement_by_quality(matched), 1):
             named[f"quality_quarter_{i}/"] = quarter
         scalars = {
@@ -166,55 +170,53 @@ class PseudoLabelPanels(HookBase):
             if not math.isnan(value)
         }
         self.trainer.storage.put_scalars(smoothing_hint=False, **scalars)
-        overall = named[""]
         logger.info(
             "pseudo-labels of %d monitored images: %d, precision %.3f, recall %.3f, mean IoU %.3f",
             len(self._monitored),
-            len(matched.right),
+            len(matched.is_correct),
             overall.precision,
             overall.recall,
             overall.mean_iou,
         )
 
 
-def draw_pseudo_labels(sample: MonitoredSample, chosen: Instances, style: PanelStyle) -> np.ndarray:
-    """Weak view | strong view of an image, with its pseudo-labels in both, RGB.
+def draw_pseudo_labels(
+    sample: MonitoredSample, detections: Instances, style: PanelStyle
+) -> np.ndarray:
+    """Draw the weak and the strong view of an image side by side, with its pseudo-labels.
 
-    The color of a box is its localization quality. Boxes of the truth, where it is known, are
-    green, and in the weak view only.
+    The color of a box is its localization quality. Known ground truth is drawn in green in the weak
+    view.
 
     Args:
         sample: the views.
-        chosen: detections in the weak view that are pseudo-labels.
-        style: of the picture.
+        detections: the pseudo-labels, in the weak view.
+        style: settings for drawing.
+
+    Returns:
+        ``(H, W, 3)`` uint8, RGB.
     """
-    colors = quality_colors(chosen.localization_quality, style.highest_quality)
-    texts = detection_labels(chosen, style.class_names)
-    weak = [Layer(chosen.pred_boxes.tensor, colors, texts)]
+    colors = quality_colors(detections.localization_quality, style.highest_quality)
+    texts = detection_labels(detections, style.class_names)
+    weak = [Layer(detections.pred_boxes.tensor, colors, texts)]
     if sample.truth is not None:
         boxes = sample.truth.gt_boxes.tensor
-        weak.insert(0, Layer(boxes, [TRUTH] * len(boxes)))
-    # As the student gets them: all were chosen, so none is left out here.
-    labels = to_pseudo_labels(chosen, score_threshold=-math.inf)
-    carried = project_to_strong_view(labels, sample.views)
-    kept = quality_colors(carried.gt_localization_quality, style.highest_quality)
-    strong = [Layer(carried.gt_boxes.tensor, kept)]
-    views, form = sample.views, style.image_format
+        weak.insert(0, Layer(boxes, [GROUND_TRUTH_COLOR] * len(boxes)))
+    # Projected as for the student. All detections given are above the threshold.
+    labels = to_pseudo_labels(detections, score_threshold=-math.inf)
+    projected = project_to_strong_view(labels, sample.views)
+    colors = quality_colors(projected.gt_localization_quality, style.highest_quality)
+    strong = [Layer(projected.gt_boxes.tensor, colors)]
+    views, image_format = sample.views, style.image_format
     pictures = (
-        draw(view_pixels(views.weak, form), weak, _SIDE),
-        draw(view_pixels(views.strong, form), strong, _SIDE),
+        draw(rgb_pixels(views.weak.image, image_format), weak, _SIDE),
+        draw(rgb_pixels(views.strong.image, image_format), strong, _SIDE),
     )
     return grid([pictures])
 
 
-def panel_of(cells: list[np.ndarray], caption: str, style: PanelStyle) -> np.ndarray:
-    """Pictures of several images as one, with a caption and the colors' meaning, RGB."""
-    rows = [cells[i : i + IMAGES_A_ROW] for i in range(0, len(cells), IMAGES_A_ROW)]
-    panel = captioned(grid(rows), f"{caption}: weak view | strong view (green: truth, if known)")
+def draw_panel(cells: list[np.ndarray], caption: str, style: PanelStyle) -> np.ndarray:
+    """Combine the pictures of several images, with a caption and a color scale, RGB."""
+    rows = [cells[i : i + IMAGES_PER_ROW] for i in range(0, len(cells), IMAGES_PER_ROW)]
+    panel = captioned(grid(rows), f"{caption}: weak view | strong view (green: ground truth)")
     return np.concatenate([panel, quality_legend(panel.shape[1], style.highest_quality)])
-
-
-def view_pixels(view: View, image_format: str) -> np.ndarray:
-    """``(H, W, 3)`` uint8 RGB image of a view."""
-    image: Tensor = view.image if image_format == "RGB" else view.image.flip(0)
-    return image.permute(1, 2, 0).contiguous().numpy()

@@ -1,118 +1,220 @@
-"""What training left in an OUTPUT_DIR, read for a report; any part of it may be missing."""
+"""Read the output folder of a run: config, metrics, evaluations, starts and attempts.
+
+All tools that report on runs read them here.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-
-from summarize import Result, results_of
+from tabulate import tabulate
 
 from ..config import load_config
 from ..errors import UsageError
 from .panels import PANEL_FOLDER
 from .run_record import RunRecord, read_run_records
 
-BASE = Path(__file__).resolve().parents[4] / "configs/Base-LocReweight.yaml"
+BASE_CONFIG = Path(__file__).resolve().parents[4] / "configs/Base-LocReweight.yaml"
+ATTEMPTS_FILE = "attempts.json"  # in OUTPUT_DIR
+METRICS_FILE = "metrics.json"
+SUMMARY_METRICS = ("AP", "AP50", "AP75")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One number over the iterations."""
+    """Values of one metric over the iterations."""
 
     iterations: list[int]
     values: list[float]
 
 
+class SummaryRow(NamedTuple):
+    """AP, AP50 and AP75 in percent of one model of a run after a number of iterations."""
+
+    run: str
+    model: str
+    iteration: int
+    values: tuple[float, ...]
+
+
 @dataclass(frozen=True)
-class RunFolder:
-    """One run.
+class Attempt:
+    """One start of a run by ``tools/compare.py``.
 
     Attributes:
-        name: what it is called beside others.
-        path: its ``OUTPUT_DIR``.
-        config: all keys, dotted, and their values as YAML; empty if ``config.yaml`` is missing.
-        metrics: iteration -> what was measured then, by name.
-        starts: how it was started, and each time it was resumed.
-        panels: pictures of pseudo-labels, oldest first.
+        seconds: duration.
+        exit_code: of the process; 0 for success.
+        peak_ram_mib: largest resident memory of one of its processes, in MiB.
     """
 
-    name: str
-    path: Path
-    config: dict[str, str]
-    metrics: dict[int, dict[str, float]]
-    starts: list[RunRecord]
-    panels: list[Path]
+    seconds: float
+    exit_code: int
+    peak_ram_mib: float
+
+
+class RunFolder:
+    """The ``OUTPUT_DIR`` of a run. Any part of it may be missing.
+
+    Files are read once, when they are first needed. To follow a running training, create a new
+    object.
+    """
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        """
+        Args:
+            path: the ``OUTPUT_DIR``.
+            name: name of the run in tables and figures. Default: the name of the folder.
+        """
+        self.path = path
+        self.name = name or path.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Dotted config key -> value, from ``config.yaml``; empty if the file is missing or empty.
+
+        Raises:
+            UsageError: if the file is not YAML.
+        """
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return {}
+        try:
+            return flatten_config(yaml.safe_load(file.read_text()) or {})
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the config file {file}: {error}") from error
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """The records of ``metrics.json`` in the order in which they were written."""
+        return read_metrics(self.path)
+
+    @cached_property
+    def starts(self) -> list[RunRecord]:
+        """The start of the run and each resume, oldest first."""
+        return read_run_records(self.path)
+
+    @cached_property
+    def attempts(self) -> list[Attempt]:
+        """The starts by ``tools/compare.py``, oldest first."""
+        return read_attempts(self.path)
 
     @property
-    def burn_in(self) -> int:
-        """Iterations on labeled images only, at most all of them; 0 if not known."""
-        end = int(self.config.get("SOLVER.MAX_ITER", 0))
-        return min(int(self.config.get("SEMI.BURN_IN_ITERS", 0)), end)
-
-    @property
-    def results(self) -> list[Result]:
-        """The rows of ``summarize.py``; none before the first evaluation."""
-        known = self.config and any("bbox/AP" in record for record in self.metrics.values())
-        found = results_of(self.path) if known else []
-        return [result._replace(run=self.name) for result in found]
+    def panels(self) -> list[Path]:
+        """Pictures of pseudo-labels, oldest first."""
+        return sorted((self.path / PANEL_FOLDER).glob("iter_*.jpg"))
 
     @property
     def has_checkpoint(self) -> bool:
         return (self.path / "last_checkpoint").is_file()
 
-    def curve(self, name: str) -> Curve:
-        """All values of one number; without any, an empty curve."""
-        points = sorted((i, m[name]) for i, m in self.metrics.items() if name in m)
-        return Curve([i for i, _ in points], [value for _, value in points])
+    @property
+    def max_iter(self) -> int:
+        """Iterations of the whole run; 0 if unknown."""
+        return int(self.config.get("SOLVER.MAX_ITER", 0))
 
-    def differences(self) -> list[tuple[str, str, str]]:
-        """(key, value in the base config, value here) where the two differ."""
-        base = flat_config(BASE)
+    @property
+    def burn_in(self) -> int:
+        """Iterations on labeled images only, at most all iterations; 0 if unknown."""
+        return min(int(self.config.get("SEMI.BURN_IN_ITERS", 0)), self.max_iter)
+
+    @property
+    def iterations_done(self) -> int:
+        """Number of iterations in ``metrics.json``."""
+        done = max((int(record["iteration"]) + 1 for record in self.metrics), default=0)
+        return min(done, self.max_iter or done)
+
+    @property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Number of completed iterations -> metrics of the evaluation (``bbox/AP``, ...).
+
+        Empty without ``config.yaml``, which is needed to tell the last evaluation.
+        """
+        if not self.max_iter:
+            return {}
+        # Iterations are counted from 0. Detectron2's hooks log the last evaluation as MAX_ITER.
+        return {
+            min(int(record["iteration"]) + 1, self.max_iter): record
+            for record in self.metrics
+            if "bbox/AP" in record
+        }
+
+    def curve(self, metric: str) -> Curve:
+        """Return all values of a metric, the last one of iterations that were measured twice."""
+        values = {int(m["iteration"]): m[metric] for m in self.metrics if metric in m}
+        return Curve(sorted(values), [values[iteration] for iteration in sorted(values)])
+
+    def last_record_with(self, metric: str) -> dict[str, float]:
+        """Return the last record that contains a metric; empty if there is none."""
+        return next((record for record in reversed(self.metrics) if metric in record), {})
+
+    def summary(self) -> list[SummaryRow]:
+        """Return the teacher at the end of burn-in, the final student and the final teacher.
+
+        Models that were not evaluated are left out. A run without mutual learning has one row, its
+        final model.
+        """
+        evaluations = self.evaluations
+        if not evaluations:
+            return []
+        last = max(evaluations)
+        if last <= self.burn_in:
+            return [self._summary_row("supervised", last)]
+        rows = []
+        if self.burn_in in evaluations:
+            rows.append(self._summary_row("teacher, end of burn-in", self.burn_in))
+        rows.append(self._summary_row("final student", last, "student/"))
+        rows.append(self._summary_row("final teacher", last))
+        return rows
+
+    def _summary_row(self, model: str, iteration: int, prefix: str = "") -> SummaryRow:
+        record = self.evaluations[iteration]
+        values = tuple(record[f"{prefix}bbox/{metric}"] for metric in SUMMARY_METRICS)
+        return SummaryRow(self.name, model, iteration, values)
+
+    def differences_from_base(self) -> list[tuple[str, str, str]]:
+        """Return (key, value in ``Base-LocReweight.yaml``, value here) where the two differ."""
+        base = flatten_config(yaml.safe_load(load_config(str(BASE_CONFIG), []).dump()))
         return [
-            (key, base.get(key, ""), value)
-            for key, value in sorted(self.config.items())
-            if base.get(key, "") != value and key != "OUTPUT_DIR"
+            (key, _format_value(base, key), _format_value(self.config, key))
+            for key in sorted(self.config)
+            if key not in base or base[key] != self.config[key]
+            if key != "OUTPUT_DIR"
         ]
 
 
-def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Several of :func:`read_run`, under names that tell them apart."""
-    return [read_run(path, name) for path, name in zip(paths, unique_names(paths), strict=True)]
-
-
-def read_run(path: Path, name: str) -> RunFolder:
-    """Read what there is.
-
-    Args:
-        path: its ``OUTPUT_DIR``.
-        name: what to call it.
+def open_run(path: Path, name: str = "") -> RunFolder:
+    """Open the output folder of a run.
 
     Raises:
-        UsageError: if the folder does not exist, or has nothing that training writes.
+        UsageError: if the folder does not exist or contains none of the files of a run.
     """
     if not path.is_dir():
         raise UsageError(f"the folder {path} does not exist: name the OUTPUT_DIR of a run")
-    config_file = path / "config.yaml"
-    run = RunFolder(
-        name=name,
-        path=path,
-        config=flat_config(config_file) if config_file.is_file() else {},
-        metrics=_read_metrics(path / "metrics.json"),
-        starts=read_run_records(path),
-        panels=sorted((path / PANEL_FOLDER).glob("iter_*.jpg")),
-    )
+    run = RunFolder(path, name)
     if not (run.config or run.metrics or run.starts or run.has_checkpoint):
-        raise UsageError(f"{path} is not the OUTPUT_DIR of a run: no config.yaml, no metrics.json")
+        raise UsageError(
+            f"{path} is not the OUTPUT_DIR of a run: no config.yaml, no {METRICS_FILE}"
+        )
     return run
 
 
+def open_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """Open several runs under unique names.
+
+    Raises:
+        UsageError: as :func:`open_run`.
+    """
+    return [open_run(path, name) for path, name in zip(paths, unique_names(paths), strict=True)]
+
+
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """What tells files or folders apart: the last part, and as many before it as are needed."""
+    """Return the last part of each path, with as many parent folders as are needed to differ."""
     parts = [(p.with_suffix("") if p.suffix == ".pth" else p).resolve().parts for p in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -121,35 +223,50 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def flat_config(file: Path) -> dict[str, str]:
-    """Dotted key -> value as YAML in one line."""
-    return dict(_flatten(yaml.safe_load(load_config(str(file), []).dump()), ""))
-
-
 def differing_keys(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) where the runs do not agree."""
+    """Return (key, its value in each run) where the configs of the runs differ."""
     keys = sorted({key for run in runs for key in run.config} - {"OUTPUT_DIR"})
-    rows = [(key, [run.config.get(key, "") for run in runs]) for key in keys]
+    rows = [(key, [_format_value(run.config, key) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _flatten(node: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
+def summary_table(runs: Sequence[RunFolder]) -> str:
+    """Return the summary of all runs as a table in Markdown."""
+    rows = [[r.run, r.model, r.iteration, *r.values] for run in runs for r in run.summary()]
+    headers = ["run", "model", "iterations", *SUMMARY_METRICS]
+    return tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f")
+
+
+def flatten_config(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of all keys below a node of a config."""
+    flat: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            pairs += _flatten(value, f"{prefix}{key}.")
+            flat |= flatten_config(value, f"{prefix}{key}.")
         else:
-            pairs.append((prefix + key, json.dumps(value)))
-    return pairs
+            flat[prefix + key] = value
+    return flat
 
 
-def _read_metrics(file: Path) -> dict[int, dict[str, float]]:
-    """A resumed run may have measured an iteration twice: what was measured later holds."""
-    metrics: dict[int, dict[str, float]] = {}
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    """Return the records of ``metrics.json`` in an ``OUTPUT_DIR``; none if the file is missing."""
+    file = output / METRICS_FILE
+    records = []
     for line in file.read_text().splitlines() if file.is_file() else []:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that is being written, or was killed
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line of a run that is being written or was killed
             continue
-        metrics.setdefault(record.pop("iteration"), {}).update(record)
-    return metrics
+    return records
+
+
+def read_attempts(output: Path) -> list[Attempt]:
+    """Return the attempts in an ``OUTPUT_DIR``, oldest first; none if there is no record."""
+    file = output / ATTEMPTS_FILE
+    records = json.loads(file.read_text()) if file.is_file() else []
+    names = {field.name for field in fields(Attempt)}  # earlier versions wrote more fields
+    return [Attempt(**{k: v for k, v in record.items() if k in names}) for record in records]
+
+
+def _format_value(config: dict[str, Any], key: str) -> str:
+    return json.dumps(config[key]) if key in config else ""

@@ -1,7 +1,7 @@
-"""Trainings as processes of their own: several at a time, each on GPUs of its own.
+"""Run several trainings, each in its own process and on its own GPUs.
 
-A run that was stopped goes on where it was; what each attempt needed is noted beside its results,
-in whose ``run.json`` the training itself says of which commit and on which machine it was.
+A run that was stopped resumes from its last checkpoint. Duration, exit code and memory of each
+attempt are written to ``attempts.json`` in the run's output folder.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 
-from ..checkpoint.files import atomic_write_bytes
 from ..config import load_config, scale_to_world_size
+from ..errors import UsageError
+from ..file_io import atomic_write_bytes
+from .run_folder import ATTEMPTS_FILE, Attempt, RunFolder, flatten_config, read_attempts
 
-ROOT = Path(__file__).resolve().parents[4]
-ATTEMPTS = "attempts.json"  # in OUTPUT_DIR
-CONSOLE = "console.txt"
+REPOSITORY = Path(__file__).resolve().parents[4]
+CONSOLE_FILE = "console.txt"  # in OUTPUT_DIR: output of the training process
 _POLL_SECONDS = 2.0
 
 
@@ -36,12 +38,13 @@ class Run:
     """One training of a comparison.
 
     Attributes:
-        config: file.
-        method: file that is laid over it, or None.
-        seed: of weights, order and draws, and of the split into labeled and unlabeled images.
+        config: config file.
+        method: config file of the method, merged into ``config``; None for the config's own method.
+        seed: seed of the initial weights, of all random draws, and of the split into labeled and
+            unlabeled images.
         output: ``OUTPUT_DIR``.
-        options: ``KEY VALUE`` pairs, which go over all else.
-        num_gpus: processes that train together.
+        options: ``KEY VALUE`` pairs that override both files.
+        num_gpus: number of processes that train together.
     """
 
     config: Path
@@ -53,7 +56,7 @@ class Run:
 
     @property
     def row(self) -> str:
-        """Runs that differ in nothing but their seed are of the same row."""
+        """Row in the table of results. Runs of one row differ in their seed only."""
         return self.config.stem + (f" + {self.method.stem}" if self.method else "")
 
     @property
@@ -62,6 +65,7 @@ class Run:
 
     @property
     def all_options(self) -> list[str]:
+        """``KEY VALUE`` pairs of the command line."""
         seed = str(self.seed)
         seeds = ["SEED", seed, "DATASETS.SPLIT_SEED", seed]
         return [*seeds, *self.options, "OUTPUT_DIR", str(self.output)]
@@ -71,122 +75,126 @@ class Run:
         """The effective config.
 
         Raises:
-            UsageError: for anything in the files or options that cannot be.
+            UsageError: for an invalid file or option.
         """
         cfg = load_config(str(self.config), self.all_options, str(self.method or ""))
         return scale_to_world_size(cfg, self.num_gpus)
 
     @property
     def command(self) -> list[str]:
-        """As a user would write it; finished runs, too, can be called with it again."""
+        """Arguments for Python that start or resume the training, as a user would give them."""
         method = ["--method", str(self.method)] if self.method else []
-        # Runs side by side on one machine must not meet at the same port.
+        # Runs on the same machine need different ports.
         port = ["--dist-url", "auto"] if self.num_gpus > 1 else []
         return [
-            *(str(ROOT / "train_net.py"), "--config-file", str(self.config), *method, "--resume"),
-            *("--num-gpus", str(self.num_gpus), *port, *self.all_options),
+            *(str(REPOSITORY / "train_net.py"), "--config-file", str(self.config), *method),
+            *("--resume", "--num-gpus", str(self.num_gpus), *port, *self.all_options),
+        ]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The current content of the output folder."""
+        return RunFolder(self.output)
+
+    @property
+    def iterations_done(self) -> int:
+        return min(self.folder.iterations_done, self.cfg.SOLVER.MAX_ITER)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was trained and, if there is a test set, evaluated to the end."""
+        if not (self.output / "model_final.pth").is_file():
+            return False
+        return not self.cfg.DATASETS.TEST or self.cfg.SOLVER.MAX_ITER in self.folder.evaluations
+
+    def changed_settings(self) -> list[str]:
+        """Describe each key whose value differs from the one that this run was started with."""
+        before = self.folder.config  # empty if the first start was killed before it wrote the file
+        now = flatten_config(yaml.safe_load(self.cfg.dump()))
+        # Keys that only one of the two has were added or removed by a version of the project.
+        return [
+            f"{key} was {before[key]!r}, now {now[key]!r}"
+            for key in sorted(before.keys() & now.keys())
+            if before[key] != now[key]
         ]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a run.
-
-    Attributes:
-        seconds: that it took.
-        exit_code: of the process, 0 for success.
-        peak_ram_mib: the largest resident memory of one of its processes.
-    """
-
-    seconds: float
-    exit_code: int
-    peak_ram_mib: float
-
-
-def read_attempts(output: Path) -> list[Attempt]:
-    """All attempts at a run, the first one first."""
-    file = output / ATTEMPTS
-    records = json.loads(file.read_text()) if file.is_file() else []
-    known = {field.name for field in fields(Attempt)}  # earlier versions wrote more
-    return [Attempt(**{k: v for k, v in each.items() if k in known}) for each in records]
-
-
 class RunQueue:
-    """Runs that wait, and those that are running; :meth:`work` does them all."""
+    """Run trainings one after another in each of several slots."""
 
-    def __init__(self, runs: list[Run], places: list[str | None]) -> None:
+    def __init__(self, runs: list[Run], slots: list[str | None]) -> None:
         """
         Args:
-            runs: in order.
-            places: as many runs as these go on at a time, each with its ``CUDA_VISIBLE_DEVICES``;
-                None leaves that variable as it is.
+            runs: in the order in which they are started.
+            slots: as returned by :func:`gpu_slots`. One run at a time uses a slot; its processes
+                get the slot's value as ``CUDA_VISIBLE_DEVICES``, None leaves it unchanged.
         """
         self._waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
         for run in runs:
             self._waiting.put(run)
-        self._places = places
+        self._slots = slots
         self._ended: queue.SimpleQueue[tuple[Run, Attempt]] = queue.SimpleQueue()
-        self._running: dict[Run, subprocess.Popen] = {}
+        self._processes: dict[Run, subprocess.Popen] = {}
         self._lock = Lock()
         self._stopping = False
 
     @property
     def running(self) -> list[Run]:
         with self._lock:
-            return list(self._running)
+            return list(self._processes)
 
-    def work(self, on_end: Callable[[Run, Attempt], None], on_poll: Callable[[], None]) -> None:
-        """Does all runs.
+    def work(self, on_run_end: Callable[[Run, Attempt], None], on_poll: Callable[[], None]) -> None:
+        """Start all runs and wait for them.
 
         Args:
-            on_end: called after each that was not asked to stop.
-            on_poll: called now and then.
+            on_run_end: called after each run that ended without being asked to stop.
+            on_poll: called every few seconds.
 
         Raises:
-            KeyboardInterrupt: when interrupted, after the running ones were asked to stop and did;
-                interrupted once more, they are ended at once.
+            KeyboardInterrupt: after an interrupt, when all running processes have saved a
+                checkpoint and ended. A second interrupt kills them.
         """
-        with ThreadPoolExecutor(len(self._places)) as threads:
-            workers = {threads.submit(self._work_at, place) for place in self._places}
+        with ThreadPoolExecutor(len(self._slots)) as threads:
+            workers = {threads.submit(self._work_in_slot, slot) for slot in self._slots}
             try:
                 while wait(workers, timeout=_POLL_SECONDS).not_done:
-                    self._tell(on_end)
+                    self._report_ended(on_run_end)
                     on_poll()
             except BaseException:
                 self._stop(subprocess.Popen.terminate)
                 raise
             finally:
                 self._wait_for(workers)
-                self._tell(on_end)
+                self._report_ended(on_run_end)
         for worker in workers:
-            worker.result()  # raises what went wrong in it
+            worker.result()  # re-raises an exception of the thread
 
-    def _tell(self, on_end: Callable[[Run, Attempt], None]) -> None:
+    def _report_ended(self, on_run_end: Callable[[Run, Attempt], None]) -> None:
         while not self._ended.empty():
-            on_end(*self._ended.get())
+            on_run_end(*self._ended.get())
 
-    def _wait_for(self, workers: set) -> None:
+    def _wait_for(self, workers: set[Future]) -> None:
         try:
             wait(workers)
-        except KeyboardInterrupt:  # again: no patience
+        except KeyboardInterrupt:  # the second one
             self._stop(subprocess.Popen.kill)
             wait(workers)
 
-    def _work_at(self, place: str | None) -> None:
+    def _work_in_slot(self, slot: str | None) -> None:
         while not self._stopping:
             try:
                 run = self._waiting.get_nowait()
             except queue.Empty:
                 return
-            attempt = self._do(run, place)
+            attempt = self._run_process(run, slot)
             if attempt is not None and not self._stopping:
                 self._ended.put((run, attempt))
 
-    def _do(self, run: Run, place: str | None) -> Attempt | None:
+    def _run_process(self, run: Run, slot: str | None) -> Attempt | None:
         run.output.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | ({} if place is None else {"CUDA_VISIBLE_DEVICES": place})
+        environment = os.environ | ({} if slot is None else {"CUDA_VISIBLE_DEVICES": slot})
         start = time.monotonic()
-        with (run.output / CONSOLE).open("ab") as console:
+        with (run.output / CONSOLE_FILE).open("ab") as console:
             with self._lock:
                 if self._stopping:
                     return None
@@ -196,44 +204,43 @@ class RunQueue:
                     stdin=subprocess.DEVNULL,
                     stdout=console,
                     stderr=subprocess.STDOUT,
-                    # Ctrl-C is for this program, which passes it on as a request to stop.
+                    # Ctrl-C must reach only this process, which then asks the runs to stop.
                     start_new_session=True,
                 )
-                self._running[run] = process
+                self._processes[run] = process
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         with self._lock:
-            del self._running[run]
+            del self._processes[run]
         attempt = Attempt(
             seconds=round(time.monotonic() - start, 1),
             exit_code=process.returncode,
             peak_ram_mib=round(usage.ru_maxrss / 1024, 1),
         )
         records = [asdict(each) for each in [*read_attempts(run.output), attempt]]
-        text = json.dumps(records, indent=1)
-        atomic_write_bytes(run.output / ATTEMPTS, text.encode())
+        atomic_write_bytes(run.output / ATTEMPTS_FILE, json.dumps(records, indent=1).encode())
         return attempt
 
-    def _stop(self, how: Callable[[subprocess.Popen], None]) -> None:
+    def _stop(self, send_signal: Callable[[subprocess.Popen], None]) -> None:
         with self._lock:
             self._stopping = True
-            for process in self._running.values():
-                how(process)
+            for process in self._processes.values():
+                send_signal(process)
 
 
 def gpu_slots(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | None]:
-    """Where runs can go on side by side.
+    """Divide the visible GPUs among runs that train at the same time.
 
     Args:
-        num_gpus: of each run.
-        parallel: how many at a time; None for as many as the GPUs allow, or 1 without GPUs.
+        num_gpus: number of GPUs per run.
+        parallel: number of runs at a time; None for as many as the GPUs allow, or 1 without GPUs.
         on_gpus: whether the runs use GPUs.
 
     Returns:
-        one ``CUDA_VISIBLE_DEVICES`` for each; None to leave the variable as it is.
+        a value of ``CUDA_VISIBLE_DEVICES`` for each run at a time; None to leave it unchanged.
 
     Raises:
-        ValueError: if there are fewer GPUs than asked for.
+        UsageError: if there are too few GPUs.
     """
     if not on_gpus:
         return [None] * (parallel or 1)
@@ -245,5 +252,9 @@ def gpu_slots(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | 
         ",".join(gpus[i : i + num_gpus]) for i in range(0, len(gpus) - num_gpus + 1, num_gpus)
     ]
     if len(groups) < (parallel or 1):
-        raise ValueError(f"{parallel or 1} x {num_gpus} GPUs are asked for, there are {len(gpus)}")
+        raise UsageError(
+            f"{parallel or 1} run(s) at a time need {parallel or 1} x {num_gpus} GPUs, but "
+            f"{len(gpus)} are visible: reduce --parallel or --num-gpus, or train with "
+            "MODEL.DEVICE cpu"
+        )
     return list(groups[: parallel or len(groups)])

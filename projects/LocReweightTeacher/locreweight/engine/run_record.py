@@ -1,4 +1,4 @@
-"""What a run was started with, kept beside its results: command, commit, versions, machine."""
+"""Record how a run was started: command, commit, versions and machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torchvision
 
-from ..checkpoint.files import atomic_write_bytes
+from ..file_io import atomic_write_bytes
 from ..installed_detectron2 import describe_detectron2
+from ..run_files import RUN_FILE
 
-RUN_FILE = "run.json"  # in OUTPUT_DIR
 _NO_GPU = "none"
 
 
@@ -26,13 +26,13 @@ class RunRecord:
     """One start of a training. Names of users and hosts are not recorded.
 
     Attributes:
-        command: for a shell in the repository's root.
-        commit: of the repository, with "+changes" if files differ from it or Python files came
-            to it; empty outside of git.
+        command: shell command, to be run in the root of the repository.
+        commit: commit of the repository, with "+changes" if tracked files were changed or Python
+            files were added; empty outside of git.
         started: local time, ISO 8601.
-        processes: how many trained together.
-        versions: of what it ran on, by name.
-        machine: parts by name.
+        processes: number of processes that train together.
+        versions: package -> version.
+        machine: "system", "CPU", "cores" and "GPUs".
     """
 
     command: str
@@ -44,20 +44,19 @@ class RunRecord:
 
     @property
     def processors(self) -> str:
-        """CPU and GPUs in a few words."""
-        known = self.machine
-        gpus = known.get("GPUs", _NO_GPU)
-        cpu = f"{known.get('cores', '?')} x {known.get('CPU', 'unknown')}"
+        """Short description of CPU and GPUs."""
+        gpus = self.machine.get("GPUs", _NO_GPU)
+        cpu = f"{self.machine.get('cores', '?')} x {self.machine.get('CPU', 'unknown')}"
         return cpu if gpus == _NO_GPU else f"{cpu}, {gpus}"
 
 
 def write_run_record(output: Path, arguments: list[str], processes: int) -> None:
-    """Add this start to ``OUTPUT_DIR/run.json``; a resumed run has several.
+    """Append this start to ``OUTPUT_DIR/run.json``. A resumed run has several starts.
 
     Args:
         output: ``OUTPUT_DIR``.
-        arguments: of the command line, the script first.
-        processes: how many train together.
+        arguments: command line, starting with the script.
+        processes: number of processes that train together.
     """
     script = os.path.relpath(arguments[0])
     record = RunRecord(
@@ -74,7 +73,7 @@ def write_run_record(output: Path, arguments: list[str], processes: int) -> None
 
 
 def read_run_records(output: Path) -> list[RunRecord]:
-    """All starts of a run, the first one first; none if it was not recorded."""
+    """Return all starts of a run, oldest first; none if the file is missing."""
     file = output / RUN_FILE
     if not file.is_file():
         return []
@@ -121,7 +120,7 @@ def _commit() -> str:
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no")
-        # Of new files only code counts: a strategy of one's own, say. Configs are kept anyway.
+        # Among new files only code matters, such as a new method. The config is saved with the run.
         new = git("ls-files", "--others", "--exclude-standard", ":/*.py")
         return commit + ("+changes" if changed or new else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or an installed copy

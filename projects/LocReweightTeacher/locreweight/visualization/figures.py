@@ -1,4 +1,7 @@
-"""Figures for a web page: SVG that takes its ink from the page, so that it fits light and dark."""
+"""Figures: metrics of runs, and the paper's Fig. 3 (localization quality against IoU).
+
+Figures for the report are SVG in the text color of the page, for light and dark pages.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plot_localization_quality import plot_against_iou, plot_calibration
-
-from ..engine.localization_analysis import Localization
+from ..engine.localization_analysis import Localization, calibration, correlations
 from ..engine.run_folder import Curve, RunFolder
 
-# Of medium lightness: they can be seen on white and on black, and told apart by the color-blind.
+# Of medium lightness, to be visible on white and on black. Color-blind people can tell them apart.
 COLORS = ("#3b8fd6", "#e8762d", "#1f9e76", "#c25db0", "#a58a00", "#d1495b")
 STYLES = ("-", "--", "-.", ":")
-_INK = "#010203"  # stands for the color of the page's text
-_SIZE = (4.4, 2.8)  # inches; a phone's width, so that letters keep their size there
+_TEXT_COLOR = "#010203"  # placeholder for the text color of the page
+_SIZE = (4.4, 2.8)  # inches: about the width of a phone, where text then keeps its size
 
 
 @dataclass(frozen=True)
 class WebFigure:
-    """A drawn figure with the words for those who do not see it."""
+    """A figure as SVG with its text alternative."""
 
     svg: Markup
     alt: str
@@ -36,27 +38,27 @@ class WebFigure:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a plot."""
+    """A labeled curve of a plot."""
 
     label: str
     curve: Curve
 
 
 def run_figures(run: RunFolder) -> list[WebFigure]:
-    """The curves of one run; those for which nothing was measured are left out."""
+    """Plot the metrics of one run. Plots without any values are left out."""
     plots = [
-        ("AP50:95 in percent", "AP on the test images", _named(run, teacher_student())),
-        ("AP50 in percent", "AP50 on the test images", _named(run, teacher_student("AP50"))),
-        ("loss", "Losses on labeled images", _named(run, losses(""))),
-        ("loss", "Losses on unlabeled images, weighted", _named(run, losses("_unlabeled"))),
-        ("number", "Pseudo-labels per image", _named(run, {"": "pseudo_labels/per_image"})),
-        ("share or score", "Pseudo-labels in training", _named(run, pseudo_labels())),
-        ("share", "Pseudo-labels against the hidden truth", _named(run, truth())),
+        ("AP50:95 in percent", "AP on the test images", _lines(run, teacher_student())),
+        ("AP50 in percent", "AP50 on the test images", _lines(run, teacher_student("AP50"))),
+        ("loss", "Losses on labeled images", _lines(run, losses(""))),
+        ("loss", "Losses on unlabeled images, weighted", _lines(run, losses("_unlabeled"))),
+        ("number", "Pseudo-labels per image", _lines(run, {"": "pseudo_labels/per_image"})),
+        ("share or score", "Pseudo-labels in training", _lines(run, pseudo_labels())),
+        ("share", "Pseudo-labels against the ground truth", _lines(run, ground_truth_agreement())),
         *(
-            ("share", f"{title}, by quarter of localization quality", _named(run, quarters(key)))
+            ("share", f"{title}, by quarter of localization quality", _lines(run, quarters(key)))
             for title, key in (("Precision", "precision"), ("Mean IoU", "mean_iou"))
         ),
-        ("reliability", "Reliability of proposals (Eq. 12, 13)", _named(run, reliability())),
+        ("reliability", "Reliability of proposals (Eq. 12, 13)", _lines(run, reliability())),
     ]
     return [
         line_figure(lines, ylabel, caption, run.burn_in)
@@ -65,8 +67,8 @@ def run_figures(run: RunFolder) -> list[WebFigure]:
     ]
 
 
-def compared_figures(runs: Sequence[RunFolder]) -> list[WebFigure]:
-    """The same curves of several runs."""
+def comparison_figures(runs: Sequence[RunFolder]) -> list[WebFigure]:
+    """Plot the same metrics of several runs."""
     plots = [
         ("AP50:95 in percent", "AP of the teacher", "bbox/AP"),
         ("AP50:95 in percent", "AP of the student", "student/bbox/AP"),
@@ -86,7 +88,7 @@ def compared_figures(runs: Sequence[RunFolder]) -> list[WebFigure]:
 
 
 def localization_figures(data: Localization, threshold: float) -> list[WebFigure]:
-    """The paper's Fig. 3, and the calibration of the variances."""
+    """Draw the panels of :func:`plot_localization` for the report."""
     count = len(data.iou)
 
     def against(name: str) -> Callable[[Axes], None]:
@@ -112,12 +114,68 @@ def localization_figures(data: Localization, threshold: float) -> list[WebFigure
     ]
 
 
+def plot_localization(data: Localization, threshold: float) -> Figure:
+    """Plot the paper's Fig. 3 and the calibration of the variances in three panels.
+
+    Args:
+        data: all detections.
+        threshold: detections above this score would be pseudo-labels.
+    """
+    figure = Figure(figsize=(11.0, 3.8), layout="constrained")
+    by_score, by_quality, variances = figure.subplots(1, 3)
+    plot_against_iou(by_score, data, "score", threshold)
+    plot_against_iou(by_quality, data, "quality", threshold)
+    plot_calibration(variances, data)
+    for axes, letter in zip((by_score, by_quality, variances), "abc", strict=True):
+        axes.set_title(f"({letter})", loc="left")
+    return figure
+
+
+def plot_against_iou(axes: Axes, data: Localization, name: str, threshold: float) -> None:
+    """Plot IoU against ``name``, "score" or "quality", with the correlations in the legend."""
+    coefficients, is_label = correlations(data, threshold), data.score > threshold
+    values = getattr(data, name)
+    groups = ((~is_label, COLORS[0], "all"), (is_label, COLORS[1], "pseudo-labels"))
+    for selected, color, group in groups:
+        r = coefficients[f"{name}, {group}"]
+        text = f"{group}: r {r.pearson:.2f}, ρ {r.spearman:.2f}, n {r.count}"
+        # Rasterized: thousands of vector shapes would make a large file.
+        axes.scatter(
+            values[selected], data.iou[selected], s=6, alpha=0.5, lw=0, color=color, rasterized=True
+        )
+        axes.scatter([], [], s=20, color=color, label=text)
+    label = {"score": "foreground score", "quality": "localization quality"}[name]
+    axes.set(xlabel=label, ylabel="IoU with ground truth", ylim=(-0.02, 1.3))
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.legend(loc="upper left", fontsize="small", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_calibration(axes: Axes, data: Localization) -> None:
+    """Plot actual squared error against predicted variance, in squared units of the box coding."""
+    axes.set(xlabel="predicted variance", ylabel="actual error")
+    axes.spines[["top", "right"]].set_visible(False)
+    if not data.variance.size:
+        return
+    groups = calibration(data.variance, data.error)
+    values = np.concatenate([groups.variance, groups.squared_error, groups.fitted_error])
+    ends = [values[values > 0].min() * 0.8, values.max() * 1.25]
+    axes.plot(ends, ends, "--", lw=1, color="gray", label="calibrated")
+    squared, fitted = COLORS[0], COLORS[2]
+    axes.plot(
+        groups.variance, groups.squared_error, "o-", ms=4, color=squared, label="squared error"
+    )
+    axes.plot(groups.variance, groups.fitted_error, "s-", ms=4, color=fitted, label="Eq. 8 and 9")
+    axes.set(xscale="log", yscale="log")
+    axes.legend(loc="upper left", fontsize="small", frameon=False)
+
+
 def line_figure(lines: Sequence[Line], ylabel: str, caption: str, burn_in: int) -> WebFigure:
-    """Curves over the iterations, with burn-in shaded."""
+    """Plot curves over the iterations, with burn-in shaded."""
 
     def plot(axes: Axes) -> None:
         for i, line in enumerate(lines):
-            # Few points are measurements of their own, many are a course.
+            # Markers show where sparse values were measured.
             marker = "o" if len(line.curve.values) < 15 else ""
             style = STYLES[i // len(COLORS) % len(STYLES)]
             color = COLORS[i % len(COLORS)]
@@ -139,15 +197,15 @@ def line_figure(lines: Sequence[Line], ylabel: str, caption: str, burn_in: int) 
         if len(lines) > 1 or burn_in:
             axes.legend(fontsize="small", frameon=False)
 
-    ends = [
+    descriptions = [
         f"{line.label or caption} from {line.curve.values[0]:.3g} at iteration "
         f"{line.curve.iterations[0]} to {line.curve.values[-1]:.3g} at {line.curve.iterations[-1]}"
         for line in lines
     ]
-    return _figure(plot, f"Line plot, {caption}: {'; '.join(ends)}", caption)
+    return _figure(plot, f"Line plot, {caption}: {'; '.join(descriptions)}", caption)
 
 
-# -- which numbers are plotted together: label -> name in the metrics ------------------------------
+# Metrics that are plotted together: label -> name in metrics.json
 
 
 def teacher_student(metric: str = "AP") -> dict[str, str]:
@@ -168,7 +226,7 @@ def pseudo_labels() -> dict[str, str]:
     }
 
 
-def truth() -> dict[str, str]:
+def ground_truth_agreement() -> dict[str, str]:
     names = {"precision": "precision", "recall": "recall", "mean IoU": "mean_iou"}
     return {label: f"pseudo_truth/{name}" for label, name in names.items()}
 
@@ -185,17 +243,18 @@ def reliability() -> dict[str, str]:
     }
 
 
-def _named(run: RunFolder, names: dict[str, str]) -> list[Line]:
+def _lines(run: RunFolder, names: dict[str, str]) -> list[Line]:
     lines = [Line(label, run.curve(name)) for label, name in names.items()]
     return [line for line in lines if line.curve.values]
 
 
 def _figure(plot: Callable[[Axes], None], alt: str, caption: str) -> WebFigure:
-    ink = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+    colors = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"),
+        _TEXT_COLOR,
     )
-    # Letters stay letters: they can be searched, and take the page's font.
-    with matplotlib.rc_context({**ink, "svg.fonttype": "none", "font.size": 9}):
+    # Keep text as text: it can be searched and uses the font of the page.
+    with matplotlib.rc_context({**colors, "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=_SIZE, layout="constrained")
         plot(figure.subplots())
         file = io.StringIO()
@@ -204,8 +263,8 @@ def _figure(plot: Callable[[Axes], None], alt: str, caption: str) -> WebFigure:
 
 
 def _for_page(svg: str, alt: str) -> str:
-    """The SVG element alone, in the page's ink and font, without names that figures would share."""
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    """Return the <svg> element with the text color and font of the page and with unique ids."""
+    svg = svg[svg.index("<svg") :].replace(_TEXT_COLOR, "currentColor")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", svg)
     used = set(re.findall(r"(?:#|url\(#)([\w.-]+)", svg))
     unique = f"{zlib.crc32((svg + alt).encode()):x}"

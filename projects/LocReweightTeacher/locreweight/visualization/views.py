@@ -14,17 +14,17 @@ from matplotlib import colormaps
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.checks import check_boxes, check_images_decode, check_images_exist
 from ..data.datasets.catalog import register
 from ..data.image_io import UnreadableImage
 from ..data.mapper import ViewMapper
 from ..data.monitored import MonitoredImages, ground_truth_in_view, has_annotations
 from ..data.transforms.views import UnlabeledSample
 from ..engine.inference import find_inputs
-from ..engine.panels import view_pixels
 from ..errors import UsageError
 from ..geometry import between_views, warp_boxes
 from ..modeling.meta_arch import SemiSupervisedRCNN
-from .drawing import TRUTH, Color, Layer, captioned, draw, grid
+from .drawing import GROUND_TRUTH_COLOR, Color, Layer, captioned, draw, grid, rgb_pixels
 
 VIEW_SIDE = 400  # longer side of a drawn view, in pixels
 _PALETTE = [colormaps["tab10"](i) for i in range(10) if i != 2]  # without green: ground truth
@@ -42,14 +42,16 @@ def select_records(cfg: CfgNode, inputs: Sequence[str], count: int) -> list[dict
         dataset records. An image that is in no annotated dataset has a ``file_name`` only.
 
     Raises:
-        UsageError: if a dataset of ``DATASETS.TRAIN`` or an input does not exist.
+        UsageError: if a dataset of ``DATASETS.TRAIN`` or an input does not exist, or the
+            annotations of an image cannot be used.
     """
     records = _annotated_records(cfg)
     if not inputs:
-        return records[:count]
+        return _checked(cfg, records[:count])
     annotated = {os.path.realpath(record["file_name"]): record for record in records}
     files = [str(file.path) for file in find_inputs(inputs) if not file.is_video][:count]
-    return [annotated.get(os.path.realpath(file), {"file_name": file}) for file in files]
+    records = [annotated.get(os.path.realpath(file), {"file_name": file}) for file in files]
+    return _checked(cfg, records)
 
 
 def draw_view_table(
@@ -112,8 +114,8 @@ def draw_views(
         layers = [Layer(boxes, proposal_colors(len(boxes)), numbers)]
         if has_annotations(record):
             truth = ground_truth_in_view(record, view.matrix, view.image_size).gt_boxes.tensor
-            layers.append(Layer(truth, [TRUTH] * len(truth), width=3))
-        pictures.append(draw(view_pixels(view, image_format), layers, VIEW_SIDE))
+            layers.append(Layer(truth, [GROUND_TRUTH_COLOR] * len(truth), width=3))
+        pictures.append(draw(rgb_pixels(view.image, image_format), layers, VIEW_SIDE))
     return pictures
 
 
@@ -129,6 +131,17 @@ def _predict_proposals(student: SemiSupervisedRCNN, sample: UnlabeledSample, cou
     images = student.preprocess_image([{"image": sample.strong.image}])
     proposals, _ = student.proposal_generator(images, student.backbone(images.tensor), None)
     return proposals[0].to("cpu").proposal_boxes.tensor[:count]
+
+
+def _checked(cfg: CfgNode, records: list[dict]) -> list[dict]:
+    """Run the checks of labeled images that training runs."""
+    annotated = [record for record in records if "annotations" in record]
+    checked = check_boxes(annotated, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
+    check_images_exist(checked)
+    if cfg.DATASETS.CHECKS.DECODE_IMAGES:
+        check_images_decode(checked)
+    kept = iter(checked)
+    return [next(kept) if "annotations" in record else record for record in records]
 
 
 def _annotated_records(cfg: CfgNode) -> list[dict]:

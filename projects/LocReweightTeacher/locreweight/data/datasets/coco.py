@@ -78,6 +78,11 @@ def _annotation(entry: dict[str, Any], class_index: dict[int, int]) -> dict[str,
     area = entry.get("area")
     if isinstance(area, int | float) and 0 <= area < float("inf"):
         annotation["area"] = area
+    attributes = entry.get("attributes")  # of CVAT
+    attributes = attributes if isinstance(attributes, dict) else {}
+    rotation = entry.get("rotation", attributes.get("rotation"))
+    if isinstance(rotation, int | float) and rotation % 360:
+        annotation["rotation"] = rotation  # ignored, but reported by tools/check_data.py
     return annotation
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ...errors import UsageError
+from ...run_files import PANEL_FOLDER, is_run_folder
 from .file_names import (
     IMAGE_SUFFIXES,
     ImageFinder,
@@ -21,6 +23,8 @@ from .file_names import (
 )
 from .packed_records import ImageFiles
 
+logger = logging.getLogger(__name__)
+
 _NUM_SAMPLED = 100  # images of a list, of which at least one must exist
 
 
@@ -28,11 +32,21 @@ def load_folder(folder: str) -> ImageFiles:
     """List all images in a folder and its subfolders, sorted by path.
 
     Hidden files and folders, and the metadata that macOS adds to images, are passed over.
+    The output of trainings is left out: folders of runs, whatever they are called, and the pictures
+    of a run whose ``OUTPUT_DIR`` is the folder itself.
 
     Raises:
         UsageError: if there is no image.
     """
-    images = ImageFiles.of(map(os.fsencode, sorted(image_paths(folder))))
+    run_folders: list[str] = []
+    images = ImageFiles.of(map(os.fsencode, sorted(image_paths(folder, run_folders))))
+    if run_folders:
+        logger.info(
+            "left out %d folders of runs in the image folder %s, such as %s",
+            len(run_folders),
+            folder,
+            printable_name(min(run_folders)),
+        )
     if not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise UsageError(f"no image ({suffixes}) in the folder {folder}")
@@ -128,12 +142,17 @@ def _some_exist(images: ImageFiles) -> bool:
     return any(os.path.lexists(images[i]["file_name"]) for i in _sample(images))
 
 
-def image_paths(folder: str) -> Iterator[str]:
+def image_paths(folder: str, run_folders: list[str] | None = None) -> Iterator[str]:
     """Yield image paths in an order that does not depend on the disk, sorted in each folder.
 
     File types come from the directory listing. Asking the disk for each file would take long with a
     million images, above all over a network.
+
+    Args:
+        folder: the folder to search.
+        run_folders: the folders of runs that were left out are appended here.
     """
+    run_folders = [] if run_folders is None else run_folders
     visited = set()
     pending = [(folder, os.path.realpath(folder))]
     while pending:
@@ -141,8 +160,14 @@ def image_paths(folder: str) -> Iterator[str]:
         if real in visited:  # links can form cycles
             continue
         visited.add(real)
-        folders, images = _list_folder(parent)
+        folders, images, is_run = _list_folder(parent)
         start = os.path.join(parent, "")
+        if is_run and parent != folder:
+            run_folders.append(parent)
+            continue
+        if is_run:
+            run_folders += [start + name for name, _ in folders if name == PANEL_FOLDER]
+            folders = [entry for entry in folders if entry[0] != PANEL_FOLDER]
         yield from (start + name for name in sorted(images))
         # Depth first, in order of names: this decides which of several paths to a folder is used.
         for name, is_link in sorted(folders, reverse=True):
@@ -150,21 +175,26 @@ def image_paths(folder: str) -> Iterator[str]:
             pending.append((path, os.path.realpath(path) if is_link else os.path.join(real, name)))
 
 
-def _list_folder(folder: str) -> tuple[list[tuple[str, bool]], list[str]]:
-    """Subfolders, each with whether it is a link, and images; both empty if not permitted."""
-    folders, images = [], []
+def _list_folder(folder: str) -> tuple[list[tuple[str, bool]], list[str], bool]:
+    """Subfolders, each with whether it is a link; images; and whether this is the folder of a run.
+
+    Without permission to list the folder, it counts as empty.
+    """
+    folders, images, others = [], [], set()
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if is_companion(entry.name):
-                    continue
-                if _is_folder(entry):
+                    others.add(entry.name)
+                elif _is_folder(entry):
                     folders.append((entry.name, entry.is_symlink()))
                 elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and _is_image(entry):
                     images.append(entry.name)
+                else:
+                    others.add(entry.name)
     except OSError:
-        return [], []
-    return folders, images
+        return [], [], False
+    return folders, images, is_run_folder(others)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -27,6 +27,7 @@ from detectron2.config import CfgNode
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from ...errors import UsageError
+from ...file_io import sha256_of
 from .catalog import expand_path, index_file
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def _annotation_digest(name: str, records: Records) -> tuple[str, str]:
         UsageError: if the data set has no annotations.
     """
     if file := annotation_file(name):
-        return str(file), _sha256(file)
+        return str(file), sha256_of(file)
     if not any("annotations" in record for record in records):
         raise UsageError(
             f"{name} has no annotations, which DATASETS.SPLIT_FILE needs: use an annotated data set"
@@ -183,14 +184,6 @@ def _annotation_digest(name: str, records: Records) -> tuple[str, str]:
         boxes = [[a["category_id"], *map(float, a["bbox"])] for a in record.get("annotations", [])]
         digest.update(json.dumps([record["image_id"], boxes]).encode())
     return name, digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # -- split files -----------------------------------------------------------------------------------

@@ -1,0 +1,205 @@
+"""Plan, check and run the trainings of a comparison: each config, method and seed combined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from ..config import check_supported, find_method_file, load_config
+from ..data.datasets.splits import check_split_exists
+from ..data.transforms.policies import build_augmentation_policy
+from ..errors import UsageError
+from ..methods import build_method
+from .run_folder import Attempt, flatten_config
+from .run_queue import CONSOLE_FILE, Run, RunQueue, gpu_slots
+
+
+def plan_runs(
+    configs: Sequence[Path],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    options: Sequence[str] = (),
+    num_gpus: int = 1,
+) -> list[Run]:
+    """Return the runs of a comparison, after checking all of them.
+
+    Args:
+        configs: config files.
+        methods: names or files, as for :func:`~locreweight.config.find_method_file`; if empty, each
+            config's own method is used.
+        seeds: each config and method is trained once with each seed.
+        output: parent folder of all ``OUTPUT_DIR``.
+        options: ``KEY VALUE`` pairs for all runs.
+        num_gpus: number of GPUs per run.
+
+    Raises:
+        UsageError: if a run is invalid, was started before with other settings, or is not
+            comparable with the others.
+    """
+    method_files = [find_method_file(method) for method in methods]
+    rows: list[Path | None] = [*method_files] or [None]
+    runs = [
+        Run(
+            config=config,
+            method=method,
+            seed=seed,
+            output=output
+            / "-".join(file.stem for file in (config, method) if file)
+            / f"seed-{seed}",
+            options=tuple(options),
+            num_gpus=num_gpus,
+        )
+        for seed in dict.fromkeys(seeds)
+        for config in configs
+        for method in rows
+    ]
+    if len({run.output for run in runs}) < len(runs):
+        raise UsageError("two config files or methods have the same name: rename one of them")
+    _check_options(configs, method_files, options[::2])
+    for run in runs:
+        _check_run(run)
+    return runs
+
+
+def run_all(runs: list[Run], parallel: int | None, write_report: Callable[[], None]) -> list[str]:
+    """Run what is not finished, with progress on the console.
+
+    Args:
+        runs: as returned by :func:`plan_runs`.
+        parallel: number of runs at a time; None for as many as the GPUs allow, or 1 without GPUs.
+        write_report: called after each run and at the end.
+
+    Returns:
+        a description of each failed run.
+
+    Raises:
+        UsageError: if there are too few GPUs, or the output folder cannot be created.
+        KeyboardInterrupt: as :meth:`RunQueue.work`.
+    """
+    slots = gpu_slots(runs[0].num_gpus, parallel, runs[0].cfg.MODEL.DEVICE.startswith("cuda"))
+    output = runs[0].output.parent.parent
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot create the folder of --output: {error}") from error
+    unfinished = [run for run in runs if not run.is_finished]
+    queue = RunQueue(unfinished, slots)
+    progress = _Progress(runs, len(runs) - len(unfinished), len(slots))
+
+    def on_run_end(run: Run, attempt: Attempt) -> None:
+        write_report()
+        progress.on_run_end(run, attempt)
+
+    try:
+        queue.work(on_run_end, lambda: progress.update(queue.running))
+    finally:
+        progress.close()
+        write_report()
+    return progress.failed
+
+
+class _Progress:
+    """Print a line for each run that ends; on a terminal, show a bar of all iterations."""
+
+    def __init__(self, runs: list[Run], num_finished: int, num_slots: int) -> None:
+        self.failed: list[str] = []
+        self._done = {run: run.iterations_done for run in runs}
+        self._bar = tqdm(
+            total=sum(run.cfg.SOLVER.MAX_ITER for run in runs),
+            initial=sum(self._done.values()),
+            unit="iteration",
+            disable=None,
+        )
+        self._print(f"{len(runs)} runs: {num_finished} already finished, {num_slots} at a time")
+
+    def on_run_end(self, run: Run, attempt: Attempt) -> None:
+        if attempt.exit_code == 0 and run.is_finished:
+            final = run.folder.evaluations.get(run.cfg.SOLVER.MAX_ITER)
+            ap = final["bbox/AP"] if final else math.nan
+            # Detectron2 writes NaN for a model without detections.
+            text = f"AP {0.0 if math.isnan(ap) else ap:.2f}" if final else "no test set"
+            self._print(f"{run.name}: {text}, after {attempt.seconds:.0f} s")
+            return
+        console = run.output / CONSOLE_FILE
+        reason = last_line(console) if attempt.exit_code else "it ended without a result"
+        self.failed.append(f"{run.name}: exit code {attempt.exit_code}: {reason} (see {console})")
+        self._print(f"failed: {self.failed[-1]}")
+
+    def update(self, running: list[Run]) -> None:
+        if self._bar.disable:
+            return
+        for run in running:
+            done = run.iterations_done
+            self._bar.update(max(0, done - self._done[run]))
+            self._done[run] = max(done, self._done[run])
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _print(self, text: str) -> None:
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+
+def last_line(file: Path) -> str:
+    """Return the last line of a text file that is not empty."""
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+def _check_run(run: Run) -> None:
+    """Run the checks of a training that need only its config.
+
+    Raises:
+        UsageError: names the run.
+    """
+    try:
+        check_supported(run.cfg)
+        build_method(run.cfg)
+        build_augmentation_policy(run.cfg)
+        check_split_exists(run.cfg)
+    except UsageError as error:
+        raise UsageError(f"{run.name}: {error}") from error
+    if len(run.cfg.DATASETS.TEST) > 1:
+        raise UsageError(
+            f"{run.config} has several sets in DATASETS.TEST: a comparison needs exactly one"
+        )
+    if changes := run.changed_settings():
+        raise UsageError(
+            f"{run.output} was started with other settings: {'; '.join(changes[:3])}. Remove the "
+            "folder or choose another --output"
+        )
+
+
+def _check_options(configs: Sequence[Path], methods: Sequence[Path], keys: Sequence[str]) -> None:
+    """Check that options do not override a key that distinguishes runs from each other.
+
+    Raises:
+        UsageError: names the key.
+    """
+    for key, flag in {"SEED": "--seeds", "OUTPUT_DIR": "--output"}.items():
+        if key in keys:
+            raise UsageError(f"{key} is set by {flag}: remove it from the options")
+    settings = [flatten_config(load_config(str(config), [])) for config in configs]
+    for key in keys:
+        if any(each.get(key) != settings[0].get(key) for each in settings):
+            raise UsageError(
+                f"{key} differs between the config files, an option would override it in all of "
+                "them: remove it from the options"
+            )
+    for method in methods:
+        load_config("", [], str(method))  # reports an invalid file
+        method_settings = flatten_config(CfgNode.load_yaml_with_base(str(method)))
+        for key in method_settings.keys() & set(keys):
+            raise UsageError(
+                f"{key} is set by {method} and cannot be an option. To change it for the other "
+                "methods only, write a config file with _BASE_; to change it for all methods, "
+                "leave this method out"
+            )
