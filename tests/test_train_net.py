@@ -45,7 +45,7 @@ def run_script(*arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch, restored_loggers_and_signals():
         patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
         # Locks that are kept here only, so that they end with the run.
-        patch.setattr("locreweight.engine.startup_checks._locks", {})
+        patch.setattr("locreweight.engine.output_folder._locks", {})
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
@@ -257,11 +257,11 @@ def class_names(datasets):
 
 def test_evaluation_on_other_class_names(evaluate_on, datasets, tmp_path):
     names = class_names(datasets)
-    arguments = evaluate_on(rename_classes(names[0], "dog", names[2]))
+    arguments = evaluate_on(rename_classes(names[0], "horse", names[2]))
     error = error_of(*arguments)
-    for word in (*names, "dog", "edited.json", "model_final.pth", "ALLOW_OTHER_CLASS_NAMES True"):
+    for word in (*names, "horse", "edited.json", "model_final.pth", "ALLOW_OTHER_CLASS_NAMES True"):
         assert word in error
-    assert f"Class 1 is {names[1]!r} in the checkpoint, 'dog' in the test set" in error
+    assert f"Class 1 is {names[1]!r} in the checkpoint, 'horse' in the test set" in error
     run_script(*arguments, "DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES", "True")
     assert "copypaste: AP" in (tmp_path / "evaluation/log.txt").read_text()
 
@@ -275,17 +275,17 @@ def test_evaluation_on_another_number_of_classes(evaluate_on, datasets):
     """The checkpoint is compared first: no advice that something else refuses."""
 
     def edit(content):
-        content["categories"].append({"id": 9, "name": "dog"})
+        content["categories"].append({"id": 9, "name": "horse"})
 
     error = error_of(*evaluate_on(edit))
-    assert "Class 3 is '(none)' in the checkpoint, 'dog' in the test set" in error
+    assert "Class 3 is '(none)' in the checkpoint, 'horse' in the test set" in error
     assert "NUM_CLASSES" not in error
 
 
 def test_fine_tuning_on_other_classes_is_possible(make_arguments, datasets, trained, tmp_path):
     _, json_file, images = datasets["DATASETS.TRAIN"][0].split(":")
     content = json.loads(Path(json_file).read_text())
-    rename_classes("cat", "dog", "cow")(content)
+    rename_classes("horse", "cow", "hen")(content)
     (tmp_path / "other.json").write_text(json.dumps(content))
     settings = {
         "DATASETS.TRAIN": [f"coco:{tmp_path / 'other.json'}:{images}"],

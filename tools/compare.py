@@ -11,8 +11,8 @@ After each run, the folder --output gets results.csv (all runs), table.md (means
 deviations) and curves.png.
 
 A seed sets the initial weights, the order of images, and which images are labeled, so that all
-methods with one seed use the same split. KEY VALUE pairs apply to all runs and come last, but not
-directly after --seeds. With DATASETS.SPLIT_SEED all seeds use one split. Keys that a method sets or
+methods with one seed use the same split. KEY VALUE pairs apply to all runs; they can stand anywhere
+but directly after --config-file, --methods and --seeds. With DATASETS.SPLIT_SEED all seeds use one split. Keys that a method sets or
 that differ between the config files cannot be given: the runs would no longer be what their row in
 the table says.
 """
@@ -25,13 +25,14 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.engine.comparison import plan_runs, run_all
 from locreweight.errors import UsageError
 from locreweight.visualization.comparison_report import CURVES, TABLE, write_report
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -58,7 +59,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="number of runs at a time. Default: as many as the GPUs allow, or 1 without GPUs",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and results")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all runs")
     args = parser.parse_args(arguments)
     args.output = args.output.absolute()
     return args

@@ -29,7 +29,9 @@ SIDE = 360  # longer side of each image, in pixels
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--weights", nargs="+", required=True, help="checkpoints or OUTPUT_DIRs")
     parser.add_argument("--names", nargs="+", help="captions of the columns. Default: their paths")

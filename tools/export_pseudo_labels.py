@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.engine.inference import (
     INPUT_HELP,
     detect_in_files,
@@ -33,7 +34,7 @@ from locreweight.errors import UsageError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_checkpoint_arguments(parser)
@@ -45,7 +46,6 @@ def main() -> None:
         "--threshold", type=float, help="minimum score. Default: SEMI.PSEUDO_LABEL_THRESHOLD"
     )
     parser.add_argument("--count", type=int, help="maximum number of images")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
     unreadable: list[str] = []
     try:

@@ -22,6 +22,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.engine.localization_analysis import (
     annotated_records,
     calibration,
@@ -44,7 +45,7 @@ def figure_file(text: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_checkpoint_arguments(parser)
@@ -56,7 +57,6 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--count", type=int, help="maximum number of images")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
     try:
         detector = load_predictor(args.weights, args.config_file, args.opts, args.device)

@@ -19,6 +19,7 @@ import json
 import sys
 from pathlib import Path
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.engine.inference import INPUT_HELP, exit_if_unreadable, find_inputs
 from locreweight.engine.prediction import add_checkpoint_arguments, predict_files
 from locreweight.engine.predictor import load_predictor
@@ -26,7 +27,7 @@ from locreweight.errors import UsageError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_checkpoint_arguments(parser)
@@ -35,7 +36,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all detections to this file")
     parser.add_argument("--threshold", type=float, default=0.5, help="minimum score. Default: 0.5")
     parser.add_argument("--count", type=int, help="maximum number of files")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
     try:
         files = find_inputs(args.input, args.output)[: args.count]

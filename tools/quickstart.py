@@ -8,6 +8,7 @@ If it was interrupted, the same command resumes the training. After that, it sho
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
 from locreweight.engine.inference import find_inputs
 from locreweight.engine.prediction import predict_files
@@ -29,9 +31,12 @@ NUM_PICTURES = 12
 
 
 def main() -> None:
+    parser = ConfigArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     os.chdir(ROOT)  # paths in the config are relative to the repository
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = ["MODEL.DEVICE", device, *sys.argv[1:]]
+    options = ["MODEL.DEVICE", device, *parser.parse_args().opts]
 
     print("1/3  creating the dataset: 40 labeled, 500 unlabeled and 200 test images", flush=True)
     sizes = ["--labeled", "40", "--unlabeled", "500", "--val", "200", "--size", "64", "--seed", "0"]

@@ -17,12 +17,12 @@ from tabulate import tabulate
 
 from ..config import load_config
 from ..errors import UsageError
+from ..run_files import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
 from .panels import PANEL_FOLDER
 from .run_record import RunRecord, read_run_records
 
 BASE_CONFIG = Path(__file__).resolve().parents[4] / "configs/Base-LocReweight.yaml"
 ATTEMPTS_FILE = "attempts.json"  # in OUTPUT_DIR
-METRICS_FILE = "metrics.json"
 SUMMARY_METRICS = ("AP", "AP50", "AP75")
 
 
@@ -81,7 +81,7 @@ class RunFolder:
         Raises:
             UsageError: if the file is not YAML.
         """
-        file = self.path / "config.yaml"
+        file = self.path / CONFIG_FILE
         if not file.is_file():
             return {}
         try:
@@ -111,7 +111,7 @@ class RunFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        return (self.path / "last_checkpoint").is_file()
+        return (self.path / LAST_CHECKPOINT).is_file()
 
     @property
     def max_iter(self) -> int:

@@ -18,6 +18,8 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
+from ..run_files import METRICS_FILE
+
 logger = logging.getLogger(__name__)
 
 PERIOD = 20  # iterations between two lines
@@ -59,7 +61,7 @@ class ResumableWriter(PeriodicWriter):
 
     def _build_writers(self) -> list[EventWriter]:
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / "metrics.json"
+        file = self._folder / METRICS_FILE
         purge = {}
         if self.truncate_on_resume:
             truncate_after(file, self._written)
