@@ -1,4 +1,4 @@
-"""Reader of Pascal VOC's annotations, in VOC's layout or beside the images as of labelImg."""
+"""Reader of Pascal VOC annotations, in VOC's layout or beside the images, as labelImg writes."""
 
 from __future__ import annotations
 
