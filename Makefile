@@ -6,10 +6,10 @@ PY := $(VENV)/bin/python
 export DETECTRON2 TORCH VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test lint bench
+.PHONY: help setup setup-dev quickstart test test-all lint bench
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo "PYTHON=python3.11        the Python to create .venv with"
 	@echo "DETECTRON2=<source>      pypi, github, a clone's directory, a wheel or a git URL"
@@ -25,8 +25,12 @@ setup-dev:  # the same, with what test and lint need
 quickstart: setup  ## install everything, then train on a small synthetic data set
 	$(PY) tools/quickstart.py
 
-test: setup-dev  ## run all tests
-	$(PY) -m pytest -q
+# Two processes: each takes 1 to 2 GB, and the tests of two processes need cores of their own.
+test: setup-dev  ## run the tests that take a few minutes
+	$(PY) -m pytest -q -n 2 -m "not slow"
+
+test-all: setup-dev  ## run all tests, including slow ones
+	$(PY) -m pytest -q -n 2
 
 lint: setup-dev  ## check style, format and types
 	$(PY) -m ruff check

@@ -68,7 +68,9 @@ def main(args: argparse.Namespace) -> dict:
     if args.eval_only:
         model = build_model(cfg)
         contents = load_for_evaluation(cfg, model)
-        logging.getLogger("locreweight").info("evaluating %s of %s", contents, cfg.MODEL.WEIGHTS)
+        logging.getLogger("locreweight").info(
+            "evaluating %s of %s", contents.value, cfg.MODEL.WEIGHTS
+        )
         return evaluate(cfg, model)
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

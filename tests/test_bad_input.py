@@ -10,7 +10,7 @@ import pytest
 from tiny_data import edit_json, make_coco, write_voc_xml
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.checkpoint.checkpointer import check_weights_exist
+from locreweight.checkpoint.loading import check_weights_exist
 from locreweight.config import load_config, scale_to_world_size
 from locreweight.data.mapper import ViewMapper
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation

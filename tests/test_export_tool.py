@@ -1,4 +1,4 @@
-"""The command that writes detectors for other programs."""
+"""Tests of tools/export.py."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 
 import export
 from locreweight.checkpoint.checkpointer import TeacherCheckpointer
 from locreweight.checkpoint.safe_loading import write_safetensors
-from locreweight.checkpoint.zoo import CONFIG, ENTRY, VARIABLE, ZooEntry, sha256_of, write_index
-from locreweight.export.graph import OUTPUTS
+from locreweight.checkpoint.zoo import CONFIG, ENTRY, VARIABLE, ZooEntry, write_index
+from locreweight.export.graph import OUTPUTS, largest_differences, load_onnx
+from locreweight.file_io import sha256_of
 from tests.export.decisive_model import SETTINGS, decisive_model
 from tests.modeling.tiny_model import plain_config, random_image, tiny_config
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a checkpoint and its config, images, and the model."""
+    """Folder with a checkpoint, its config and images; and the model."""
     folder = tmp_path_factory.mktemp("run")
     model, cfg = decisive_model(), tiny_config(SETTINGS)
     TeacherCheckpointer(model, str(folder)).save("model")
@@ -39,7 +41,7 @@ def main(monkeypatch, *arguments):
     export.main()
 
 
-def test_all_three_are_written_and_compared(run, tmp_path, monkeypatch, capsys):
+def test_export_writes_all_formats_and_compares_graphs(run, tmp_path, monkeypatch, capsys):
     folder, model = run
     main(
         monkeypatch,
@@ -47,23 +49,23 @@ def test_all_three_are_written_and_compared(run, tmp_path, monkeypatch, capsys):
         *("--torchscript", tmp_path / "new/mine.pt", "--onnx", tmp_path / "mine.onnx"),
         *("--detectron2", tmp_path / "mine"),
     )
-    said = capsys.readouterr().out
-    assert said.count("largest differences on 2 images of 2 sizes: boxes") == 2
-    assert str(tmp_path / "mine.py") in said
-    described = json.loads((tmp_path / "mine.onnx.json").read_text())
-    assert described == json.loads((tmp_path / "new/mine.pt.json").read_text())
-    assert described["class_names"] == ["class 0", "class 1", "class 2"]
-    assert (described["shortest_side"], described["longest_side"]) == (96, 160)
+    output = capsys.readouterr().out
+    assert output.count("largest differences on 2 images of 2 sizes: boxes") == 2
+    assert str(tmp_path / "mine.py") in output
+    metadata = json.loads((tmp_path / "mine.onnx.json").read_text())
+    assert metadata == json.loads((tmp_path / "new/mine.pt.json").read_text())
+    assert metadata["class_names"] == ["class 0", "class 1", "class 2"]
+    assert (metadata["shortest_side"], metadata["longest_side"]) == (96, 160)
     files = [str(folder / f"images/{i}.png") for i in range(2)]
-    detector = export.open_model(str(folder / "model.pth"))
-    inputs = export.model_inputs(detector, files)
+    detector = export.load_detector(str(folder / "model.pth"), "")
+    inputs = export.load_images(detector, files)
     assert [tuple(image.shape) for image in inputs] == [(3, 96, 128), (3, 160, 89)]
-    graph = export.open_onnx(tmp_path / "mine.onnx")
-    assert max(export.differences(model, graph, inputs)) < 1e-3
+    graph = load_onnx(tmp_path / "mine.onnx")
+    assert max(largest_differences(model, graph, inputs)) < 1e-3
     assert len(graph(inputs[0])) == len(OUTPUTS)
 
 
-def test_models_of_the_zoo_are_exported_by_name(run, tmp_path, monkeypatch, capsys):
+def test_export_takes_models_of_the_zoo(run, tmp_path, monkeypatch, capsys):
     folder, model = run
     entry = tmp_path / "zoo/small"
     entry.mkdir(parents=True)
@@ -76,8 +78,8 @@ def test_models_of_the_zoo_are_exported_by_name(run, tmp_path, monkeypatch, caps
     )
     (entry / CONFIG).write_bytes((folder / CONFIG).read_bytes())
     digests = {name: sha256_of(entry / name) for name in ("a.safetensors", CONFIG)}
-    written = ZooEntry("small", "a.safetensors", digests, ["cat", "dog", "owl"])
-    (entry / ENTRY).write_text(written.as_json())
+    model_entry = ZooEntry("small", "a.safetensors", digests, ["cat", "dog", "owl"])
+    (entry / ENTRY).write_text(model_entry.as_json())
     write_index(tmp_path / "zoo")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "zoo"))
     main(
@@ -86,11 +88,11 @@ def test_models_of_the_zoo_are_exported_by_name(run, tmp_path, monkeypatch, caps
         *("--torchscript", tmp_path / "mine.pt"),
     )
     assert "0.0e+00" in capsys.readouterr().out
-    described = json.loads((tmp_path / "mine.pt.json").read_text())
-    assert described["class_names"] == ["cat", "dog", "owl"]
+    metadata = json.loads((tmp_path / "mine.pt.json").read_text())
+    assert metadata["class_names"] == ["cat", "dog", "owl"]
 
 
-def test_the_fold_is_asked_for(run, tmp_path, monkeypatch):
+def test_first_order_writes_a_yaml_config(run, tmp_path, monkeypatch):
     arguments = ["--weights", run[0] / "model.pth", "--detectron2", tmp_path / "mine"]
     main(monkeypatch, *arguments, "--first-order")
     assert {file.name for file in tmp_path.iterdir()} == {"mine.pkl", "mine.yaml"}
@@ -105,7 +107,7 @@ def error_of(monkeypatch, *arguments):
     return exit_.value.code
 
 
-def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_raise_errors_of_one_line(run, tmp_path, monkeypatch, capsys):
     weights = run[0] / "model.pth"
     assert error_of(monkeypatch, "--weights", weights) == 2
     assert "nothing to write" in capsys.readouterr().err
@@ -125,7 +127,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch, capsys):
         assert error.startswith("error: ") and words in error and "\n" not in error
 
 
-def test_missing_libraries_are_told_before_anything_is_written(run, tmp_path, monkeypatch):
+def test_missing_libraries_are_reported_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "onnxruntime" else name
     )
@@ -136,9 +138,7 @@ def test_missing_libraries_are_told_before_anything_is_written(run, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_plain_detectors_are_left_to_detectron2(tmp_path, monkeypatch):
-    from detectron2.modeling import build_model
-
+def test_plain_detectors_are_rejected(tmp_path, monkeypatch):
     cfg = tiny_config()
     torch.save({"model": build_model(plain_config(cfg)).state_dict()}, tmp_path / "plain.pth")
     (tmp_path / CONFIG).write_text(cfg.dump())

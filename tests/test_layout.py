@@ -16,17 +16,20 @@ MAY_IMPORT = {
     "geometry": set(),
     "installed_detectron2": set(),
     "modeling": TORCH_ONLY | {"installed_detectron2"},
-    "data": TORCH_ONLY,
+    "data": TORCH_ONLY | {"file_io"},
     "methods": TORCH_ONLY | {"modeling", "data"},
-    "checkpoint": {"modeling"},
+    "file_io": set(),
+    "checkpoint": {"modeling", "file_io"},
     "config": {"checkpoint", "installed_detectron2"},
     "export": TORCH_ONLY | {"modeling", "checkpoint"},
     "visualization.drawing": set(),
     "engine": TORCH_ONLY
     | {"modeling", "data", "methods", "checkpoint", "config", "visualization.drawing"}
-    | {"installed_detectron2"},
+    | {"installed_detectron2", "file_io"},
     "visualization": TORCH_ONLY
-    | {"modeling", "data", "engine", "checkpoint", "config", "model_zoo", "visualization.drawing"},
+    | {"modeling", "data", "engine", "checkpoint", "config", "model_zoo", "visualization.drawing"}
+    | {"file_io"},
+    "publish": {"data", "engine", "checkpoint", "config", "export", "visualization", "file_io"},
 }
 TORCH_ONLY_NEEDS = {"torch", "math", "__future__"}
 

@@ -21,13 +21,14 @@ import publish
 import train_net
 from locreweight import model_zoo
 from locreweight.checkpoint.safe_loading import read_safetensors
-from locreweight.checkpoint.zoo import VARIABLE, sha256_of
+from locreweight.checkpoint.zoo import VARIABLE
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.engine.finished_run import read_run
 from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
-from publish import PublishOptions
+from locreweight.file_io import sha256_of
+from locreweight.publish import PublishOptions, read_trained_model
+from locreweight.publish import publish as publish_model
 from tests.checkpoint.serving import serving
 from tests.engine.tiny_training import (
     build_trainer,
@@ -87,8 +88,8 @@ def run(datasets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def zoo(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
-    wishes = PublishOptions("tiny/v1", license=LICENSE, description="Made for tests.", pickle=True)
-    publish.publish(read_run(run[0], last=True), folder, wishes)
+    options = PublishOptions("tiny/v1", license=LICENSE, description="Made for tests.", pickle=True)
+    publish_model(read_trained_model(run[0], last=True), folder, options)
     return folder
 
 
@@ -147,11 +148,11 @@ def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
     cfg.SOLVER.MAX_ITER = 1
     with caplog.at_level(logging.WARNING, logger="locreweight"):
         trainer = build_trainer(cfg)
-    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "initialized randomly" in r.getMessage()]
     layers = [
         f"roi_heads.box_predictor.{name}" for name in ("bbox_pred", "cls_score", "log_variance")
     ]
-    assert line.endswith(f"of another shape there: {', '.join(layers)}")
+    assert line.endswith(f"of another shape in the file: {', '.join(layers)}")
     teacher, before = trainer.teacher.state_dict(), run[1].teacher.state_dict()
     changed = {name for name in teacher if not torch.equal(teacher[name], before[name])}
     assert {name.rpartition(".")[0] for name in changed} == set(layers)
@@ -230,8 +231,8 @@ def test_nothing_of_the_machine_is_in_any_file(run, datasets, zoo):
 
 
 def test_the_same_run_makes_the_same_entry(run, zoo, tmp_path):
-    publish.publish(
-        read_run(run[0], last=True), tmp_path, PublishOptions("tiny/v1", license=LICENSE)
+    publish_model(
+        read_trained_model(run[0], last=True), tmp_path, PublishOptions("tiny/v1", license=LICENSE)
     )
     for name in ("config.yaml", "detections.jpg"):
         assert (tmp_path / "tiny/v1" / name).read_bytes() == (zoo / "tiny/v1" / name).read_bytes()
@@ -254,7 +255,7 @@ def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
         for i, ap in evaluations
     ]
     (output / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
-    trained = read_run(output, last=last)
+    trained = read_trained_model(output, last=last)
     assert trained.checkpoint.name == name
     assert trained.iterations == (4 if last else 2)
     assert trained.metrics == {"bbox/AP": 10.0 if last else 30.0}
@@ -263,10 +264,12 @@ def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
 def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
-    entry = publish.publish(read_run(output), tmp_path / "zoo", PublishOptions("a", pictures=0))
+    entry = publish_model(
+        read_trained_model(output), tmp_path / "zoo", PublishOptions("a", pictures=0)
+    )
     assert entry.metrics == {}
     card = (tmp_path / "zoo/a/README.md").read_text()
-    assert "It was not evaluated." in card and "detections.jpg" not in card
+    assert "Not evaluated." in card and "detections.jpg" not in card
     assert "not stated" in card and "license:" not in card
 
 
@@ -274,7 +277,7 @@ def test_a_line_that_a_kill_cut_off_costs_no_metrics(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     with (output / "metrics.json").open("a") as file:
         file.write('{"iteration": 3, "bbox/')
-    assert read_run(output).metrics == read_run(run[0]).metrics
+    assert read_trained_model(output).metrics == read_trained_model(run[0]).metrics
 
 
 def test_what_the_run_recorded_is_handed_on(run, tmp_path):
@@ -288,23 +291,23 @@ def test_what_the_run_recorded_is_handed_on(run, tmp_path):
         "machine": {"CPU": "jane's"},
     }
     (output / "run.json").write_text(json.dumps([start, start | {"command": "resumed"}]))
-    entry = publish.publish(read_run(output), tmp_path / "zoo", PublishOptions("a", pictures=0))
+    entry = publish_model(
+        read_trained_model(output), tmp_path / "zoo", PublishOptions("a", pictures=0)
+    )
     assert entry.training_command == "python train_net.py --config-file mine.yaml SEED 3"
     assert entry.versions == {"PyTorch": "2.0", "commit": "0123456789ab"}
     assert "jane" not in (tmp_path / "zoo/a/README.md").read_text()
 
 
 def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
-    trained = read_run(run[0])
-    publish.publish(trained, tmp_path, PublishOptions("a", pictures=0))
+    trained = read_trained_model(run[0])
+    publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
     (tmp_path / "a/old").touch()
-    with pytest.raises(
-        UsageError, match=r"already has 'a': choose another --name, or add --replace"
-    ):
-        publish.publish(trained, tmp_path, PublishOptions("a", pictures=0))
-    publish.publish(trained, tmp_path, PublishOptions("a", pictures=0, replace=True))
+    with pytest.raises(UsageError, match=r"already has 'a': use another --name, or add --replace"):
+        publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
+    publish_model(trained, tmp_path, PublishOptions("a", pictures=0, replace=True))
     assert not (tmp_path / "a/old").exists()
-    publish.publish(trained, tmp_path, PublishOptions("b", pictures=0))
+    publish_model(trained, tmp_path, PublishOptions("b", pictures=0))
     assert [m["name"] for m in json.loads((tmp_path / "index.json").read_text())["models"]] == [
         "a",
         "b",
@@ -314,20 +317,20 @@ def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
 @pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b", "a/b/c/d")])
 def test_models_do_not_lie_in_each_other(run, tmp_path, first, second):
     """Replacing one would remove the other."""
-    trained = read_run(run[0])
-    publish.publish(trained, tmp_path, PublishOptions(first, pictures=0))
+    trained = read_trained_model(run[0])
+    publish_model(trained, tmp_path, PublishOptions(first, pictures=0))
     with pytest.raises(UsageError, match=f"'{second}' and the model in {tmp_path / first} would"):
-        publish.publish(trained, tmp_path, PublishOptions(second, pictures=0, replace=True))
+        publish_model(trained, tmp_path, PublishOptions(second, pictures=0, replace=True))
 
 
 def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for zoo, words in (
         (tmp_path, "neither empty nor a model zoo"),
-        ("http://a/zoo", "is no folder"),
+        ("http://a/zoo", "is not a folder"),
     ):
         with pytest.raises(UsageError, match=words):
-            publish.publish(read_run(run[0]), Path(zoo), PublishOptions("a", pictures=0))
+            publish_model(read_trained_model(run[0]), Path(zoo), PublishOptions("a", pictures=0))
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
 
@@ -346,7 +349,9 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
     assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
     output = shutil.copytree(run[0], tmp_path / "output")
-    assert "cannot be the name" in error_of(monkeypatch, output, "--to", zoo, "--name", "../a")
+    assert "is not a valid model name" in error_of(
+        monkeypatch, output, "--to", zoo, "--name", "../a"
+    )
     assert "--pictures is -1" in error_of(monkeypatch, output, "--to", zoo, "--pictures", "-1")
     a_file = tmp_path / "file"
     a_file.touch()
@@ -359,12 +364,12 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     torch.save(content, best)
     assert f"infinite or NaN, such as {first}" in error_of(monkeypatch, output, "--to", zoo)
     torch.save({"model": content["model"]}, best)
-    assert "has no teacher beside a student" in error_of(monkeypatch, output, "--to", zoo)
+    assert "has no teacher and student" in error_of(monkeypatch, output, "--to", zoo)
     best.write_text("no weights")
     assert "model_best.pth is not a checkpoint" in error_of(monkeypatch, output, "--to", zoo)
     for file in [*output.glob("*.pth"), output / "last_checkpoint"]:
         file.unlink()
-    assert "has no checkpoint yet" in error_of(monkeypatch, output, "--to", zoo)
+    assert "has no checkpoint" in error_of(monkeypatch, output, "--to", zoo)
     assert not zoo.exists()
 
 
@@ -375,7 +380,9 @@ def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
     torch.save(content, output / "model_best.pth")
     text = (output / "config.yaml").read_text()
     (output / "config.yaml").write_text(text.replace(".json", ".gone"))
-    assert "does not say its class names" in error_of(monkeypatch, output, "--to", tmp_path / "zoo")
+    assert "does not contain its class names" in error_of(
+        monkeypatch, output, "--to", tmp_path / "zoo"
+    )
 
 
 def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):
@@ -384,4 +391,4 @@ def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):
     publish.main()
     said = capsys.readouterr().out
     assert str(tmp_path / "zoo/tiny.v1") in said and "model_best_" in said
-    assert "without a license" in said and "may be shown" in said
+    assert "without a license" in said and "may be published" in said

@@ -20,15 +20,15 @@ SCRIPT = Path(setup_env.__file__)
 WHEEL = "sal_detectron2-0.7.2-cp310-none-any.whl"
 
 # Fails for any command that contains $FAIL_ON, and is killed in the middle of one with $DIE_ON.
-# "pip download" copies the wheel; "pip install" of a folder keeps a copy of it.
+# "pip download" copies the wheel; "pip wheel" of a folder keeps a copy of it.
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> "{root}/calls"
 [ -n "$DIE_ON" ] && case "$*" in *"$DIE_ON"*) kill -9 $PPID;; esac
 [ -n "$FAIL_ON" ] && case "$*" in *$FAIL_ON*) echo "$FAIL_WITH"; exit 1;; esac
 for word in "$@"; do
     case "$word" in --dest=*) cp "{root}/{wheel}" "${{word#--dest=}}";; esac
-    [ "$word" = --force-reinstall ] && reinstall=1
-    [ -n "$reinstall" ] && [ -f "$word/pyproject.toml" ] && cp -r "$word" "{root}/installed"
+    [ "$word" = wheel ] && build=1
+    [ -n "$build" ] && [ -f "$word/pyproject.toml" ] && cp -r "$word" "{root}/installed"
 done
 exit 0
 """
@@ -304,7 +304,6 @@ def test_compiled_files_are_never_unpacked(checkout: Checkout) -> None:
     folder = checkout.root / "installed"
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == {
-        WHEEL,
         "requirements.txt",
         "pyproject.toml",
         "detectron2/__init__.py",
@@ -319,6 +318,8 @@ def test_pip_list_says_what_the_copy_is(checkout: Checkout) -> None:
     assert 'name = "detectron2"' in lines
     assert f'version = "{COPY_VERSION}"' in lines
     assert COPY_VERSION == "0.6+sal.0.7.2"
+    (call,) = (call for call in checkout.calls if "--force-reinstall" in call)
+    assert call.endswith(f" detectron2=={COPY_VERSION}"), "pip freeze shows no temporary folder"
     (needs,) = (line for line in lines if line.startswith("dependencies = "))
     assert "fvcore" in needs and "numpy" not in needs and "black" not in needs
 

@@ -229,8 +229,10 @@ def set_up_detectron2(choice: str, requirement: str, reason: str) -> None:
     say(f"Detectron2: {INDEX_WHEEL} from the package index ({reason})")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            download_copy(Path(folder))
-            install_detectron2(folder)
+            build_copy(Path(folder))
+            # By name, so that pip records no path of this temporary folder.
+            source = ("--no-index", f"--find-links={folder}")
+            install_detectron2(*source, f"detectron2=={COPY_VERSION}")
     except SetupError as error:
         raise SetupError(
             f"Detectron2 could not be installed. {INDEX_WHEEL} was tried ({reason}):\n{error}\n"
@@ -239,18 +241,18 @@ def set_up_detectron2(choice: str, requirement: str, reason: str) -> None:
         ) from error
 
 
-def install_detectron2(requirement: str) -> None:
+def install_detectron2(*requirement: str) -> None:
     # --no-build-isolation: the build imports the torch that it is compiled for.
     # --no-cache-dir: the cache may hold a build for another torch.
     # --force-reinstall: the version number is the same for every commit.
     options = ("--no-build-isolation", "--no-cache-dir", "--force-reinstall", "--no-deps")
-    pip("install", *options, requirement)
+    pip("install", *options, *requirement)
     pip("install", "--no-build-isolation", "detectron2")  # its dependencies
     run(str(PYTHON), "-c", DETECTRON2_CHECK)
 
 
-def download_copy(folder: Path) -> None:
-    """Make a source folder that pip can install of the wheel on the package index."""
+def build_copy(folder: Path) -> None:
+    """Make a wheel for any Python from the one on the package index."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{INDEX_WHEEL} --hash=sha256:{INDEX_WHEEL_SHA256}\n")
     # The wheel claims to be for Python 3.10, which is true of its compiled files only.
@@ -260,7 +262,9 @@ def download_copy(folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         wanted = r"detectron2/.*\.(py|yaml)|[^/]*/LICENSE"
         archive.extractall(folder, [n for n in archive.namelist() if re.fullmatch(wanted, n)])
+    wheel.unlink()
     (folder / "pyproject.toml").write_text(COPY_PYPROJECT)
+    pip("wheel", "--no-build-isolation", "--no-deps", f"--wheel-dir={folder}", str(folder))
 
 
 def set_up(dev: bool) -> None:

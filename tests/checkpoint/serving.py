@@ -9,7 +9,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from locreweight.checkpoint.zoo import CONFIG, ENTRY, ZooEntry, sha256_of, write_index
+from locreweight.checkpoint.zoo import CONFIG, ENTRY, ZooEntry, write_index
+from locreweight.file_io import sha256_of
 
 
 class _Handler(SimpleHTTPRequestHandler):

@@ -14,11 +14,9 @@ from detectron2.structures import Boxes, Instances
 from torch.testing import assert_close
 
 import train_net
-from locreweight.checkpoint.checkpointer import (
-    TeacherCheckpointer,
-    check_weights_exist,
-    corners_from_centers,
-)
+from locreweight.checkpoint.checkpointer import CheckpointContents, TeacherCheckpointer
+from locreweight.checkpoint.conversion import corners_from_centers
+from locreweight.checkpoint.loading import check_weights_exist
 from locreweight.engine import load_for_evaluation
 from locreweight.errors import UsageError
 from locreweight.modeling import CornerBoxTransform
@@ -104,7 +102,7 @@ def test_detectron2s_predictor_runs_the_teacher(trained, file, datasets):
 def test_evaluation_loads_the_teacher_and_says_so(trained, file):
     model = tiny_model({"MODEL.RESNETS.NORM": "BN"})
     cfg = tiny_config({"MODEL.WEIGHTS": file, "MODEL.RESNETS.NORM": "BN"})
-    assert load_for_evaluation(cfg, model) == "the teacher"
+    assert load_for_evaluation(cfg, model) is CheckpointContents.TEACHER
     assert same(copy_of(model), copy_of(trained.teacher))
     assert isinstance(model.roi_heads.box_predictor.box2box_transform, CornerBoxTransform)
 
@@ -181,7 +179,7 @@ def test_a_plain_detector_is_evaluated_as_detectron2_does(plain, tmp_path, caplo
     )
     model = build_model(cfg)
     with caplog.at_level(logging.WARNING, logger="fvcore.common.checkpoint"):
-        assert load_for_evaluation(cfg, model) == "a plain Detectron2 detector"
+        assert load_for_evaluation(cfg, model) is CheckpointContents.PLAIN_DETECTOR
     for seed in range(2):
         assert_same_detections(
             detections(model, random_image(seed=seed)), detections(plain, random_image(seed=seed))

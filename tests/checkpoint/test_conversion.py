@@ -5,8 +5,12 @@ import logging
 import pytest
 import torch
 
-from locreweight.checkpoint.checkpointer import TeacherCheckpointer, corners_from_centers
-from locreweight.checkpoint.conversion import not_loaded, teacher_of
+from locreweight.checkpoint.checkpointer import CheckpointContents, TeacherCheckpointer
+from locreweight.checkpoint.conversion import (
+    corners_from_centers,
+    describe_random_layers,
+    select_teacher,
+)
 from locreweight.engine import load_for_evaluation
 from tests.engine.tiny_training import same
 from tests.modeling.tiny_model import plain_config, tiny_config, tiny_model
@@ -30,9 +34,9 @@ def _plain(seed):
 
 def test_the_teacher_is_taken_where_there_are_two():
     weights = {"modelTeacher.a": 1, "modelStudent.a": 2, "modelTeacher.b.modelTeacher.c": 3}
-    assert teacher_of(weights) == {"a": 1, "b.modelTeacher.c": 3}
-    assert teacher_of({"a": 1, "b": 2}) == {"a": 1, "b": 2}
-    assert teacher_of({}) == {}
+    assert select_teacher(weights) == {"a": 1, "b.modelTeacher.c": 3}
+    assert select_teacher({"a": 1, "b": 2}) == {"a": 1, "b": 2}
+    assert select_teacher({}) == {}
 
 
 @pytest.fixture
@@ -52,7 +56,7 @@ def test_unbiased_teachers_teacher_starts_training(unbiased_teacher, plain_weigh
     checkpointer = TeacherCheckpointer(model)
     with caplog.at_level(logging.WARNING, logger="locreweight"):
         checkpointer.load(unbiased_teacher, checkpointables=[])
-    assert checkpointer.held == "a plain Detectron2 detector"
+    assert checkpointer.contents is CheckpointContents.PLAIN_DETECTOR
     loaded = {n: v for n, v in model.state_dict().items() if not n.startswith(VARIANCE)}
     expected = plain_weights | {
         name: corners_from_centers(plain_weights[name])
@@ -60,18 +64,20 @@ def test_unbiased_teachers_teacher_starts_training(unbiased_teacher, plain_weigh
         if ".bbox_pred." in name
     }
     assert same(loaded, expected)
-    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.message]
-    assert line.endswith(f"not in the file: {VARIANCE}")
+    (line,) = [r.getMessage() for r in caplog.records if "initialized randomly" in r.message]
+    assert line.endswith(f"missing in the file: {VARIANCE}")
 
 
 def test_unbiased_teachers_teacher_is_evaluated_in_its_own_coding(unbiased_teacher, plain_weights):
     model = tiny_model()
     cfg = tiny_config({"MODEL.WEIGHTS": unbiased_teacher})
-    assert load_for_evaluation(cfg, model) == "a plain Detectron2 detector"
+    assert load_for_evaluation(cfg, model) is CheckpointContents.PLAIN_DETECTOR
     assert torch.equal(model.state_dict()[BOXES], plain_weights[BOXES])
 
 
 def test_layers_are_listed_once_in_one_line():
-    line = not_loaded(["b.weight", "a.bias", "a.weight"], ["c.weight", "alone"])
-    assert line.endswith("not in the file: a, b; of another shape there: alone, c")
-    assert not_loaded([], ["c.weight"]).endswith("MODEL.WEIGHTS; of another shape there: c")
+    line = describe_random_layers(["b.weight", "a.bias", "a.weight"], ["c.weight", "alone"])
+    assert line.endswith("missing in the file: a, b; of another shape in the file: alone, c")
+    assert describe_random_layers([], ["c.weight"]).endswith(
+        "initialized randomly; of another shape in the file: c"
+    )

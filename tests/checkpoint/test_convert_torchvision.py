@@ -11,8 +11,11 @@ from detectron2.config import get_cfg
 from detectron2.modeling import ShapeSpec, build_resnet_backbone
 
 import convert_torchvision
-from convert_torchvision import settings_for, to_detectron2
-from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.checkpointer import CheckpointContents, TeacherCheckpointer
+from locreweight.checkpoint.conversion import (
+    resnet_from_torchvision,
+    torchvision_resnet_settings,
+)
 from locreweight.errors import UsageError
 from tests.modeling.tiny_model import tiny_model
 
@@ -42,8 +45,8 @@ def backbone_of(settings):
 def test_features_are_torchvisions(name):
     theirs = random_resnet(name)
     weights = theirs.state_dict()
-    ours = backbone_of(settings_for(weights))
-    missing, left = ours.load_state_dict(to_detectron2(weights), strict=False)
+    ours = backbone_of(torchvision_resnet_settings(weights))
+    missing, left = ours.load_state_dict(resnet_from_torchvision(weights), strict=False)
     assert not missing and all(key.endswith("num_batches_tracked") for key in left)
     image = torch.randn(1, 3, 64, 96)
     features = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
@@ -61,9 +64,11 @@ def test_features_are_torchvisions(name):
 )
 def test_the_settings_make_a_model_of_the_same_shapes(name, depth):
     weights = getattr(torchvision.models, name)(weights=None).state_dict()
-    settings = settings_for(weights)
+    settings = torchvision_resnet_settings(weights)
     assert settings["MODEL.RESNETS.DEPTH"] == depth
-    shapes = {n: v.shape for n, v in to_detectron2(weights).items() if "num_batches" not in n}
+    shapes = {
+        n: v.shape for n, v in resnet_from_torchvision(weights).items() if "num_batches" not in n
+    }
     assert {n: v.shape for n, v in backbone_of(settings).state_dict().items()} == shapes
 
 
@@ -92,10 +97,12 @@ def test_the_command_makes_a_start_of_training(tmp_path, monkeypatch, capsys):
     model = tiny_model(settings)
     checkpointer = TeacherCheckpointer(model)
     checkpointer.load(str(output))
-    assert checkpointer.held == "a backbone"
+    assert checkpointer.contents is CheckpointContents.BACKBONE
     loaded = model.backbone.bottom_up.state_dict()
-    assert not [name for name in checkpointer.unfit if name.startswith("backbone.bottom_up.")]
-    for name, value in to_detectron2(weights).items():
+    assert not [
+        name for name in checkpointer.mismatched_weights if name.startswith("backbone.bottom_up.")
+    ]
+    for name, value in resnet_from_torchvision(weights).items():
         if "num_batches" not in name:
             assert torch.equal(loaded[name], value), name
 
@@ -115,12 +122,12 @@ def test_other_files_are_told(tmp_path, monkeypatch, content):
 def test_mistakes_of_the_command_line_are_told(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="none.pth is not a checkpoint"):
         run(monkeypatch, tmp_path / "none.pth", tmp_path / "a.pkl")
-    with pytest.raises(SystemExit, match="has to end with .pkl"):
+    with pytest.raises(SystemExit, match="must end with .pkl"):
         run(monkeypatch, tmp_path / "none.pth", tmp_path / "a.pth")
     weights = torchvision.models.resnet18(weights=None).state_dict()
     arrays = {name: value.numpy() for name, value in weights.items()}
     (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(arrays))
-    with pytest.raises(SystemExit, match="arrays.pkl holds more than tensors"):
+    with pytest.raises(SystemExit, match="arrays.pkl does not only hold tensors"):
         run(monkeypatch, tmp_path / "arrays.pkl", tmp_path / "a.pkl")
-    with pytest.raises(UsageError, match="not the weights of a ResNet"):
-        settings_for(torchvision.models.mobilenet_v2(weights=None).state_dict())
+    with pytest.raises(UsageError, match="not the weights of a torchvision ResNet"):
+        torchvision_resnet_settings(torchvision.models.mobilenet_v2(weights=None).state_dict())

@@ -341,7 +341,7 @@ def test_if_none_can_be_used_the_run_does_not_start_anew(three, tmp_path):
 
 def test_a_run_whose_files_are_all_gone_does_not_start_anew(run, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
-    with pytest.raises(UsageError, match=r"names 'model_0000003\.pth', which is not there"):
+    with pytest.raises(UsageError, match=r"names 'model_0000003\.pth', which does not exist"):
         run.resume()
 
 
@@ -482,7 +482,7 @@ def test_a_folder_that_is_gone_does_not_end_training(three, tmp_path, caplog):
     shutil.rmtree(tmp_path)
     with caplog.at_level(logging.ERROR):
         assert not three.save(4)
-    assert "there is no checkpoint yet" in caplog.text
+    assert "there is has no checkpoint" in caplog.text
 
 
 def test_without_its_final_checkpoint_a_training_is_no_success(three, tmp_path):

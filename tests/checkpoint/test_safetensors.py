@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.checkpointer import CheckpointContents, TeacherCheckpointer
 from locreweight.checkpoint.safe_loading import read_safetensors, write_safetensors
 from locreweight.engine import load_for_evaluation
 from locreweight.errors import UsageError
@@ -46,7 +46,7 @@ def test_a_detector_is_evaluated_from_them_as_from_a_checkpoint(tmp_path, corner
     cfg = tiny_config(settings | {"MODEL.WEIGHTS": str(file)})
     other = tiny_model(settings)
     torch.nn.init.zeros_(other.roi_heads.box_predictor.bbox_pred.weight)
-    assert load_for_evaluation(cfg, other) == "a detector of this project"
+    assert load_for_evaluation(cfg, other) is CheckpointContents.DETECTOR
     assert same(other.state_dict(), model.state_dict())
     cfg.MODEL.ROI_BOX_HEAD.CORNER_CODING = not corners
     with pytest.raises(UsageError, match=f"CORNER_CODING {corners}"):
@@ -58,7 +58,7 @@ def test_files_of_others_are_plain_weights(tmp_path):
     save_file(names, tmp_path / "plain.safetensors")
     checkpointer = TeacherCheckpointer(tiny_model())
     checkpointer.load(str(tmp_path / "plain.safetensors"))
-    assert checkpointer.held == "a plain Detectron2 detector"
+    assert checkpointer.contents is CheckpointContents.PLAIN_DETECTOR
 
 
 @pytest.mark.parametrize("content", [b"", b"<html></html>", b"\xff" * 16])

@@ -12,10 +12,10 @@ from locreweight.checkpoint.zoo import (
     ZooEntry,
     check_name,
     parse_index,
-    sha256_of,
     write_index,
 )
 from locreweight.errors import UsageError
+from locreweight.file_io import sha256_of
 from tests.checkpoint.serving import write_entry
 
 
@@ -30,7 +30,7 @@ def test_names_may_end_as_detectron2s_do(name):
      "~a", "a:b", "a\\b", "a%2e", "index.json", "README.md"],
 )  # fmt: skip
 def test_names_that_could_leave_the_zoo_are_refused(name):
-    with pytest.raises(UsageError, match="cannot be the name of a model"):
+    with pytest.raises(UsageError, match="is not a valid model name"):
         check_name(name)
 
 
@@ -90,12 +90,12 @@ def test_entries_that_make_no_sense_are_refused_by_name(tmp_path, change):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("<html>log in first</html>", "damaged or of no model zoo"),
-        ("[" * 100_000, "damaged or of no model zoo"),
+        ("<html>log in first</html>", "damaged or does not belong to a model zoo"),
+        ("[" * 100_000, "damaged or does not belong to a model zoo"),
         ("[]", "no list of models"),
         ('{"format": 1, "models": 3}', "no list of models"),
         ('{"format": 1, "models": [3]}', "damaged"),
-        ('{"format": 2, "models": []}', "update it"),
+        ('{"format": 2, "models": []}', "update locreweight"),
     ],
 )
 def test_an_index_that_is_none_is_refused(text, words):

@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_model
 
 import train_net
-from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.checkpointer import CheckpointContents, TeacherCheckpointer
 from locreweight.config import check_supported
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.engine import load_for_evaluation
@@ -42,7 +42,7 @@ def load(checkpoint, settings=None):
 
 
 def test_fitting_checkpoint_is_loaded_for_evaluation(checkpoint):
-    assert load(checkpoint) == "a detector of this project"
+    assert load(checkpoint) is CheckpointContents.DETECTOR
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_unlabeled_test_images_give_a_warning_or_are_excluded(datasets, tmp_path
     register_datasets(cfg)
     with caplog.at_level(logging.WARNING):
         assert len(load_training_sets(cfg).unlabeled) == 3 + 5
-    assert "3 unlabeled images are in the test sets" in caplog.text
+    assert "3 unlabeled images are also in the test sets" in caplog.text
     cfg = training_config(datasets, tmp_path, settings | {"DATASETS.EXCLUDE_LABELED": True})
     assert len(load_training_sets(cfg).unlabeled) == 5
 

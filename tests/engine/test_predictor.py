@@ -9,9 +9,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.loading import read_description
 from locreweight.config import load_config
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.predictor import load_predictor, load_student, read_description
+from locreweight.engine.predictor import load_predictor, load_student
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import plain_config, tiny_config
@@ -153,7 +154,7 @@ def test_a_file_that_is_no_checkpoint_is_told(tmp_path, content):
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         load_predictor(str(tmp_path / "none.pth"))
-    with pytest.raises(UsageError, match="no checkpoint yet"):
+    with pytest.raises(UsageError, match="has no checkpoint"):
         load_predictor(str(tmp_path))
 
 

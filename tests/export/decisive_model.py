@@ -1,4 +1,4 @@
-"""A detector with random weights whose detections differ clearly from each other."""
+"""A random detector whose detections have clearly different boxes and scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ SETTINGS = {
 
 
 def decisive_model(settings: dict | None = None):
-    """In evaluation mode. As they are made, layers predict about the same of every box."""
+    """Build the detector, in evaluation mode.
+
+    Newly initialized layers predict almost the same for all boxes, so their outputs are scaled.
+    """
     model = tiny_model(SETTINGS | (settings or {})).eval()
     head, predictor = model.proposal_generator.rpn_head, model.roi_heads.box_predictor
     for layer, spread in (
@@ -33,14 +36,14 @@ def decisive_model(settings: dict | None = None):
 
 @torch.no_grad()
 def _spread_outputs(model: nn.Module, layer: nn.Module, spread: float) -> None:
-    """Has each output of a layer a mean of 0 and this deviation, over the boxes of an image."""
-    seen = []
+    """Scale each output of a layer to mean 0 and the given standard deviation over an image."""
+    outputs_of_calls = []
     hook = layer.register_forward_hook(
-        lambda *call: seen.append(call[-1].transpose(0, 1).flatten(1))
+        lambda *call: outputs_of_calls.append(call[-1].transpose(0, 1).flatten(1))
     )
     model([{"image": random_image((96, 128), seed=7)}])
     hook.remove()
-    outputs = torch.cat(seen, dim=1)
+    outputs = torch.cat(outputs_of_calls, dim=1)
     scale = spread / outputs.std(dim=1)
     layer.bias.copy_((layer.bias - outputs.mean(dim=1)) * scale)
     layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))

@@ -1,4 +1,4 @@
-"""TorchScript and ONNX find what the model finds, whatever the size of the image."""
+"""TorchScript and ONNX graphs detect the same as the model, in images of any size."""
 
 import json
 import os
@@ -8,17 +8,27 @@ import onnx
 import pytest
 import torch
 
-from export import check, differences, model_inputs, open_onnx, open_torchscript
+from export import load_images
 from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
-from locreweight.export.graph import OUTPUTS, description, detections, write_onnx, write_torchscript
+from locreweight.export.graph import (
+    OUTPUTS,
+    compare_with_model,
+    graph_metadata,
+    graph_outputs,
+    largest_differences,
+    load_onnx,
+    load_torchscript,
+    write_onnx,
+    write_torchscript,
+)
 from locreweight.losses.localization import localization_quality
 from tests.export.decisive_model import SETTINGS, decisive_model
 from tests.modeling.tiny_model import random_image, tiny_config
 
 ROOT = Path(__file__).parents[2]
 BCCD = Path(os.environ.get("LOCREWEIGHT_BCCD") or ROOT.parent / "shared/data/bccd")
-SIZES = [(64, 64), (96, 160), (131, 77)]  # the last is no multiple of the stride
+SIZES = [(64, 64), (96, 160), (131, 77)]  # the last is not a multiple of the stride
 
 
 @pytest.fixture(scope="module", params=["corners", "xywh, class-agnostic"])
@@ -38,44 +48,43 @@ def model(settings):
 
 @pytest.fixture(scope="module")
 def graphs(model, tmp_path_factory):
-    """Files of both kinds, written from an image of a size that is not tested."""
+    """Graph files, traced with an image size that no test uses."""
     folder = tmp_path_factory.mktemp("graphs")
     example = random_image((80, 112), seed=9).float()
     write_torchscript(model, example, folder / "model.pt")
-    described = description(tiny_config(SETTINGS), ["cat", "dog", "owl"])
-    write_onnx(model, example, folder / "model.onnx", described)
+    metadata = graph_metadata(tiny_config(SETTINGS), ["cat", "dog", "owl"])
+    write_onnx(model, example, folder / "model.onnx", metadata)
     return folder
 
 
 @pytest.fixture(params=["TorchScript", "ONNX"])
 def graph(request, graphs):
     if request.param == "ONNX":
-        return open_onnx(graphs / "model.onnx")
-    return open_torchscript(graphs / "model.pt")
+        return load_onnx(graphs / "model.onnx")
+    return load_torchscript(graphs / "model.pt")
 
 
 @torch.no_grad()
-def test_the_model_finds_all_classes(model):
-    """Otherwise the tests below would tell little."""
-    found = [detections(model, random_image(size).float())[2] for size in SIZES]
-    assert set(torch.cat(found).tolist()) == {0, 1, 2}
+def test_model_detects_all_classes(model):
+    """Otherwise the other tests would check little."""
+    classes = [graph_outputs(model, random_image(size).float())[2] for size in SIZES]
+    assert set(torch.cat(classes).tolist()) == {0, 1, 2}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_detections_are_the_models(model, graph, size):
-    """The same, in the same order."""
+def test_graph_has_the_same_outputs_as_the_model(model, graph, size):
     image = random_image(size).float()
-    expected, found = detections(model, image), graph(image)
+    expected, actual = graph_outputs(model, image), graph(image)
     assert len(expected[0]) > 5
-    for name, ours, theirs in zip(OUTPUTS, expected, found, strict=True):
+    for name, of_model, of_graph in zip(OUTPUTS, expected, actual, strict=True):
         tolerance = 1e-3 if name == "boxes" else 1e-4
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
+        torch.testing.assert_close(of_graph, of_model, rtol=0, atol=tolerance)
 
 
 @torch.no_grad()
-def test_outputs_are_what_detectron2_gives(model, graph):
-    """Without postprocessing, boxes are in pixels of the image that went in."""
+def test_graph_has_the_same_outputs_as_detectron2_inference(model, graph):
+    """Boxes are in pixels of the input image."""
     image = random_image(SIZES[1]).float()
     instances = model([{"image": image}])[0]["instances"]
     boxes, scores, classes, quality, log_variance = graph(image)
@@ -92,23 +101,23 @@ def test_outputs_are_what_detectron2_gives(model, graph):
 
 
 @torch.no_grad()
-def test_an_image_without_objects_gives_none(tmp_path):
-    """Whether objects are found is not fixed by the example."""
+def test_graph_returns_no_detections_for_an_image_without_objects(tmp_path):
+    """Tracing with an image with objects does not fix the number of detections."""
     model = decisive_model()
     images = [random_image((64, 64), seed=i).float() for i in range(4)]
-    images.sort(key=lambda image: detections(model, image)[1].max())
+    images.sort(key=lambda image: graph_outputs(model, image)[1].max())
     empty, *_, full = images
-    highest = [detections(model, image)[1].max().item() for image in (empty, full)]
+    highest = [graph_outputs(model, image)[1].max().item() for image in (empty, full)]
     model.roi_heads.box_predictor.test_score_thresh = sum(highest) / 2
     write_onnx(model, full, tmp_path / "model.onnx", {})
-    graph = open_onnx(tmp_path / "model.onnx")
+    graph = load_onnx(tmp_path / "model.onnx")
     assert [tuple(part.shape) for part in graph(empty)] == [(0, 4), (0,), (0,), (0,), (0, 4)]
     assert len(graph(full)[0]) > 0
-    with pytest.raises(UsageError, match="finds nothing in the example"):
+    with pytest.raises(UsageError, match="detects nothing in the example"):
         write_onnx(model, empty, tmp_path / "other.onnx", {})
 
 
-def test_onnx_says_what_it_takes_and_gives(graphs):
+def test_onnx_file_has_metadata_and_standard_operators(graphs):
     session = onnx.load(graphs / "model.onnx")
     assert [output.name for output in session.graph.output] == list(OUTPUTS)
     properties = {p.key: json.loads(p.value) for p in session.metadata_props}
@@ -118,14 +127,14 @@ def test_onnx_says_what_it_takes_and_gives(graphs):
         "shortest_side": 96,
         "longest_side": 160,
     }
-    assert not any(node.domain for node in session.graph.node)  # ONNX's own operators alone
+    assert not any(node.domain for node in session.graph.node)  # only standard ONNX operators
 
 
 @torch.no_grad()
-def test_a_graph_of_another_model_is_told_apart(model, graphs):
+def test_compare_with_model_rejects_a_different_graph(model, graphs):
     images = [random_image(size).float() for size in SIZES]
-    same = open_onnx(graphs / "model.onnx")
-    assert "largest differences on 3 images of 3 sizes: boxes" in check(
+    same = load_onnx(graphs / "model.onnx")
+    assert "largest differences on 3 images of 3 sizes: boxes" in compare_with_model(
         Path("mine.onnx"), model, same, images
     )
 
@@ -133,20 +142,24 @@ def test_a_graph_of_another_model_is_told_apart(model, graphs):
         boxes, *others = same(image)
         return [boxes + 0.01, *others]
 
-    assert differences(model, shifted, images)[0] == pytest.approx(0.01, abs=1e-3)
+    assert largest_differences(model, shifted, images)[0] == pytest.approx(0.01, abs=1e-3)
     with pytest.raises(UsageError, match=r"mine\.onnx differs from the model: boxes 1\.0e-02"):
-        check(Path("mine.onnx"), model, shifted, images)
+        compare_with_model(Path("mine.onnx"), model, shifted, images)
+
+    def fewer(image):
+        return [output[:-1] for output in same(image)]
+
     with pytest.raises(UsageError, match="boxes inf"):
-        check(Path("mine.onnx"), model, lambda image: [p[:-1] for p in same(image)], images)
+        compare_with_model(Path("mine.onnx"), model, fewer, images)
 
 
 @pytest.mark.skipif(
     not BCCD.is_dir(),
-    reason=f"the BCCD data set is not at {BCCD}; LOCREWEIGHT_BCCD can name its folder",
+    reason=f"the BCCD data set is not at {BCCD}; set LOCREWEIGHT_BCCD to its folder",
 )
 @torch.no_grad()
-def test_photographs_of_three_sizes(model, graph):
-    """640 x 480 in the files, resized as for testing and to two other sizes."""
+def test_graph_detects_the_same_in_photos_of_three_sizes(model, graph):
+    """The files are 640 x 480 and resized as for testing, with three settings."""
     files = [str(file) for file in sorted((BCCD / "JPEGImages").glob("*.jpg"))[:2]]
     images = []
     for shortest in (96, 128, 200):
@@ -154,6 +167,7 @@ def test_photographs_of_three_sizes(model, graph):
         detector = Predictor(
             tiny_config(SETTINGS | sized), model, [], has_localization_quality=True
         )
-        images += model_inputs(detector, files)
+        images += load_images(detector, files)
     assert {tuple(image.shape[1:]) for image in images} == {(96, 128), (128, 171), (200, 267)}
-    assert "6 images of 3 sizes" in check(Path("graph"), model, graph, images)
+    line = compare_with_model(Path("graph"), model, graph, images)
+    assert "6 images of 3 sizes" in line

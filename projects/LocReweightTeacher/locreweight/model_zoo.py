@@ -1,11 +1,11 @@
-"""Models of a zoo by name, with Detectron2's functions and their meaning.
+"""Models of the zoo by name, with the interface of ``detectron2.model_zoo``.
 
     LOCREWEIGHT_ZOO=https://example.org/zoo python
     >>> from locreweight import model_zoo
     >>> model = model_zoo.get("bccd-small", trained=True)
 
-``tools/publish.py`` makes a zoo. Where it lies, and how files are fetched and checked, is in
-:mod:`locreweight.checkpoint.zoo`. As in Detectron2, a name may end with ``.yaml``.
+Create a zoo with ``tools/publish.py``. :mod:`locreweight.checkpoint.zoo` locates, downloads and
+verifies its files. As in Detectron2, a name can end with ``.yaml``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from .checkpoint.checkpointer import TeacherCheckpointer, check_weights_exist, load_for_evaluation
+from .checkpoint.checkpointer import TeacherCheckpointer
+from .checkpoint.loading import check_weights_exist, load_for_evaluation
 from .checkpoint.zoo import (
     CONFIG,
     PREFIX,
@@ -32,7 +33,7 @@ __all__ = ["describe", "get", "get_checkpoint_url", "get_config", "get_config_fi
 
 
 def names() -> list[str]:
-    """All models of the zoo."""
+    """Names of all models in the zoo."""
     return sorted(read_index())
 
 
@@ -40,32 +41,33 @@ def describe(name: str) -> ZooEntry:
     """Class names, metrics, license and origin of a model.
 
     Raises:
-        UsageError: here and below: if the zoo cannot be reached, has no such model, or has it in a
-            damaged state.
+        UsageError: if the zoo cannot be reached or lacks the model, or if files of the model are
+            damaged. All functions of this module raise it.
     """
     return find_entry(name)
 
 
 def get_config_file(name: str) -> str:
-    """Path of a model's config on this machine."""
+    """Local path of a model's config."""
     return fetch(find_entry(name), CONFIG)
 
 
 def get_checkpoint_url(name: str) -> str:
-    """Where the zoo has a model's weights.
+    """Address of a model's weights in the zoo.
 
-    For ``MODEL.WEIGHTS`` take ``locreweight://<name>``, which checks what it reads.
+    For ``MODEL.WEIGHTS`` use ``locreweight://<name>``, which also verifies the checksum.
     """
     entry = find_entry(name)
     return address_of(entry, entry.weights)
 
 
 def get_config(name: str, trained: bool = False) -> CfgNode:
-    """The config of a model.
+    """Config of a model.
 
     Args:
-        name: of the model.
-        trained: ``MODEL.WEIGHTS`` are the trained ones; otherwise those that training began with.
+        name: name of the model.
+        trained: set ``MODEL.WEIGHTS`` to the trained weights. Otherwise it keeps the weights that
+            the training started from.
     """
     address = PREFIX + check_name(name)
     cfg = load_config(f"{address}.yaml", [])
@@ -75,12 +77,12 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """A model, in training mode as Detectron2's.
+    """Build a model and load its weights. It is in training mode, as in Detectron2.
 
     Args:
-        name: of the model.
+        name: name of the model.
         trained: see :func:`get_config`.
-        device: in place of the config's; the CPU where there is no GPU.
+        device: overrides the config; defaults to the CPU on machines without a GPU.
     """
     cfg = get_config(name, trained)
     if device is not None or not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Texts without what they say of the machine that they were written on."""
+"""Removal of private paths and addresses from configs and commands before publishing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-# Addresses that mean the same everywhere. Others may name a company's server, or a password.
+# Addresses that are the same for everyone. Others may contain server names or passwords.
 _PUBLIC = ("detectron2://", "catalog://", "locreweight://")
 
 
 def shareable(value: Any) -> Any:
-    """A value of a config in which paths that lead out of the working folder are their last part.
+    """Reduce paths outside of the working folder, and addresses of servers, to their last part.
 
-    So are addresses of servers. Texts are taken apart at their colons, as names of data sets are;
-    lists and the like are gone through; everything else stays.
+    Strings are split at colons, as in names of data sets. Lists, tuples and dictionaries are
+    processed recursively; other values are returned unchanged.
     """
     if isinstance(value, str):
         if value.startswith(_PUBLIC):
@@ -33,22 +33,22 @@ def shareable(value: Any) -> Any:
 
 
 def shareable_config(cfg: CfgNode, name: str) -> CfgNode:
-    """A config to hand on.
+    """Config for publishing.
 
     Args:
-        cfg: of a training.
-        name: of the model that came of it.
+        cfg: config of the training.
+        name: name of the published model.
     """
     shared = CfgNode(shareable(cfg))
     shared.OUTPUT_DIR = f"output/{name.rpartition('/')[2]}"
     if not shared.MODEL.WEIGHTS.startswith(_PUBLIC):
-        shared.MODEL.WEIGHTS = ""  # the file is not handed on
+        shared.MODEL.WEIGHTS = ""  # the file is not published
     shared.MODEL.TRUST_WEIGHTS = False
     return shared
 
 
 def shareable_command(command: str) -> str:
-    """A command line, each of whose arguments is shareable."""
+    """Command line with private paths removed from all arguments."""
     return shlex.join(_shareable_argument(argument) for argument in shlex.split(command))
 
 

@@ -6,9 +6,9 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size
@@ -84,13 +84,15 @@ def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
     return checked
 
 
-def check_test_set(name: str, records: list[dict]) -> None:
+def check_test_set(name: str, records: Sequence[dict]) -> None:
     """Check that a test set can be evaluated on.
 
     Raises:
-        UsageError: if it has no box, or a box that is not four numbers, NaN, infinite or inverted.
+        UsageError: if it has no box that counts, or a box that is not four numbers, NaN, infinite
+            or inverted.
     """
-    if not any(record.get("annotations") for record in records):
+    counts = count_boxes(records)
+    if not counts.boxes:
         raise UsageError(f"{name} has no annotated box, so it cannot be used in DATASETS.TEST")
     bad = [
         _describe_box(annotation, record)
@@ -103,6 +105,64 @@ def check_test_set(name: str, records: list[dict]) -> None:
             f"{len(bad)} boxes of the test set {name} are malformed, NaN, infinite or inverted: "
             f"{first_few(bad)}. Repair or remove them"
         )
+    if counts.crowds == counts.boxes:
+        raise UsageError(
+            f"all {counts.boxes} boxes of the test set {name} are crowds (iscrowd 1 in COCO, "
+            f"difficult 1 in Pascal VOC), such as {counts.example}. Evaluation ignores crowds, so "
+            "there is nothing to evaluate on: set iscrowd or difficult to 0 for single objects, or "
+            "use another set in DATASETS.TEST"
+        )
+    if not any(True for record in records for _ in countable_boxes(record)):
+        raise UsageError(
+            f"all {counts.boxes - counts.crowds} boxes of the test set {name} have no area or lie "
+            "outside of their image, so there is nothing to evaluate on. Check the unit and the "
+            "format of the boxes"
+        )
+
+
+def countable_boxes(record: dict) -> Iterator[dict]:
+    """The annotations of a test image that a detector can find: boxes with area, no crowds."""
+    for annotation in record.get("annotations", []):
+        if not annotation.get("iscrowd", 0) and _box_fault(annotation, record) is None:
+            yield annotation
+
+
+@dataclass(frozen=True)
+class BoxCounts:
+    """Numbers of boxes of a data set.
+
+    Attributes:
+        boxes: all boxes.
+        crowds: boxes with ``iscrowd`` 1, which VOC's difficult objects have as well.
+        example: a crowd and its image; empty if there is none.
+    """
+
+    boxes: int
+    crowds: int
+    example: str
+
+
+def count_boxes(records: Iterable[dict]) -> BoxCounts:
+    """Count the boxes of a data set and those that are left out as crowds."""
+    boxes, crowds, example = 0, 0, ""
+    for record in records:
+        for annotation in record.get("annotations", []):
+            boxes += 1
+            if annotation.get("iscrowd", 0):
+                crowds += 1
+                example = example or _describe_box(annotation, record)
+    return BoxCounts(boxes, crowds, example)
+
+
+def describe_crowds(name: str, records: Iterable[dict], consequence: str) -> str:
+    """How many boxes of a data set are left out as crowds; empty if there are none."""
+    counts = count_boxes(records)
+    if not counts.crowds:
+        return ""
+    return (
+        f"{counts.crowds} of {counts.boxes} boxes of {name} are crowds (iscrowd 1 in COCO, "
+        f"difficult 1 in Pascal VOC), such as {counts.example}. {consequence}"
+    )
 
 
 def _describe_box(annotation: dict, record: dict) -> str:
@@ -138,28 +198,57 @@ def _corners(box: list, mode: BoxMode) -> Sequence[float]:
 def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
     """Check that all annotated data sets have the same classes, as many as the model.
 
+    The data sets are compared with each other first: as long as they differ, no number of classes
+    fits all of them.
+
     Args:
         class_names: data set -> its class names in order.
         num_classes: ``MODEL.ROI_HEADS.NUM_CLASSES``.
 
     Raises:
-        UsageError: names the data set and the classes.
+        UsageError: names the data sets and the classes.
     """
+    for dataset, names in class_names.items():
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise UsageError(f"{dataset} has classes of the same name: {first_few(repeated)}")
+    check_same_classes(class_names)
     for dataset, names in class_names.items():
         if len(names) != num_classes:
             raise UsageError(
                 f"{dataset} has {len(names)} classes {first_few(names)}, the model has "
                 f"{num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES {len(names)}"
             )
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        if repeated:
-            raise UsageError(f"{dataset} has classes of the same name: {first_few(repeated)}")
-    for (first, names), (other, other_names) in pairwise(class_names.items()):
-        if names != other_names:
-            raise UsageError(
-                f"{first} and {other} do not have the same classes in the same order: "
-                f"{first_few(names)} and {first_few(other_names)}"
-            )
+
+
+def check_same_classes(class_names: dict[str, list[str]]) -> None:
+    """Check that data sets have the same classes in the same order.
+
+    Raises:
+        UsageError: says which classes are missing in which data set.
+    """
+    lists = list(class_names.values())
+    if all(names == lists[0] for names in lists):
+        return
+    every = list(dict.fromkeys(name for names in lists for name in names))
+    lines = []
+    for dataset, names in class_names.items():
+        missing = [name for name in every if name not in names]
+        lacks = f"; it lacks {_quoted(missing)}" if missing else ""
+        lines.append(f"{dataset}: {_quoted(names)}{lacks}")
+    problem = "do not have the same classes"
+    fix = (
+        "All of them need the same list of classes, also of classes without a box: add the missing "
+        "categories, or correct names that are spelled differently"
+    )
+    if all(set(names) == set(every) for names in lists):
+        problem = "have the same classes in a different order"
+        fix = "Use the same order (COCO: of the category ids) in all of them"
+    raise UsageError(f"the data sets {problem}. {fix}.\n  " + "\n  ".join(lines))
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return first_few([repr(name) for name in names])
 
 
 # -- images in several data sets -------------------------------------------------------------------

@@ -25,6 +25,7 @@ from .checks import (
     check_images_exist,
     check_test_set,
     common_images,
+    describe_crowds,
     without_overlap,
 )
 from .datasets.catalog import register
@@ -163,6 +164,9 @@ def _checked_class_names(cfg: CfgNode) -> list[str]:
 
 
 def _labeled_images(cfg: CfgNode, records: list[dict]) -> list[dict]:
+    crowds = describe_crowds("the labeled images", records, "They are not trained on")
+    if crowds:
+        logger.info("%s", crowds)
     labeled = check_boxes(records, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
     check_images_exist(labeled)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:

@@ -1,6 +1,6 @@
 """Training and evaluation."""
 
-from ..checkpoint.checkpointer import load_for_evaluation
+from ..checkpoint.loading import load_for_evaluation
 from .evaluation import evaluate
 from .launch import argument_parser, launch
 from .startup_checks import check_device

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, build_detection_test_loader
-from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -23,12 +27,23 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 from torch import nn
 
-from ..data.checks import check_classes
-from ..data.datasets.voc import split_file
+from ..data.checks import (
+    check_boxes,
+    check_classes,
+    check_test_set,
+    countable_boxes,
+    describe_crowds,
+)
+from ..data.datasets.file_names import printable_name
+from ..data.datasets.voc import read_split
 from ..data.mapper import RecordMapper
 from ..errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+_COCO_LIMIT = 100  # detections per image
+_UNLIMITED = 10**6
+_MAX_AREA = 1e10  # of COCO's range "all", in square pixels
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) -> dict:
@@ -45,19 +60,17 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
         these by name. On other processes, the dictionaries are empty.
 
     Raises:
-        UsageError: if a test set has no annotations or other classes than the model.
+        UsageError: if a test set has no boxes to evaluate on or other classes than the model.
     """
+    write_ground_truth(cfg)
     results = OrderedDict()
     for name in cfg.DATASETS.TEST:
         loader = build_detection_test_loader(cfg, name, mapper=RecordMapper(cfg, is_train=False))
-        classes = list(MetadataCatalog.get(name).get("thing_classes", []))
-        if not classes:
-            raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")
-        check_classes({name: classes}, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         evaluator = _build_evaluator(cfg, name, keep_detections)
         results[name] = inference_on_dataset(model, loader, evaluator) or {}
         if comm.is_main_process():
             print_csv_format(results[name])
+            logger.info("AP of %s: %s", name, _describe_limit(cfg))
     return next(iter(results.values())) if len(results) == 1 else dict(results)
 
 
@@ -88,37 +101,137 @@ def main_metric(cfg: CfgNode) -> str:
 
 
 class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
-    """11-point AP of Pascal VOC 2007. Its name differs from that of the COCO-style AP."""
+    """11-point AP of Pascal VOC 2007, under a name that differs from the COCO-style AP.
+
+    Like COCO's AP, it is the mean over the classes that occur in the test set. Detectron2 counts
+    the other classes as 0.
+    """
+
+    _class_names: list[str]
+    _predictions: dict[int, list[str]]
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        metadata = MetadataCatalog.get(name)
+        self._image_ids = read_split(metadata.dirname, metadata.split, allow_outside=True)
+
+    def find_problem(self) -> str:
+        """Return why Detectron2's evaluator cannot read the annotations; empty if it can."""
+        try:
+            self._objects()
+        except (AttributeError, OSError, ValueError, ElementTree.ParseError) as error:
+            return str(error)
+        spaced = [image_id for image_id in self._image_ids if len(image_id.split()) > 1]
+        return f"there are spaces in the image name {spaced[0]!r}" if spaced else ""
 
     def evaluate(self) -> dict | None:
-        results = super().evaluate()
+        names = {entry["name"] for entry in self._objects() if not entry["difficult"]}
+        occurring = [i for i, name in enumerate(self._class_names) if name in names]
+        self._predictions = {i: self._predictions.get(old, []) for i, old in enumerate(occurring)}
+        self._class_names = [self._class_names[i] for i in occurring]
+        with tempfile.TemporaryDirectory() as folder:
+            # Detectron2 cannot read image lists with byte order marks or flags: write a plain one.
+            self._image_set_path = os.path.join(folder, "images.txt")
+            Path(self._image_set_path).write_text("".join(f"{i}\n" for i in self._image_ids))
+            results = super().evaluate()
         return results and {"voc_11_point": results["bbox"]}
+
+    def _objects(self) -> list[dict]:
+        files = (self._anno_file_template.format(image_id) for image_id in self._image_ids)
+        return [entry for file in files for entry in parse_rec(file)]
 
 
 def write_ground_truth(cfg: CfgNode) -> None:
-    """Write the ground truth of the test sets as COCO json; must be called on all processes.
+    """Check the test sets and write their ground truth as COCO json; call it on all processes.
 
-    Areas are added where the annotations lack them. The files are written in each run, because a
-    cached file might be older than the annotations. Training calls this at startup, so that a disk
-    that is full later does not end it.
+    Only boxes are evaluated, not masks. Boxes that no detector can find, without area or outside of
+    their image, are left out. The files are written in each run, because a cached file might be
+    older than the annotations. Training calls this at startup, so that a disk that is full later
+    does not end it.
 
     Raises:
-        UsageError: if a file cannot be written.
+        UsageError: if a test set has no boxes to evaluate on or other classes than the model, or
+            if a file cannot be written.
     """
+    classes = {}
     for name in cfg.DATASETS.TEST:
         metadata = MetadataCatalog.get(name)
-        DatasetCatalog.get(name)  # reading a COCO json sets its classes
-        if hasattr(metadata, "json_file") or not metadata.get("thing_classes"):
+        if metadata.get("ground_truth_is_ready") and metadata.get("json_file"):
+            classes[name] = list(metadata.thing_classes)
             continue
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
-        if comm.get_local_rank() == 0:  # each machine may have its own disk
-            try:
-                convert_to_coco_json(name, json_file, allow_cached=False)
-            except OSError as error:
-                raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
-        comm.synchronize()
-        metadata.json_file = json_file
+        records = DatasetCatalog.get(name)  # reading a COCO json sets its classes
+        classes[name] = list(metadata.get("thing_classes", []))
+        if not classes[name]:
+            raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")
+        check_test_set(name, records)
+        _log_uncounted(cfg, name, records)
+        if not metadata.get("json_file"):
+            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+            json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
+            if comm.get_local_rank() == 0:  # each machine may have its own disk
+                _write_ground_truth(json_file, name, records)
+            comm.synchronize()
+            metadata.json_file = json_file
+        metadata.ground_truth_is_ready = True
+    if classes:
+        check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+
+def _write_ground_truth(json_file: str, name: str, records: Sequence[dict]) -> None:
+    annotations = [annotation for record in records for annotation in record.get("annotations", [])]
+    countable = {id(annotation) for record in records for annotation in countable_boxes(record)}
+    content = convert_to_coco_dict(name)
+    converted = []
+    for source, entry in zip(annotations, content["annotations"], strict=True):
+        width, height = entry["bbox"][2:]
+        # An area of 0 is a placeholder. COCO ignores boxes with a larger area than the limit.
+        entry["area"] = min(source.get("area") or width * height, _MAX_AREA)
+        if source.get("iscrowd", 0) or id(source) in countable:
+            converted.append(entry)
+    content["annotations"] = converted
+    try:
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_file).write_text(json.dumps(content))
+    except OSError as error:
+        raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
+
+
+def _log_uncounted(cfg: CfgNode, name: str, records: list[dict]) -> None:
+    """Log boxes that evaluation ignores, and images with more boxes than detections."""
+    consequence = "Evaluation ignores them: a detection of one is neither correct nor wrong"
+    if crowds := describe_crowds(f"the test set {name}", records, consequence):
+        logger.info("%s", crowds)
+    check_boxes(records, drop_bad=True)  # logs boxes without area or outside of their image
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    numbers = {record["file_name"]: sum(1 for _ in countable_boxes(record)) for record in records}
+    above = [file for file, number in numbers.items() if number > limit >= 0]
+    if above:
+        largest = max(above, key=numbers.__getitem__)
+        logger.warning(
+            "%d of %d images of the test set %s have more boxes than TEST.DETECTIONS_PER_IMAGE %d, "
+            "such as %s with %d: no detector can reach an AP of 100. Set "
+            "TEST.DETECTIONS_PER_IMAGE %d",
+            len(above),
+            len(records),
+            name,
+            limit,
+            printable_name(largest),
+            numbers[largest],
+            numbers[largest],
+        )
+
+
+def _describe_limit(cfg: CfgNode) -> str:
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    if limit < 0:
+        return "no limit of detections per image"
+    return f"at most {limit} detections per image (TEST.DETECTIONS_PER_IMAGE)"
+
+
+def _max_detections(cfg: CfgNode) -> int:
+    """Return how many detections per image COCO's metric uses, at least its default of 100."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    return _UNLIMITED if limit < 0 else max(limit, _COCO_LIMIT)
 
 
 def _inference_folder(cfg: CfgNode) -> str:
@@ -126,23 +239,15 @@ def _inference_folder(cfg: CfgNode) -> str:
 
 
 def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetEvaluator:
-    write_ground_truth(cfg)
     metadata = MetadataCatalog.get(name)
     folder = _inference_folder(cfg) if keep_detections else None
-    coco = COCOEvaluator(name, tasks=("bbox",), output_dir=folder)
-    if metadata.get("evaluator_type") != "pascal_voc" or not _can_read_voc(metadata):
+    coco = COCOEvaluator(
+        name, tasks=("bbox",), output_dir=folder, max_dets_per_image=_max_detections(cfg)
+    )
+    if metadata.get("evaluator_type") != "pascal_voc":
         return coco
-    return DatasetEvaluators([coco, ElevenPointEvaluator(name)])
-
-
-def _can_read_voc(metadata: Metadata) -> bool:
-    """Return whether Detectron2's Pascal VOC evaluator can read the annotations."""
-    folder = Path(metadata.dirname)
-    ids = Path(split_file(metadata.dirname, metadata.split)).read_text().split()
-    try:
-        for image_id in ids:
-            parse_rec(str(folder / "Annotations" / f"{image_id}.xml"))
-    except (AttributeError, OSError, ValueError) as error:
-        logger.warning("11-point AP of %s is not computed: %s", metadata.name, error)
-        return False
-    return True
+    eleven_point = ElevenPointEvaluator(name)
+    if problem := eleven_point.find_problem():
+        logger.warning("no 11-point AP for %s: %s", name, problem)
+        return coco
+    return DatasetEvaluators([coco, eleven_point])

@@ -1,4 +1,4 @@
-"""Images that tools are given on the command line, and what a detector finds in them."""
+"""Image and video files named on the command line, and detection in many images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ INPUT_HELP = "images, folders of them, patterns ('data/*.jpg'), or - for paths o
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to look at, and the name that its picture gets in the output folder."""
+    """An input file.
+
+    Attributes:
+        path: the file.
+        name: name of its picture, relative to the output folder.
+    """
 
     path: Path
     name: Path
@@ -37,69 +42,75 @@ class InputFile:
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """An image, ``(H, W, 3)`` uint8 RGB, and the detections in it, in its own pixels."""
+    """Detections of an image file.
+
+    Attributes:
+        file: the file.
+        image: ``(H, W, 3)`` uint8 RGB.
+        detections: boxes xyxy in absolute pixels of the image.
+    """
 
     file: InputFile
     image: np.ndarray
-    found: Instances
+    detections: Instances
 
 
 def find_inputs(inputs: Sequence[str], output: Path | None = None) -> list[InputFile]:
-    """All files that the command line means, in order.
+    """Find all input files, in order.
 
-    Pictures of a folder's images keep their place in it, others the name of their file; where two
-    would get the same name the later one is numbered.
+    The picture of an image in an input folder gets the image's path relative to that folder, other
+    pictures get the name of their image. If a name is already used, a number is added.
 
     Args:
-        inputs: as in :data:`INPUT_HELP`.
-        output: where pictures will be written; files in it are results of before, not inputs.
+        inputs: see :data:`INPUT_HELP`.
+        output: folder for pictures; files in it are results of earlier calls and are ignored.
 
     Raises:
-        UsageError: for an input that is not there, or if none is left.
+        UsageError: if an input does not exist, or there is no input left.
     """
     named: dict[Path, InputFile] = {}
-    for given in _expanded(inputs):
-        for path, name in _files_of(given):
+    for item in _expand(inputs):
+        for path, name in _files_of(item):
             if output is not None and output.resolve() in path.resolve().parents:
                 continue
-            free, number = _name_of_picture(name), 2
-            while free in named:
-                free = free.with_name(f"{name.stem}-{number}{free.suffix}")
+            picture, number = _picture_name(name), 2
+            while picture in named:
+                picture = picture.with_name(f"{name.stem}-{number}{picture.suffix}")
                 number += 1
-            named[free] = InputFile(path, free)
+            named[picture] = InputFile(path, picture)
     if not named:
-        own = f"; what lies in the output folder {output} does not count" if output else ""
-        raise UsageError(f"there is no image in {' '.join(inputs)}{own}")
+        ignored = f" (files in the output folder {output} are ignored)" if output else ""
+        raise UsageError(f"there is no image in {' '.join(inputs)}{ignored}")
     return list(named.values())
 
 
-def picture_file(given: str) -> Path:
-    """A file that a picture can be written to, of the command line: argparse tells of others."""
-    if Path(given).suffix.lower() not in IMAGE_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{given} is no name of a picture: name a .jpg or .png")
-    return Path(given)
+def picture_file(name: str) -> Path:
+    """Argument type for picture files, for ``argparse``."""
+    if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{name} is not a picture file: use a .jpg or .png")
+    return Path(name)
 
 
 def detect_in_files(
     detector: Predictor, files: Sequence[InputFile], batch: int, unreadable: list[str]
 ) -> Iterator[ImageDetections]:
-    """What a detector finds in image files, with a progress bar on a terminal.
+    """Detect objects in image files, with a progress bar on terminals.
 
     Args:
-        detector: a trained one.
-        files: no videos.
-        batch: so many images go through the model at a time.
-        unreadable: gets a line for each file that is no image; these are left out.
+        detector: the predictor.
+        files: image files, no videos.
+        batch: batch size.
+        unreadable: a message is appended for each file that cannot be read; it is skipped.
     """
     readable = _readable(tqdm(files, desc="images", disable=None), unreadable)
-    for group in _groups(readable, batch):
-        found = detector.detect([image for _, image in group])
-        for (file, image), detections in zip(group, found, strict=True):
+    for group in _batches(readable, batch):
+        results = detector.detect([image for _, image in group])
+        for (file, image), detections in zip(group, results, strict=True):
             yield ImageDetections(file, image, detections)
 
 
 def exit_if_unreadable(unreadable: Sequence[str], count: int) -> None:
-    """Ends the process with code 1, naming the files that could not be read, if there are any."""
+    """If files could not be read, name them and exit with code 1."""
     if unreadable:
         for line in unreadable:
             print(f"skipped {line}", file=sys.stderr)
@@ -116,7 +127,7 @@ def _readable(
             unreadable.append(str(error))
 
 
-def _groups(
+def _batches(
     items: Iterable[tuple[InputFile, np.ndarray]], size: int
 ) -> Iterator[list[tuple[InputFile, np.ndarray]]]:
     iterator = iter(items)
@@ -124,29 +135,29 @@ def _groups(
         yield group
 
 
-def _expanded(inputs: Sequence[str]) -> Iterator[str]:
-    for given in inputs:
-        if given == "-":
+def _expand(inputs: Sequence[str]) -> Iterator[str]:
+    for item in inputs:
+        if item == "-":
             yield from (line.strip() for line in sys.stdin if line.strip())
-        elif Path(given).exists() or not glob.has_magic(given):
-            yield given
+        elif Path(item).exists() or not glob.has_magic(item):
+            yield item
         else:
-            matches = sorted(glob.glob(given, recursive=True))
+            matches = sorted(glob.glob(item, recursive=True))
             if not matches:
-                raise UsageError(f"nothing matches {given!r}")
+                raise UsageError(f"no file matches {item!r}")
             yield from matches
 
 
-def _name_of_picture(name: Path) -> Path:
-    """Of videos an .mp4; a .jpg of images whose names do not say what they are."""
+def _picture_name(name: Path) -> Path:
+    """Name of the output: .mp4 for videos, .jpg for images without an image suffix."""
     suffix = name.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return name.with_suffix(".mp4")
     return name if suffix in IMAGE_SUFFIXES else name.with_name(f"{name.name}.jpg")
 
 
-def _files_of(given: str) -> Iterator[tuple[Path, Path]]:
-    path = Path(given)
+def _files_of(item: str) -> Iterator[tuple[Path, Path]]:
+    path = Path(item)
     if path.is_dir():
         videos = (f for f in path.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
         images = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -155,4 +166,4 @@ def _files_of(given: str) -> Iterator[tuple[Path, Path]]:
     elif path.is_file():
         yield path, Path(path.name)
     else:
-        raise UsageError(f"the input {given!r} does not exist")
+        raise UsageError(f"the input {item!r} does not exist")

@@ -104,7 +104,7 @@ def predict_files(
     unreadable: list[str] = []
     images = [file for file in files if not file.is_video]
     for image in detect_in_files(detector, images, batch, unreadable):
-        detections = image.found[image.found.scores > threshold]
+        detections = image.detections[image.detections.scores > threshold]
         side = max(_SMALLEST_SIDE, *image.image.shape[:2])
         picture = _draw(detector, image.image, detections, side)
         save_picture(picture, output / image.file.name)
@@ -152,7 +152,7 @@ def pseudo_label_dataset(
         name = os.path.relpath(image.file.path, root)
         image_id = len(image_entries) + 1
         image_entries.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        pseudo_labels = image.found[image.found.scores > threshold]
+        pseudo_labels = image.detections[image.detections.scores > threshold]
         for entry in coco_entries(
             pseudo_labels, has_localization_quality=detector.has_localization_quality
         ):

@@ -1,4 +1,4 @@
-"""A trained detector, ready to be used: from a checkpoint alone, on images as they are."""
+"""Predictor: a trained detector, loaded from a checkpoint, that takes images of any size."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.checkpointer import (
-    PLAIN_DETECTOR,
+    CheckpointContents,
     CheckpointDescription,
     TeacherCheckpointer,
-    check_weights_exist,
-    load_for_evaluation,
 )
 from ..checkpoint.files import last_checkpoint
-from ..checkpoint.safe_loading import read_weights
+from ..checkpoint.loading import check_weights_exist, load_for_evaluation, read_description
 from ..config import config_from_text, load_config
 from ..data.datasets.catalog import register
 from ..data.transforms.augmentations import resize_and_flip
@@ -33,14 +30,14 @@ from ..modeling.meta_arch import SemiSupervisedRCNN
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model with what it takes to use it.
+    """A trained model with its config and class names.
 
     Attributes:
-        cfg: the effective config that it was trained with; ``MODEL.DEVICE`` is that of now.
+        cfg: the effective config of the training, with the current ``MODEL.DEVICE``.
         model: in evaluation mode.
-        class_names: in the order of its classes.
-        measures_quality: whether its localization quality means anything; a plain Detectron2
-            detector has not learned any.
+        class_names: in the order of the model's classes.
+        has_localization_quality: whether the model was trained to predict localization quality,
+            which a plain Detectron2 detector was not.
     """
 
     cfg: CfgNode
@@ -50,18 +47,18 @@ class Predictor:
 
     @property
     def default_batch_size(self) -> int:
-        """Images at a time: a GPU is busy with several; a CPU gains nothing by them."""
+        """Batch size: 8 on a GPU; 1 on a CPU, where larger batches are not faster."""
         return 8 if self.cfg.MODEL.DEVICE.startswith("cuda") else 1
 
     @torch.no_grad()
     def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Detections in images.
+        """Detect objects in images.
 
         Args:
-            images: each ``(H, W, 3)`` uint8 RGB; they go through the model together.
+            images: ``(H, W, 3)`` uint8 RGB each; processed as one batch.
 
         Returns:
-            for each image, on the CPU: ``pred_boxes`` (xyxy, absolute pixels of that image),
+            for each image, on the CPU: ``pred_boxes`` (xyxy, absolute pixels of the image),
             ``pred_classes``, ``scores`` above ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` and
             ``localization_quality``.
         """
@@ -69,7 +66,14 @@ class Predictor:
         return [output["instances"].to("cpu") for output in outputs]
 
     def model_input(self, image: np.ndarray) -> dict:
-        """An image, ``(H, W, 3)`` uint8 RGB, as the model takes it: resized, in its own format."""
+        """Convert an image to the model's input: resized, channels first, as ``INPUT.FORMAT`` says.
+
+        Args:
+            image: ``(H, W, 3)`` uint8 RGB.
+
+        Returns:
+            Detectron2's input: ``image``, and the original ``height`` and ``width``.
+        """
         resized = T.AugInput(image)
         T.AugmentationList(resize_and_flip(self.cfg, is_train=False))(resized)
         pixels = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
@@ -80,17 +84,17 @@ class Predictor:
 def load_predictor(
     weights: str, config_file: str = "", options: Sequence[str] = (), device: str = ""
 ) -> Predictor:
-    """The detector of a checkpoint; of one that training here wrote, that of the teacher.
+    """Load the detector of a checkpoint; in checkpoints of a training, this is the teacher.
 
     Args:
-        weights: a file, or an ``OUTPUT_DIR``, whose last checkpoint is taken.
-        config_file: needed for files that do not say how they were trained, and have no
-            ``config.yaml`` beside them.
-        options: ``KEY VALUE`` pairs that go over the config.
-        device: "cuda", "cpu", ...; empty for a GPU if there is one.
+        weights: a checkpoint, or an ``OUTPUT_DIR`` for its last checkpoint.
+        config_file: required for checkpoints that contain no config and have no ``config.yaml``
+            beside them.
+        options: ``KEY VALUE`` pairs that override the config.
+        device: such as "cuda" or "cpu"; empty for a GPU if there is one.
 
     Raises:
-        UsageError: if the file is not there, is no detector's, or needs a config file.
+        UsageError: if the file does not exist, holds no detector, or a config file is required.
     """
     file = _checkpoint_file(weights)
     check_weights_exist(file)
@@ -101,18 +105,24 @@ def load_predictor(
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.freeze()
     model = build_model(cfg).eval()
-    held = load_for_evaluation(cfg, model)
-    names = description.class_names if description else _class_names_of(cfg)
-    return Predictor(cfg, model, names, has_localization_quality=held != PLAIN_DETECTOR)
+    contents = load_for_evaluation(cfg, model)
+    has_quality = contents is not CheckpointContents.PLAIN_DETECTOR
+    names = description.class_names if description else class_names_of_data(cfg)
+    if not names:
+        names = [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
+    return Predictor(cfg, model, names, has_localization_quality=has_quality)
 
 
 def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
-    """The student of a checkpoint in evaluation mode, on the CPU; a random one without a file.
+    """Load the student of a checkpoint, in evaluation mode on the CPU.
 
-    Of files without a student, such as plain Detectron2 detectors, it is their one model.
+    Args:
+        cfg: config of the model.
+        weights: a checkpoint or an ``OUTPUT_DIR``; empty for a randomly initialized model. For
+            files with a single model, such as plain Detectron2 detectors, that model is returned.
 
     Raises:
-        UsageError: if the file is not there, or does not fit the config.
+        UsageError: if the file does not exist or does not fit the config.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -127,20 +137,6 @@ def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
     return student
 
 
-def read_description(file: str, *, trusted: bool = False) -> CheckpointDescription | None:
-    """What a checkpoint says of itself.
-
-    Args:
-        file: a path or an address.
-        trusted: as in :func:`.safe_reading.read_weights`.
-
-    Raises:
-        UsageError: if it cannot be read.
-    """
-    content = read_weights(PathManager.get_local_path(file), trusted=trusted)
-    return CheckpointDescription.from_fields(content) if isinstance(content, dict) else None
-
-
 def _checkpoint_file(weights: str) -> str:
     folder = Path(weights)
     if not folder.is_dir():
@@ -148,7 +144,7 @@ def _checkpoint_file(weights: str) -> str:
     name = last_checkpoint(folder)
     if name is None:
         raise UsageError(
-            f"the folder {weights} has no checkpoint yet: name a file or an OUTPUT_DIR"
+            f"the folder {weights} has no checkpoint: use a checkpoint or the OUTPUT_DIR of a run"
         )
     return str(folder / name)
 
@@ -167,14 +163,18 @@ def _config_of(
     if beside.is_file():
         return load_config(str(beside), options)
     raise UsageError(
-        f"{file} does not say how it was trained, and there is no config.yaml beside it: name its "
-        "config with --config-file"
+        f"{file} contains no config, and there is no config.yaml beside it: pass its config with "
+        "--config-file"
     )
 
 
-def _class_names_of(cfg: CfgNode) -> list[str]:
-    """For a file that does not say them: of the config's data sets, or numbers without these."""
-    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+def class_names_of_data(cfg: CfgNode) -> list[str] | None:
+    """Look up the class names in the data sets of a config.
+
+    Returns:
+        the names of the first data set that can be read and has as many classes as the model; None
+        if there is none.
+    """
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         try:
             register(
@@ -183,10 +183,10 @@ def _class_names_of(cfg: CfgNode) -> list[str]:
                 allow_outside=cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS,
             )
             if not hasattr(MetadataCatalog.get(name), "thing_classes"):
-                DatasetCatalog.get(name)  # a COCO json says its classes when it is read
-        except (OSError, UsageError):  # the data are elsewhere
+                DatasetCatalog.get(name)  # class names of a COCO json are known once it is read
+        except (OSError, UsageError):  # the data are not on this machine
             continue
         names = list(MetadataCatalog.get(name).get("thing_classes", []))
-        if len(names) == count:
+        if len(names) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             return names
-    return [f"class {i}" for i in range(count)]
+    return None

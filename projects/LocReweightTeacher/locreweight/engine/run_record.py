@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from ..checkpoint.files import atomic_write_bytes
+from ..file_io import atomic_write_bytes
 from ..installed_detectron2 import describe_detectron2
 
 RUN_FILE = "run.json"  # in OUTPUT_DIR

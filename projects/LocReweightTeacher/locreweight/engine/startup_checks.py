@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import distributed
 
-from ..checkpoint.checkpointer import check_weights_exist
+from ..checkpoint.loading import check_weights_exist
 from ..config import scale_to_world_size
 from ..data.inspection.annotations import collected_warnings
 from ..data.inspection.findings import Finding, Severity

@@ -20,8 +20,8 @@ from torch import nn
 from ..checkpoint.checkpointer import (
     CheckpointDescription,
     TeacherCheckpointer,
-    check_weights_exist,
 )
+from ..checkpoint.loading import check_weights_exist
 from ..config import check_supported, scale_to_world_size
 from ..data.loader import Batch, StreamDataset, TwoStreamBatchSampler, build_loader
 from ..data.mapper import ViewMapper

@@ -1,1 +1,1 @@
-"""Trained detectors for other programs: Detectron2 alone, TorchScript, ONNX."""
+"""Export of trained detectors: plain Detectron2, TorchScript, ONNX."""

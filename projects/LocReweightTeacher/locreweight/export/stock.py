@@ -1,15 +1,14 @@
-"""Trained detectors for Detectron2 without this package: a plain ``GeneralizedRCNN``.
+"""Export to a plain Detectron2 ``GeneralizedRCNN``, which does not need this package.
 
-A box branch for ``(dx, dy, dw, dh)`` is Detectron2's own: the same weights give the same boxes.
+A box branch that predicts ``(dx, dy, dw, dh)`` is exported as it is.
 
-A box branch for corners is not. Detectron2 makes the width ``w * exp(dw)`` of what the layer
-predicts, and corners mean ``w * (1 + x2 - x1)``: no layer with other weights predicts the logarithm
-of what this one predicts. ``Box2BoxTransformLinear``, which is linear in the four sides, cannot be
-had in ROI heads (these ask for its ``weights``, and configs cannot name it), and stops a side at
-the proposal's center. There are two ways out:
+A box branch that predicts corners cannot be converted exactly: Detectron2 predicts a width of
+``w * exp(dw)``, corner coding one of ``w * (1 + x2 - x1)``. Detectron2's
+``Box2BoxTransformLinear`` is no replacement, since ROI heads cannot use it. There are two options:
 
-- a config in Python, as Detectron2's newer ones are, which brings the box coding with it: exact;
-- a fold into weights to first order in the change of size: any Detectron2 config, boxes deviate.
+- a Python config (Detectron2's lazy configs), which contains the box coding: exact;
+- a conversion of the weights that is exact for shifts and of first order for changes of size: works
+  with any Detectron2 config, but boxes deviate.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
 
+from ..checkpoint.conversion import centers_from_corners
 from ..modeling import box_coding
 
 _VARIANCE = "roi_heads.box_predictor.log_variance."
@@ -30,7 +29,7 @@ _BOXES = "roi_heads.box_predictor.bbox_pred."
 
 _BUILD = '''
 
-# What follows makes the detector from Detectron2's parts and the box coding above:
+# The rest builds the detector from Detectron2's parts and the box coding above:
 #
 #     cfg = LazyConfig.load("{name}.py")
 #     model = instantiate(cfg.model)
@@ -58,14 +57,14 @@ model = LazyCall(build_detector)(device="cuda" if torch.cuda.is_available() else
 
 
 def stock_config(cfg: CfgNode) -> CfgNode:
-    """The same detector from Detectron2's own classes, without this project's keys and data."""
+    """Config of the same detector with Detectron2's classes, without this project's keys."""
     stock = get_cfg()
     _copy_known(cfg, stock)
     stock.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     stock.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     stock.MODEL.WEIGHTS = ""
     for key in ("TRAIN", "TEST"):
-        stock.DATASETS[key] = ()  # their names mean nothing to it
+        stock.DATASETS[key] = ()  # not registered in plain Detectron2
     stock.OUTPUT_DIR = "./output"
     return stock
 
@@ -79,34 +78,28 @@ def _copy_known(source: CfgNode, target: CfgNode) -> None:
 
 
 def _quoted(text: str) -> str:
-    """What stands between three quotes for a text: it stays one, whoever wrote the config."""
+    """Escape a text for a triple-quoted string literal."""
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def stock_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that a plain detector has: all but the branch for variances."""
+    """Weights of a plain detector: all but the log-variance branch."""
     return {name: value for name, value in weights.items() if not name.startswith(_VARIANCE)}
 
 
-def folded_to_first_order(
+def convert_box_branch(
     weights: Mapping[str, Tensor], factors: tuple[float, float, float, float]
 ) -> dict[str, Tensor]:
-    """A box branch for corners as one for ``(dx, dy, dw, dh)``.
-
-    With ``exp(dw) ~ 1 + dw``: exact for shifts, to first order for changes of size.
+    """Convert the box branch of a state dict from corners to ``(dx, dy, dw, dh)``.
 
     Args:
-        weights: of a plain detector whose box branch predicts corners.
+        weights: state dict whose box branch predicts corners.
         factors: ``MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS``.
     """
-    shift_x, shift_y, size_x, size_y = factors
-    folded = dict(weights)
+    converted = dict(weights)
     for name in [name for name in weights if name.startswith(_BOXES)]:
-        x1, y1, x2, y2 = weights[name].unflatten(0, (-1, 4)).unbind(dim=1)
-        # Corners are coded by the factors of shifts.
-        dw, dh = (x2 - x1) * size_x / shift_x, (y2 - y1) * size_y / shift_y
-        folded[name] = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, dw, dh], dim=1).flatten(0, 1)
-    return folded
+        converted[name] = centers_from_corners(weights[name], factors)
+    return converted
 
 
 def write_stock_detector(
@@ -116,24 +109,24 @@ def write_stock_detector(
     *,
     first_order: bool = False,
 ) -> list[Path]:
-    """Write ``<target>.pkl`` and its config, for Detectron2 alone.
+    """Write ``<target>.pkl`` and its config for plain Detectron2.
 
     Args:
-        target: path without a suffix.
-        cfg: the detector's config.
-        weights: its state dict.
-        first_order: fold a box branch for corners into one of Detectron2's, which changes boxes.
+        target: path without suffix.
+        cfg: config of the detector.
+        weights: state dict of the detector.
+        first_order: convert corners to Detectron2's box coding, which changes boxes slightly.
 
     Returns:
-        the files: the weights, and ``.yaml``, or ``.py`` where the box coding goes along.
+        the weight file and the config file: ``.yaml``, or ``.py`` if it contains the box coding.
     """
     plain = stock_config(cfg)
     parts = stock_weights(weights)
     corners = cfg.MODEL.ROI_BOX_HEAD.CORNER_CODING
     if corners and first_order:
-        parts = folded_to_first_order(parts, tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS))
+        parts = convert_box_branch(parts, tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS))
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Only the name is replaced: with_suffix() would take what follows a dot in it.
+    # Not with_suffix(), which would remove a part of a name with a dot.
     weights_file = target.with_name(target.name + ".pkl")
     with weights_file.open("wb") as file:
         arrays = {name: value.detach().cpu().numpy() for name, value in parts.items()}

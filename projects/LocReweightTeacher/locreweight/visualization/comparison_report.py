@@ -13,9 +13,9 @@ from statistics import mean, median, stdev
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..checkpoint.files import atomic_write_bytes
 from ..engine.run_folder import RunFolder
 from ..engine.run_queue import Run
+from ..file_io import atomic_write_bytes
 
 CSV, TABLE, CURVES = "results.csv", "table.md", "curves.png"
 

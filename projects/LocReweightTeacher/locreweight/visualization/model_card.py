@@ -1,4 +1,4 @@
-"""What a model zoo says to people: a card for each model, and a table of all."""
+"""Model cards and the README of a model zoo, in Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..engine.predictor import Predictor
 from .drawing import draw_detections, grid, save_picture
 
 PICTURE = "detections.jpg"
-SIDE, COLUMNS, LEAST_SCORE = 480, 3, 0.5  # of the picture: longer side of each image, in pixels
+SIDE, COLUMNS, MIN_SCORE = 480, 3, 0.5  # of the picture; SIDE is the longer side in pixels
 MAIN_METRICS = ("AP", "AP50", "AP75")
 
 _CARD = """\
@@ -25,8 +25,8 @@ pipeline_tag: object-detection
 
 # {name}
 
-{description}A Faster R-CNN that finds {classes}.
-It is the teacher of a training of LocReweightTeacher, after {iterations} iterations.
+{description}A Faster R-CNN that detects {classes}.
+It is the teacher of a LocReweightTeacher training after {iterations} iterations.
 {picture}
 ## Results
 
@@ -34,9 +34,9 @@ It is the teacher of a training of LocReweightTeacher, after {iterations} iterat
 
 On `{test_sets}`, in percent.
 
-## Use it
+## Usage
 
-`LOCREWEIGHT_ZOO` names the folder or the address of the zoo that this model lies in.
+Set `LOCREWEIGHT_ZOO` to the folder or address of the zoo that contains this model.
 
 ```python
 from locreweight import model_zoo
@@ -68,27 +68,29 @@ License of the weights: {license}.
 """
 
 
-def card(entry: ZooEntry, cfg: CfgNode, description: str = "", *, picture: bool = True) -> str:
-    """The model card, in Markdown.
+def model_card(
+    entry: ZooEntry, cfg: CfgNode, description: str = "", *, picture: bool = True
+) -> str:
+    """Format the model card.
 
     Args:
-        entry: what the zoo says of the model.
-        cfg: the config that is published with it.
-        description: a paragraph of whoever publishes it.
-        picture: whether there is one of its detections.
+        entry: the entry of the zoo.
+        cfg: the published config.
+        description: a paragraph for the card.
+        picture: whether the entry has a picture of detections.
     """
     detections = f"\n![Detections: class, score and localization quality]({PICTURE})\n"
     results = [[name, value] for name, value in entry.metrics.items()]
     return _CARD.format(
         name=entry.name,
         license_field=f"license: {entry.license}\n" if entry.license else "",
-        license=entry.license or "not stated; ask whoever published them",
+        license=entry.license or "not stated; ask the publisher",
         description=f"{description.strip()}\n\n" if description.strip() else "",
-        classes=_listed(entry.class_names),
+        classes=_summarize_classes(entry.class_names),
         class_names=", ".join(f"{i} {name}" for i, name in enumerate(entry.class_names)),
         iterations=entry.iterations,
         picture=detections if picture else "",
-        results=_table(["metric", "value"], results) if results else "It was not evaluated.",
+        results=_table(["metric", "value"], results) if results else "Not evaluated.",
         test_sets=_names(cfg.DATASETS.TEST),
         labeled=_names(cfg.DATASETS.TRAIN),
         unlabeled=_names(cfg.DATASETS.UNLABELED),
@@ -100,30 +102,31 @@ def card(entry: ZooEntry, cfg: CfgNode, description: str = "", *, picture: bool 
 
 
 def draw_examples(detector: Predictor, files: Sequence[str], folder: Path) -> None:
-    """Write the card's picture: what a model finds in some images.
+    """Write the picture of the model card: detections in some images.
 
     Args:
-        detector: the published one.
-        files: images.
-        folder: of the card.
+        detector: the published model.
+        files: the images.
+        folder: folder of the entry.
     """
     pictures = []
     for file in files:
         image = read_rgb(file)
-        (found,) = detector.detect([image])
-        sure = found[found.scores > LEAST_SCORE]
+        (detections,) = detector.detect([image])
+        confident = detections[detections.scores > MIN_SCORE]
         quality = detector.has_localization_quality
-        pictures.append(draw_detections(image, sure, detector.class_names, SIDE, quality=quality))
+        names = detector.class_names
+        pictures.append(draw_detections(image, confident, names, SIDE, quality=quality))
     rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
     save_picture(grid(rows), folder / PICTURE)
 
 
 def zoo_page(entries: Iterable[ZooEntry]) -> str:
-    """The table of all models, in Markdown."""
+    """Format the README of the zoo: a table of all models."""
     rows = [
         [
             f"[{entry.name}]({entry.name}/README.md)",
-            _listed(entry.class_names),
+            _summarize_classes(entry.class_names),
             *(_main_metric(entry, metric) for metric in MAIN_METRICS),
             entry.license or "not stated",
             f"[{entry.weights}]({entry.name}/{entry.weights})",
@@ -133,13 +136,14 @@ def zoo_page(entries: Iterable[ZooEntry]) -> str:
     headers = ["model", "classes", *MAIN_METRICS, "license", "weights"]
     return (
         "# Model zoo\n\nWritten by `tools/publish.py` of LocReweightTeacher. With LOCREWEIGHT_ZOO "
-        f"set to this folder or its address,\n`locreweight://<model>` names one.\n\n"
+        "set to this folder or its address,\n`locreweight://<model>` is the address of a model."
+        "\n\n"
         f"{_table(headers, rows)}\n"
     )
 
 
 def _main_metric(entry: ZooEntry, metric: str) -> float | str:
-    """The first test set's; several are told apart by what comes before."""
+    """Metric of the first test set. With several sets, names start with the set."""
     values = [value for key, value in entry.metrics.items() if key.endswith(f"bbox/{metric}")]
     return values[0] if values else ""
 
@@ -152,6 +156,6 @@ def _names(data_sets: Iterable[str]) -> str:
     return ", ".join(data_sets) or "none"
 
 
-def _listed(class_names: list[str]) -> str:
-    shown = ", ".join(class_names[:5])
-    return shown if len(class_names) <= 5 else f"{shown} and {len(class_names) - 5} more"
+def _summarize_classes(class_names: list[str]) -> str:
+    first = ", ".join(class_names[:5])
+    return first if len(class_names) <= 5 else f"{first} and {len(class_names) - 5} more"

@@ -15,7 +15,6 @@ subset of a larger one. Unbiased Teacher's ``COCO_supervision.txt`` can be used 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from detectron2.config import CfgNode
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from ...errors import UsageError
+from ...file_io import sha256_of
 from .catalog import expand_path, index_file
 
 logger = logging.getLogger(__name__)
@@ -160,15 +160,7 @@ def _draw_split(size: int, percent: float, seed: int) -> tuple[list[int], list[i
 
 def _describe(name: str, images: int) -> dict[str, Any]:
     file = annotation_file(name)
-    return {"annotations": file.name, "sha256": _sha256(file), "images": images, "labeled": {}}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"annotations": file.name, "sha256": sha256_of(file), "images": images, "labeled": {}}
 
 
 # -- split files -----------------------------------------------------------------------------------
@@ -237,7 +229,7 @@ def _split_by_ids(
 
 def _check_same_annotations(file: str, entry: dict, name: str, images: int) -> None:
     source = annotation_file(name)
-    expected, actual = entry["sha256"], _sha256(source)
+    expected, actual = entry["sha256"], sha256_of(source)
     if expected != actual:
         raise UsageError(
             f"DATASETS.SPLIT_FILE {file!r} was made for {entry['annotations']} with the SHA-256 "

@@ -38,7 +38,7 @@ def load_voc(
         UsageError: for a missing or malformed annotation, a class that is not in ``class_names``,
             or an image that is listed twice.
     """
-    return _read_records(folder, _read_split(folder, split, allow_outside), class_names)
+    return _read_records(folder, read_split(folder, split, allow_outside), class_names)
 
 
 def load_unlabeled_voc(
@@ -55,7 +55,7 @@ def load_unlabeled_voc(
     Raises:
         UsageError: if the list of images cannot be used.
     """
-    image_ids = _read_split(folder, split, allow_outside)
+    image_ids = read_split(folder, split, allow_outside)
     try:
         return _read_records(folder, image_ids, class_names)
     except UsageError as error:
@@ -68,11 +68,15 @@ def split_file(folder: str, split: str) -> str:
     return str(Path(folder) / "ImageSets" / "Main" / f"{split}.txt")
 
 
-def _read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
-    """Read the image ids of a split."""
+def read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
+    """Read the image ids of a split.
+
+    Raises:
+        UsageError: if the list is no text, or lists an image twice.
+    """
     file = split_file(folder, split)
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is no list of images: {error}") from error
     # The list of a class has a flag behind each name: whether the image shows the class.

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ...errors import UsageError
-from ..checks import check_boxes, check_classes
+from ..checks import check_boxes, check_classes, describe_crowds
 from .findings import DataSets, Finding, Severity
 from .images import ImageFacts
 
@@ -32,19 +32,20 @@ def class_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
     if not known:
         return findings
     count = len(next(iter(known.values())))
-    if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        findings.append(
-            Finding(
-                Severity.ERROR,
-                f"the labeled data have {count} classes, MODEL.ROI_HEADS.NUM_CLASSES is "
-                f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}",
-                fixes={"MODEL.ROI_HEADS.NUM_CLASSES": str(count)},
-            )
-        )
     try:
         check_classes(known, count)
     except UsageError as error:
         findings.append(Finding(Severity.ERROR, str(error)))
+    else:
+        if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            findings.append(
+                Finding(
+                    Severity.ERROR,
+                    f"the labeled data have {count} classes, MODEL.ROI_HEADS.NUM_CLASSES is "
+                    f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}",
+                    fixes={"MODEL.ROI_HEADS.NUM_CLASSES": str(count)},
+                )
+            )
     for name, records in (sets.train | sets.test).items():
         boxes = boxes_of_classes(name, records)
         if missing := [c for c in names[name] if not boxes[c]]:
@@ -70,6 +71,9 @@ def box_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
     for name, records in (sets.train | sets.test).items():
         if not any("annotations" in record for record in records):
             continue
+        purpose = "are not trained on" if name in sets.train else "are ignored in evaluation"
+        if crowds := describe_crowds(name, records, f"They {purpose}"):
+            findings.append(Finding(Severity.NOTE, crowds))
         fixes = {"DATASETS.CHECKS.DROP_BAD_BOXES": "True"} if name in sets.train else {}
         reported = ""  # part of the warning that would repeat the error
         with collected_warnings():
@@ -89,7 +93,8 @@ def box_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
             if not (reported and reported in message)
         ]
         if not any(a.get("iscrowd", 0) == 0 for r in usable for a in r["annotations"]):
-            findings.append(Finding(Severity.ERROR, f"{name}: no box could be trained on"))
+            use = "trained on" if name in sets.train else "evaluated on"
+            findings.append(Finding(Severity.ERROR, f"{name}: no box could be {use}"))
     return findings
 
 

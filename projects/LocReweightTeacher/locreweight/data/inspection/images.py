@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import imagehash
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ...file_io import sha256_of
 from ..image_io import UnreadableImage, read_rgb, single_line
 
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
@@ -83,7 +82,7 @@ def read_facts(file: str) -> ImageFacts:
         fault="",
         size=pixels.size,
         rotated=rotated,
-        digest=hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+        digest=sha256_of(file),
         perceptual_hash=np.packbits(bits).view(np.uint64),
     )
 

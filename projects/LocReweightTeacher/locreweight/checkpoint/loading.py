@@ -1,0 +1,88 @@
+"""Loading of weights for evaluation, and what a checkpoint says about its config and classes."""
+
+from __future__ import annotations
+
+import os
+
+from detectron2.config import CfgNode
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.utils.file_io import PathManager
+
+from ..errors import UsageError
+from ..modeling.meta_arch import SemiSupervisedRCNN
+from .checkpointer import (
+    CheckpointContents,
+    CheckpointDescription,
+    TeacherCheckpointer,
+    describe_mismatch,
+)
+from .safe_loading import read_weights
+
+
+def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> CheckpointContents:
+    """Load ``MODEL.WEIGHTS`` into a model, to evaluate it as it was trained.
+
+    For a plain Detectron2 detector the model is switched to Detectron2's box coding.
+
+    Returns:
+        the kind of model that was loaded.
+
+    Raises:
+        UsageError: if the file does not exist, holds no detector, or does not fit the model.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not path:
+        raise UsageError("--eval-only needs MODEL.WEIGHTS: a checkpoint, or an address of the zoo")
+    check_weights_exist(path)
+    checkpointer = TeacherCheckpointer(
+        model, save_to_disk=False, convert=False, trusted=cfg.MODEL.TRUST_WEIGHTS
+    )
+    checkpointer.load(path)
+    contents = checkpointer.contents
+    assert contents is not None
+    if contents is CheckpointContents.BACKBONE:
+        raise UsageError(f"{path} holds a backbone, not a detector: there is nothing to evaluate")
+    mismatched = checkpointer.mismatched_weights
+    if contents is CheckpointContents.PLAIN_DETECTOR:
+        weights = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+        model.roi_heads.box_predictor.box2box_transform = Box2BoxTransform(weights)
+        mismatched = tuple(name for name in mismatched if ".log_variance." not in name)
+    if mismatched:
+        raise UsageError(
+            f"{path} does not fit the model of the config: {describe_mismatch(mismatched)}; use "
+            "the config that it was trained with"
+        )
+    return contents
+
+
+def check_weights_exist(path: str) -> None:
+    """Check that weights can be read; an empty path means random weights.
+
+    Raises:
+        UsageError: if the file does not exist or cannot be downloaded.
+    """
+    if not path:
+        return
+    try:
+        found = os.path.isfile(PathManager.get_local_path(path))
+    except Exception as error:
+        raise UsageError(f"MODEL.WEIGHTS {path!r} cannot be downloaded: {error}") from error
+    if not found:
+        raise UsageError(
+            f"MODEL.WEIGHTS {path!r} does not exist; set it to a checkpoint, to an address of "
+            "Detectron2's zoo (detectron2://...), or to '' to start from random weights"
+        )
+
+
+def read_description(file: str, *, trusted: bool = False) -> CheckpointDescription | None:
+    """Read config and class names from a checkpoint; None for checkpoints of other projects.
+
+    Args:
+        file: a path or an address.
+        trusted: as in :func:`.safe_loading.read_weights`.
+
+    Raises:
+        UsageError: if the file cannot be read.
+    """
+    content = read_weights(PathManager.get_local_path(file), trusted=trusted)
+    return CheckpointDescription.from_checkpoint(content) if isinstance(content, dict) else None
