@@ -1,12 +1,17 @@
 #!/usr/bin/env python
 """Train a detector on labeled and unlabeled images, resume training, or evaluate a checkpoint.
 
-The command line is Detectron2's (see ``--help``) plus ``--method`` and ``--timeout``:
+The command line is Detectron2's (see ``--help``) plus ``--method``, ``--overwrite`` and
+``--timeout``. Flags and KEY VALUE pairs can be given in any order:
 
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --method soft_teacher
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --resume
     python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
+
+Training never replaces a run. If OUTPUT_DIR holds one, add ``--resume``, use another OUTPUT_DIR,
+or add ``--overwrite``, which renames the folder of the old run. ``--eval-only`` writes to
+OUTPUT_DIR/evaluation.
 
 It can also be started by torchrun, without ``--num-gpus``. docs/reliability.md describes stops and
 restarts.
@@ -21,52 +26,75 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.config import load_config, scale_to_world_size
+from locreweight.config import check_supported, load_config, scale_to_world_size
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import (
     SemiSupervisedTrainer,
     argument_parser,
     check_device,
+    check_evaluation,
     evaluate,
     launch,
     load_for_evaluation,
 )
+from locreweight.engine.output_folder import prepare_output_dir
 from locreweight.engine.run_record import write_run_record
-from locreweight.engine.startup_checks import lock_output_dir
 from locreweight.errors import UsageError
 from locreweight.installed_detectron2 import describe_detectron2
+from locreweight.modeling import build_detector
+from locreweight.run_files import EVALUATION_FOLDER
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Load the config and set up loggers, seeds and data sets; returns the frozen config."""
-    # Other programs may use Detectron2's argument parser, which has no --method.
+    # Other programs may use Detectron2's argument parser, which lacks our flags.
     cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
-    if not args.eval_only:
+    overwrite = getattr(args, "overwrite", False)
+    if args.eval_only:
+        if overwrite:
+            raise UsageError("--overwrite is for training: remove it, or remove --eval-only")
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, EVALUATION_FOLDER))  # a run's record stays as is
+    else:
+        check_supported(cfg)
         cfg = scale_to_world_size(cfg, comm.get_world_size())
     cfg.freeze()
     check_device(cfg.MODEL.DEVICE)
     register_datasets(cfg, training=not args.eval_only)
+    moved = None
     try:
-        if comm.is_main_process() and not args.eval_only:
-            lock_output_dir(Path(cfg.OUTPUT_DIR))
+        if not args.eval_only:
+            moved = prepare_output_dir(
+                Path(cfg.OUTPUT_DIR),
+                resume=args.resume,
+                overwrite=overwrite,
+                used_files=_used_files(args, cfg),
+            )
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
-        logging.getLogger("locreweight").info("Detectron2 %s", describe_detectron2())
     except OSError as error:
         raise UsageError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR!r}: {error}") from error
+    logger = logging.getLogger("locreweight")
+    logger.info("Detectron2 %s", describe_detectron2())
+    if moved:
+        logger.warning("moved the earlier run in OUTPUT_DIR %s to %s", cfg.OUTPUT_DIR, moved)
     return cfg
+
+
+def _used_files(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
+    """Local files that training reads after the config."""
+    files = [args.config_file, cfg.MODEL.WEIGHTS, cfg.DATASETS.SPLIT_FILE]
+    return [file for file in files if file and "://" not in file]
 
 
 def main(args: argparse.Namespace) -> dict:
     """Train or evaluate in one process; returns the results."""
     cfg = setup(args)
     if args.eval_only:
-        model = build_model(cfg)
+        check_evaluation(cfg)
+        model = build_detector(cfg)
         contents = load_for_evaluation(cfg, model)
         logging.getLogger("locreweight").info(
             "evaluating %s of %s", contents.value, cfg.MODEL.WEIGHTS

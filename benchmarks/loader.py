@@ -330,7 +330,9 @@ def write_jpegs(folder: Path, size: tuple[int, int], count: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", type=Path, help="folder of JPEGs; default: generated images")
     parser.add_argument("--count", type=int, default=18, help="number of 640x480 images")

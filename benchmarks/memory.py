@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.timing import print_table, seconds_of
 from benchmarks.workload import Detectron2Baseline, TrainerStep, Workload
+from locreweight.command_line import ConfigArgumentParser
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def peak_mib(device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short-side", type=int, default=Workload().short_side)
@@ -84,7 +85,6 @@ def main() -> None:
         "--paper", action="store_true", help="2 + 8 images of 800 x 1333 pixels' area; for a GPU"
     )
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # for measure_in_subprocess
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the step")
     args = parser.parse_args()
     if args.measure:
         workload, baseline, repeats, options = json.loads(args.measure)

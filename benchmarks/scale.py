@@ -332,7 +332,9 @@ def table(sources: Sequence[str], files: Files, control: Files, repeats: int) ->
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", type=int, default=1_000_000, help="number of unlabeled images")
     parser.add_argument(

@@ -33,6 +33,7 @@ from benchmarks.workload import (
     UnbiasedTeacherBaseline,
     Workload,
 )
+from locreweight.command_line import ConfigArgumentParser
 
 NO_REWEIGHTING = ["SEMI.LER", "False", "SEMI.PRC", "False"]
 BASELINE = "plain Detectron2"
@@ -93,7 +94,7 @@ def break_down(workload: Workload, repeats: int, options: list[str]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Workload()
@@ -102,7 +103,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--unlabeled", type=int, default=default.unlabeled)
     parser.add_argument("--objects", type=int, default=default.objects, help="per image")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the step")
     return parser.parse_args()
 
 

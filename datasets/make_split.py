@@ -17,6 +17,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
 from locreweight.data.datasets.splits import write_split_file
 from locreweight.data.training_sets import register_datasets
@@ -24,14 +25,13 @@ from locreweight.errors import UsageError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="names the data")
     parser.add_argument("--percent", type=float, nargs="+", default=[1.0, 5.0, 10.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args(arguments)
     try:
         others = ("DATASETS.TEST", "DATASETS.UNLABELED", "DATASETS.UNLABELED_TRUTH")

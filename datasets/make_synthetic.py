@@ -289,7 +289,9 @@ def make_dataset(
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__.split("\n")[0], formatter_class=formatter
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "synthetic")
     for split, count in zip(SPLITS, (40, 500, 200), strict=True):
         parser.add_argument(f"--{split}", type=int, default=count, help="number of images")

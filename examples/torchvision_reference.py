@@ -468,7 +468,7 @@ def train(settings: Settings) -> None:
 
 
 def parse_settings() -> Settings:
-    parser = argparse.ArgumentParser(usage=__doc__, fromfile_prefix_chars="@")
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage=__doc__, fromfile_prefix_chars="@")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     for field in dataclasses.fields(Settings):
         kind: Any = {"action": "store_true"} if field.default is False else {}

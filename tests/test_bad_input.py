@@ -1,4 +1,4 @@
-"""Whatever a user can get wrong ends in one sentence: what is at fault, and the way out."""
+"""Mistakes in data, config and command line end with a message that names cause and fix."""
 
 import math
 import os
@@ -254,7 +254,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_training_does_not_start_and_says_why(project, case):
+def test_training_does_not_start(project, case):
     spoil, words = SPOILED[case]
     spoil(project)
     with pytest.raises(UsageError) as caught:
@@ -264,7 +264,7 @@ def test_training_does_not_start_and_says_why(project, case):
     assert not (project.folder / "output").exists()
 
 
-def test_the_project_that_is_spoiled_above_is_in_order(project, monkeypatch):
+def test_unchanged_project_is_valid(project, monkeypatch):
     reached = []
     monkeypatch.setattr("locreweight.engine.trainer.build_model", reached.append)
     with pytest.raises(AttributeError):  # there is no model to go on with
@@ -273,7 +273,7 @@ def test_the_project_that_is_spoiled_above_is_in_order(project, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [6, 40])
-def test_of_many_faults_some_are_named_and_all_counted(project, count):
+def test_many_faults_are_counted_and_some_named(project, count):
     project.json, project.images = make_coco(project.folder / "many", images=count)
     project.set("DATASETS.TRAIN", [f"coco:{project.json}:{project.images}"])
     for file in project.images.iterdir():
@@ -300,7 +300,7 @@ def test_of_many_faults_some_are_named_and_all_counted(project, count):
     ],
     ids=lambda value: value[0] if isinstance(value[0], str) else "",
 )
-def test_a_wrong_option_is_named_with_a_way_out(options, words):
+def test_wrong_option(options, words):
     with pytest.raises(UsageError) as caught:
         load_config("", options)
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
@@ -320,7 +320,7 @@ def test_a_wrong_option_is_named_with_a_way_out(options, words):
         ("_BASE_: nowhere.yaml", ["spoiled.yaml", "nowhere.yaml"]),
     ],
 )
-def test_a_wrong_config_file_is_named_with_its_fault(tmp_path, text, words):
+def test_wrong_config_file(tmp_path, text, words):
     (tmp_path / "spoiled.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
         load_config(str(tmp_path / "spoiled.yaml"), [])
@@ -328,7 +328,7 @@ def test_a_wrong_config_file_is_named_with_its_fault(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "."])
-def test_a_config_file_that_is_not_there_is_named(name):
+def test_missing_config_file(name):
     with pytest.raises(UsageError, match=rf"'{name}' does not exist"):
         load_config(name, [])
 
@@ -346,7 +346,7 @@ def test_a_config_file_that_is_not_there_is_named(name):
         ("IMS_PER_BATCH_UNLABELED", 7, 2, 3, ["SOLVER.IMS_PER_BATCH_UNLABELED = 7", "2 GPUs"]),
     ],
 )
-def test_a_batch_that_cannot_be_shared_is_named(key, images, reference, world_size, words):
+def test_batch_that_cannot_be_divided(key, images, reference, world_size, words):
     batches = {"IMS_PER_BATCH": 6, "IMS_PER_BATCH_UNLABELED": 12} | {key: images}
     options = [str(part) for pair in batches.items() for part in (f"SOLVER.{pair[0]}", pair[1])]
     cfg = load_config("", ["SOLVER.REFERENCE_WORLD_SIZE", str(reference), *options])
@@ -357,7 +357,7 @@ def test_a_batch_that_cannot_be_shared_is_named(key, images, reference, world_si
 
 @pytest.mark.parametrize("rate", ["-0.1", "1.1"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_keep_rate_that_is_no_share_is_named_before_training(rate, world_size):
+def test_keep_rate_out_of_range(rate, world_size):
     cfg = load_config(str(ROOT / "configs/Base-LocReweight.yaml"), ["SEMI.EMA_KEEP_RATE", rate])
     with pytest.raises(UsageError, match=f"SEMI.EMA_KEEP_RATE is {rate}"):
         scale_to_world_size(cfg, world_size)
@@ -380,36 +380,36 @@ def test_a_keep_rate_that_is_no_share_is_named_before_training(rate, world_size)
         ),
     ],
 )
-def test_views_that_cannot_be_made_are_named(key, value, words):
+def test_invalid_view_settings(key, value, words):
     with pytest.raises(UsageError) as caught:
         ViewMapper(load_config("", [key, value]))
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["/no/model.pth", "model_final.pth", "ftp.example://model.pth"])
-def test_weights_that_are_not_there_are_named(path):
+def test_missing_weights(path):
     with pytest.raises(UsageError) as caught:
         check_weights_exist(path)
     assert repr(path) in str(caught.value)
     assert "MODEL.WEIGHTS" in str(caught.value)
 
 
-def test_a_folder_is_no_weights(tmp_path):
+def test_folder_as_weights(tmp_path):
     with pytest.raises(UsageError, match=r"MODEL\.WEIGHTS"):
         check_weights_exist(str(tmp_path))
 
 
-def test_no_weights_are_random_weights():
+def test_empty_weights():
     check_weights_exist("")
 
 
-def test_evaluation_needs_weights(project):
+def test_evaluation_without_weights(project):
     with pytest.raises(UsageError, match=r"--eval-only needs MODEL\.WEIGHTS"):
         load_for_evaluation(project.config(), model=None)
 
 
 @pytest.mark.parametrize("case", ["number of test classes", "test set without classes"])
-def test_evaluation_does_not_start_either(project, case):
+def test_evaluation_does_not_start(project, case):
     spoil, words = SPOILED[case]
     spoil(project)
     with pytest.raises(UsageError) as caught:
@@ -426,7 +426,7 @@ class TestCommandLine:
             text=True,
         )
 
-    def test_one_line_no_traceback_and_nothing_written(self, project):
+    def test_one_line_and_nothing_written(self, project):
         project.set("DATASETS.TRAIN", ["nowhere"])
         result = self.run(*project.options)
         assert result.returncode == 1
@@ -434,7 +434,7 @@ class TestCommandLine:
         assert "Traceback" not in result.stderr
         assert not (project.folder / "output").exists()
 
-    def test_an_earlier_run_in_the_same_folder_is_not_harmed(self, project):
+    def test_earlier_run_is_not_changed(self, project):
         (project.images / "0001.png").unlink()
         output = project.folder / "output"
         output.mkdir()

@@ -44,7 +44,7 @@ def small_test_set(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_boxes_without_area_are_reported_and_left_out(split, caplog):
+def test_boxes_without_area(split, caplog):
     """One in each split."""
     name = f"voc:{BCCD}:{split}"
     settings = {

@@ -134,6 +134,39 @@ def test_no_usable_box(project):
     assert any("no box could be trained on" in text for text in project.texts(Severity.ERROR))
 
 
+def test_crowds_are_counted(project):
+    def edit(content):
+        for annotation in content["annotations"][:3]:
+            annotation["iscrowd"] = 1
+
+    edit_json(project.json, edit)
+    edit_json(project.test_json, edit)
+    notes = project.texts(Severity.NOTE)
+    assert any("3 of 20 boxes" in text and "not trained on" in text for text in notes)
+    assert any("3 of 12 boxes" in text and "ignored in evaluation" in text for text in notes)
+
+
+def test_a_test_set_of_crowds_alone(project):
+    edit_json(project.test_json, lambda c: [a.update(iscrowd=1) for a in c["annotations"]] and None)
+    texts = project.texts(Severity.ERROR)
+    assert any("no box could be evaluated on" in text for text in texts)
+
+
+def test_no_number_of_classes_is_advised_while_the_sets_differ(project):
+    """The sets have 3 and 2 classes: any advice would be refused by one of them."""
+
+    def edit(content):
+        content["categories"].pop()
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] < 3]
+
+    edit_json(project.test_json, edit)
+    for count in ("2", "3", "80"):
+        project.settings["MODEL.ROI_HEADS.NUM_CLASSES"] = count
+        findings = project.findings()
+        assert not any("NUM_CLASSES" in str(finding.fixes) for finding in findings)
+        assert any("it lacks 'owl'" in finding.text for finding in findings)
+
+
 def test_wrong_number_of_classes_has_a_fix(project):
     project.settings["MODEL.ROI_HEADS.NUM_CLASSES"] = 7
     (error,) = project.findings()

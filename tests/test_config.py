@@ -5,8 +5,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_anchor_generator
+from detectron2.solver import build_lr_scheduler
 
 from locreweight.config import (
     add_locreweight_config,
@@ -19,6 +23,7 @@ from locreweight.config import (
 from locreweight.data.transforms.policies import build_augmentation_policy
 from locreweight.errors import UsageError
 from locreweight.methods import build_method
+from locreweight.modeling import build_detector
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "projects/LocReweightTeacher/locreweight"
@@ -183,12 +188,6 @@ def test_without_reference_nothing_is_scaled(world_size):
 def test_scaling_twice_equals_scaling_once(world_size):
     once = scale_to_world_size(written(reference=2), world_size)
     assert scale_to_world_size(once, world_size) == once
-
-
-@pytest.mark.parametrize(("period", "scaled"), [(0, 0), (1, 1), (9, 3)])
-def test_scaling_does_not_turn_monitoring_on_or_off(period, scaled):
-    cfg = load_config(BASE, ["VIS_PERIOD", str(period)])
-    assert scale_to_world_size(cfg, 8).VIS_PERIOD == scaled
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -419,3 +418,117 @@ def test_renamed_policies_exist(name):
 def test_output_folders_of_all_experiments_differ():
     folders = [load(file).OUTPUT_DIR for file in EXPERIMENTS if str(file) != BASE]
     assert len(set(folders)) == len(folders)
+
+
+# --- schedule and anchors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "message"),
+    [
+        (["SOLVER.STEPS", "(80, 60)"], 1, r"SOLVER\.STEPS \(80, 60\) .* increasing order"),
+        (["SOLVER.STEPS", "(60, 60)"], 1, "increasing order"),
+        (["SOLVER.STEPS", "(0, 60)"], 1, "must be positive"),
+        (["SOLVER.STEPS", "(60, 100)"], 1, r"not SOLVER\.MAX_ITER 100 itself"),
+        (["SOLVER.STEPS", "(300, 200)"], 1, "increasing order"),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultistepLR"],
+            1,
+            r"unknown SOLVER\.LR_SCHEDULER_NAME 'WarmupMultistepLR'; .*: WarmupMultiStepLR,",
+        ),
+        (["SOLVER.WARMUP_METHOD", "lin"], 1, r"unknown SOLVER\.WARMUP_METHOD 'lin'"),
+        (
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", "0.5"],
+            1,
+            r"SOLVER\.BASE_LR_END 0\.5 must be from 0 to SOLVER\.BASE_LR 0\.005",
+        ),
+        (["SOLVER.MAX_ITER", "1"], 2, r"SOLVER\.MAX_ITER 1 is less than one .* at least 2"),
+        (["SOLVER.MAX_ITER", "3"], 8, r"on 8 GPUs, .* on 1 GPUs .* at least 8"),
+        (["SOLVER.MAX_ITER", "0"], 1, "at least 1"),
+        (["SOLVER.MAX_ITER", "-5", "SOLVER.REFERENCE_WORLD_SIZE", "0"], 4, "at least 1"),
+    ],
+)
+def test_impossible_schedules_are_rejected(options, world_size, message):
+    short = ["SOLVER.MAX_ITER", "100", "SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.STEPS", "()"]
+    cfg = load_config(BASE, [*short, *options])
+    with pytest.raises(UsageError, match=message) as error:
+        scale_to_world_size(cfg, world_size)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["SOLVER.STEPS", "(1, 50, 99)"],
+        ["SOLVER.STEPS", "(50, 120000, 160000)"],  # Detectron2 ignores steps after the end
+        ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.STEPS", "(9, 3)"],
+        ["SOLVER.MAX_ITER", "1"],
+    ],
+)
+def test_possible_schedules_are_accepted(options):
+    cfg = load_config(
+        BASE, ["SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.MAX_ITER", "100", *options]
+    )
+    cfg = scale_to_world_size(cfg, 1)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    build_lr_scheduler(cfg, torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR))
+
+
+@pytest.mark.parametrize("key", ["TEST.EVAL_PERIOD", "SOLVER.CHECKPOINT_PERIOD", "VIS_PERIOD"])
+@pytest.mark.parametrize(("period", "on_8_gpus"), [(0, 0), (1, 1), (2, 1), (80, 10)])
+def test_scaling_turns_no_period_on_or_off(key, period, on_8_gpus):
+    cfg = load_config(BASE, ["SOLVER.REFERENCE_WORLD_SIZE", "1", key, str(period)])
+    assert flatten_config(scale_to_world_size(cfg, 8))[key] == on_8_gpus
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ratios", "message"),
+    [
+        ([[12], [24], [48], [96]], [[1.0]], r"SIZES .* has 4 lists for 5 feature levels"),
+        ([[12]], [[0.5], [1.0]], r"ASPECT_RATIOS .* has 2 lists for 5 feature levels"),
+        ([[12], [24], [48], [96], []], [[1.0]], "SIZES"),
+        ([], [[1.0]], "SIZES"),
+        ([[12], [24], [48], [96], [0]], [[1.0]], "must be positive numbers"),
+        ([[12], 24], [[1.0]], "must be positive numbers"),
+        ([[12], [24], [48], [96], [192, 384]], [[1.0, 2.0]], r"\[2, 2, 2, 2, 4\]"),
+    ],
+)
+def test_impossible_anchors_are_rejected(sizes, ratios, message):
+    key = "MODEL.ANCHOR_GENERATOR"
+    cfg = load_config(BASE, [f"{key}.SIZES", str(sizes), f"{key}.ASPECT_RATIOS", str(ratios)])
+    for check in (check_supported, build_detector):
+        with pytest.raises(UsageError, match=message):
+            check(cfg)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ratios"),
+    [
+        ([[12], [24], [48], [96], [192]], [[0.5, 1.0, 2.0]]),
+        ([[12, 24]], [[1.0]]),
+        ([12, 24], [0.5, 1.0]),
+        ([[12], [24], [48], [96], [192]], [[1.0], [1.0], [1.0], [1.0], [2.0]]),
+    ],
+)
+def test_possible_anchors_are_accepted(sizes, ratios):
+    key = "MODEL.ANCHOR_GENERATOR"
+    cfg = load_config(BASE, [f"{key}.SIZES", str(sizes), f"{key}.ASPECT_RATIOS", str(ratios)])
+    check_supported(cfg)
+    levels = [ShapeSpec(channels=8, stride=2**i) for i in range(2, 7)]
+    build_anchor_generator(cfg, levels)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.RESNETS.DEPTH", "35"),
+        ("MODEL.RESNETS.NORM", "BatchNorm"),
+        ("MODEL.BACKBONE.NAME", "build_nothing"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool3"),
+    ],
+)
+def test_impossible_detectors_are_rejected_in_one_line(key, value):
+    cfg = load_config(BASE, ["MODEL.DEVICE", "cpu", key, value])
+    with pytest.raises(UsageError, match=r"the MODEL keys .* \(at .*\.py:\d+\)") as error:
+        build_detector(cfg)
+    assert "\n" not in str(error.value)

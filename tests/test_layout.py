@@ -16,20 +16,23 @@ MAY_IMPORT = {
     "geometry": set(),
     "installed_detectron2": set(),
     "modeling": TORCH_ONLY | {"installed_detectron2"},
-    "data": TORCH_ONLY | {"file_io"},
+    "data": TORCH_ONLY | {"file_io", "run_files"},
     "methods": TORCH_ONLY | {"modeling", "data"},
     "file_io": set(),
-    "checkpoint": {"modeling", "file_io"},
-    "config": {"checkpoint", "installed_detectron2"},
+    "run_files": set(),
+    "command_line": set(),
+    "checkpoint": {"modeling", "file_io", "run_files"},
+    "config": {"checkpoint", "modeling", "installed_detectron2"},
     "export": TORCH_ONLY | {"modeling", "checkpoint"},
     "visualization.drawing": set(),
     "engine": TORCH_ONLY
     | {"modeling", "data", "methods", "checkpoint", "config", "visualization.drawing"}
-    | {"installed_detectron2", "file_io"},
+    | {"installed_detectron2", "file_io", "run_files", "command_line"},
     "visualization": TORCH_ONLY
     | {"modeling", "data", "engine", "checkpoint", "config", "model_zoo", "visualization.drawing"}
-    | {"file_io"},
-    "publish": {"data", "engine", "checkpoint", "config", "export", "visualization", "file_io"},
+    | {"file_io", "run_files"},
+    "publish": {"data", "engine", "checkpoint", "config", "export", "visualization", "file_io"}
+    | {"run_files"},
 }
 TORCH_ONLY_NEEDS = {"torch", "math", "__future__"}
 

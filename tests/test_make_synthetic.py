@@ -1,4 +1,4 @@
-"""The synthetic set: its files, its boxes against another drawing, and its reproducibility."""
+"""The synthetic set: files, boxes compared with the drawn pixels, reproducibility."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_boxes_are_where_the_pixels_change():
         np.testing.assert_array_equal(changed, box)
 
 
-def test_objects_are_visible_enough_and_some_are_covered_or_cut():
+def test_visibility_of_objects():
     shares = []
     for pieces in scenes(12):
         covered = np.zeros((4 * 192, 4 * 192), bool)  # from -48 to 144: whole shapes
@@ -140,13 +140,13 @@ def test_objects_are_visible_enough_and_some_are_covered_or_cut():
     assert np.mean(np.array(shares) > 0.95) > 0.2
 
 
-def test_an_object_that_cannot_be_seen_is_left_out():
+def test_invisible_object_is_left_out():
     style = replace(STYLE, objects=(6, 6), extent=(0.8, 0.9), min_visibility=0.7)
     for pieces in scenes(5, style):
         assert 0 < sum(piece.category > 0 for piece in pieces) < 6
 
 
-def test_sizes_span_the_style_and_classes_are_balanced():
+def test_sizes_and_class_balance():
     things = [piece for pieces in scenes(200) for piece in pieces if piece.category]
     count = np.bincount([piece.category for piece in things], minlength=len(STYLE.classes) + 1)[1:]
     assert count.min() > 0.75 * count.mean() and count.max() < 1.25 * count.mean()
@@ -156,7 +156,7 @@ def test_sizes_span_the_style_and_classes_are_balanced():
     assert any(piece.category == 0 for piece in scenes(1)[0])
 
 
-def test_same_arguments_same_bytes_and_another_seed_others(dataset, tmp_path):
+def test_reproducible_and_seeded(dataset, tmp_path):
     maker.make_dataset(tmp_path / "again", **SMALL)
     maker.make_dataset(tmp_path / "other", **SMALL | {"seed": 4})
     again, other, made = map(contents, (tmp_path / "again", tmp_path / "other", dataset))
@@ -165,7 +165,7 @@ def test_same_arguments_same_bytes_and_another_seed_others(dataset, tmp_path):
     assert all(other[name] != made[name] for name in made)
 
 
-def test_more_images_leave_the_earlier_ones(dataset, tmp_path):
+def test_larger_set_contains_the_smaller(dataset, tmp_path):
     maker.make_dataset(tmp_path / "more", **SMALL | {"labeled": 7, "val": 6})
     more, made = contents(tmp_path / "more"), contents(dataset)
     pictures = [name for name in made if name.endswith(".jpg")]
@@ -182,7 +182,7 @@ def test_no_image_is_in_two_places(dataset):
     assert len(set(pictures)) == len(pictures) == 15
 
 
-def test_the_same_set_is_kept(dataset, monkeypatch):
+def test_existing_set_is_kept(dataset, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*")}
     monkeypatch.setattr(maker, "write_split", None)  # would fail if it were called
     maker.make_dataset(dataset, **SMALL)
@@ -197,7 +197,7 @@ def tiny(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("change", ["arguments", "format", "style"])
-def test_another_set_is_an_error_unless_forced(tiny, change, monkeypatch):
+def test_other_set_needs_force(tiny, change, monkeypatch):
     before, labeled = contents(tiny), 1
     if change == "arguments":
         labeled = 2
@@ -214,7 +214,7 @@ def test_another_set_is_an_error_unless_forced(tiny, change, monkeypatch):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_is_not_a_set_is_never_replaced(tmp_path, force):
+def test_other_folders_are_never_replaced(tmp_path, force):
     (tmp_path / "thesis.tex").write_text("years of work")
     for output in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(FileExistsError, match="not a synthetic set"):
@@ -222,7 +222,7 @@ def test_what_is_not_a_set_is_never_replaced(tmp_path, force):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_empty_folder_is_filled(tmp_path):
+def test_empty_folder(tmp_path):
     maker.make_dataset(tmp_path, 1, 0, 0, 64, 0)
     assert (tmp_path / "labeled" / "000000.jpg").is_file()
     assert json.loads((tmp_path / "val.json").read_text())["images"] == []
@@ -230,7 +230,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("had_one", [False, True])
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error, had_one):
+def test_interrupted_run(tmp_path, monkeypatch, error, had_one):
     output = tmp_path / "set"
     if had_one:
         maker.make_dataset(output, 1, 1, 1, 64, 0)
@@ -268,7 +268,7 @@ def test_command_line(tmp_path, capsys):
     maker.main([*arguments, "--seed", "1", "--force"])
 
 
-def test_classes_tend_to_a_hue_of_their_own_and_clutter_does_not():
+def test_hues_of_classes_and_clutter():
     rng, ground = np.random.default_rng(0), np.zeros(3)
     for category, expected in enumerate(np.arange(len(STYLE.classes)) * 120.0, start=1):
         colors = [maker.pick_color(rng, category, ground, STYLE) for _ in range(400)]

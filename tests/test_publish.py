@@ -1,4 +1,4 @@
-"""A trained model is handed on, found by name on a server, trusted and used."""
+"""Tests of publishing a trained model, and of using it by name from a server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LICENSE = "cc-by-4.0"
 
 
 def command_line(config_file, *flags, **settings):
-    """What train_net.py does, in this process."""
+    """Call train_net.py in this process."""
     arguments = ["--config-file", str(config_file), *flags, *as_options(settings)]
     with restored_loggers_and_signals():
         return train_net.main(default_argument_parser().parse_args(arguments))
@@ -58,20 +58,23 @@ def keys(**settings):
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """Their test set is what an earlier teacher found: later ones have an AP between 0 and 100."""
+    """Data sets whose test set has an earlier teacher's detections as ground truth.
+
+    Later teachers have an AP between 0 and 100 on it.
+    """
     folder = tmp_path_factory.mktemp("data")
     names = make_datasets(folder)
     earlier = build_trainer(training_config(names, folder / "earlier", {"SOLVER.MAX_ITER": 2}))
     earlier.train()
     test_set = detections_as_ground_truth(
-        earlier.teacher, names["DATASETS.TEST"][0], folder / "truth.json"
+        earlier.teacher, names["DATASETS.TEST"][0], folder / "detections.json"
     )
     return names | {"DATASETS.TEST": [test_set]}
 
 
 @pytest.fixture(scope="module")
 def run(datasets, tmp_path_factory):
-    """A run that was evaluated twice, with its trainer."""
+    """Output folder of a run that was evaluated twice, and its trainer."""
     output = tmp_path_factory.mktemp("jane") / "tiny.v1"
     settings = {"DATASETS.TEST": datasets["DATASETS.TEST"], "TEST.EVAL_PERIOD": 2}
     cfg = training_config(datasets, output, settings)
@@ -104,8 +107,9 @@ def served(zoo, monkeypatch, tmp_path):
 # --- from a run to a server and back --------------------------------------------------------------
 
 
-def test_the_metrics_by_name_from_a_server_are_those_of_the_training(run, served, tmp_path):
-    """To the last digit."""
+def test_evaluation_of_the_published_model_equals_the_metrics_of_the_training(
+    run, served, tmp_path
+):
     lines = map(json.loads, (run[0] / "metrics.json").read_text().splitlines())
     *_, trained = (line for line in lines if "bbox/AP" in line)
     results = command_line(
@@ -121,7 +125,7 @@ def test_the_metrics_by_name_from_a_server_are_those_of_the_training(run, served
         assert value == trained[name] == results["bbox"][name.removeprefix("bbox/")], name
 
 
-def test_one_line_gives_the_model(run, served):
+def test_model_zoo_get_builds_the_published_model(run, served):
     model = model_zoo.get("tiny/v1.yaml", trained=True)
     assert same(model.state_dict(), copy_of(run[1].teacher))
     assert model.training
@@ -130,14 +134,14 @@ def test_one_line_gives_the_model(run, served):
     assert not same(model_zoo.get("tiny/v1").state_dict(), model.state_dict())
 
 
-def test_tools_open_it_by_name(run, served):
+def test_load_predictor_takes_the_address_of_a_model(run, served):
     detector = load_predictor("locreweight://tiny/v1", device="cpu")
     assert detector.class_names == ["cat", "dog", "owl"] and detector.has_localization_quality
     assert same(detector.model.state_dict(), copy_of(run[1].teacher))
 
 
-def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
-    """All but the layers whose outputs are classes; these are named, in one line."""
+def test_training_with_other_classes_keeps_all_other_layers(run, served, tmp_path, caplog):
+    """One log line names the layers that depend on the classes."""
     labeled = make_coco(tmp_path / "labeled", images=3, classes=("ant", "bee"))
     settings = {
         "MODEL.WEIGHTS": "locreweight://tiny/v1",
@@ -161,7 +165,7 @@ def test_it_is_fine_tuned_on_other_classes(run, served, tmp_path, caplog):
     assert trainer.iter == 1
 
 
-def test_a_change_of_the_file_is_seen(run, zoo, monkeypatch, tmp_path):
+def test_changed_weight_file_is_rejected(run, zoo, monkeypatch, tmp_path):
     copied = shutil.copytree(zoo, tmp_path / "zoo")
     monkeypatch.setenv(VARIABLE, str(copied))
     (file,) = copied.rglob("*.safetensors")
@@ -172,10 +176,10 @@ def test_a_change_of_the_file_is_seen(run, zoo, monkeypatch, tmp_path):
         model_zoo.get("tiny/v1", trained=True)
 
 
-# --- what goes along, and what does not -----------------------------------------------------------
+# --- published files ------------------------------------------------------------------------------
 
 
-def test_the_entry_is_complete(run, zoo):
+def test_publish_writes_all_files_of_an_entry(run, zoo):
     folder = zoo / "tiny/v1"
     (weights,) = folder.glob("*.safetensors")
     (pickled,) = folder.glob("*.pkl")
@@ -201,7 +205,7 @@ def test_the_entry_is_complete(run, zoo):
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
-def test_the_weights_are_the_teachers_and_nothing_else(run, zoo):
+def test_published_weights_contain_only_the_teacher(run, zoo):
     (file,) = zoo.rglob("*.safetensors")
     content = read_safetensors(str(file))
     assert same(content["model"], copy_of(run[1].teacher))
@@ -211,8 +215,8 @@ def test_the_weights_are_the_teachers_and_nothing_else(run, zoo):
     assert file.stat().st_size < size + 50_000
 
 
-def test_nothing_of_the_machine_is_in_any_file(run, datasets, zoo):
-    """Neither the folders of run, data and home nor the names of user and host."""
+def test_published_files_contain_nothing_private(run, datasets, zoo):
+    """They contain neither folders of run, data and home, nor names of the user and host."""
     folders = {str(Path.home()), str(run[0].parent), "jane", sys.prefix, "/tmp", "/home"}
     folders |= {
         str(Path(name.split(":")[1]).parent) for names in datasets.values() for name in names
@@ -223,14 +227,14 @@ def test_nothing_of_the_machine_is_in_any_file(run, datasets, zoo):
     for file in files:
         content = file.read_bytes()
         in_text = file.suffix in {".yaml", ".json", ".md", ".py"}
-        # Four bytes are by chance among so many numbers.
+        # Binary files contain sequences of four bytes by chance.
         for word in (folder.encode() for folder in folders if in_text or len(folder) > 5):
             assert word not in content, f"{word} in {file}"
         for name in (re.escape(name.encode()) for name in people if in_text):
             assert not re.search(rb"\b" + name + rb"\b", content), f"{name} in {file}"
 
 
-def test_the_same_run_makes_the_same_entry(run, zoo, tmp_path):
+def test_publishing_a_run_again_writes_the_same_files(run, zoo, tmp_path):
     publish_model(
         read_trained_model(run[0], last=True), tmp_path, PublishOptions("tiny/v1", license=LICENSE)
     )
@@ -240,11 +244,11 @@ def test_the_same_run_makes_the_same_entry(run, zoo, tmp_path):
     assert names[0] == names[1]
 
 
-# --- choices --------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("last", "name"), [(False, "model_best.pth"), (True, "model_final.pth")])
-def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
+def test_metrics_belong_to_the_published_checkpoint(run, tmp_path, last, name):
     output = shutil.copytree(run[0], tmp_path / "output")
     best = torch.load(output / "model_best.pth", weights_only=True)
     best["trainer"]["iteration"] = 1
@@ -261,7 +265,7 @@ def test_metrics_are_those_of_the_checkpoint(run, tmp_path, last, name):
     assert trained.metrics == {"bbox/AP": 10.0 if last else 30.0}
 
 
-def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
+def test_run_without_evaluations_has_no_metrics(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
     entry = publish_model(
@@ -273,14 +277,14 @@ def test_without_an_evaluation_there_are_no_metrics(run, tmp_path):
     assert "not stated" in card and "license:" not in card
 
 
-def test_a_line_that_a_kill_cut_off_costs_no_metrics(run, tmp_path):
+def test_metrics_ignore_an_incomplete_last_line(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     with (output / "metrics.json").open("a") as file:
         file.write('{"iteration": 3, "bbox/')
     assert read_trained_model(output).metrics == read_trained_model(run[0]).metrics
 
 
-def test_what_the_run_recorded_is_handed_on(run, tmp_path):
+def test_command_and_versions_of_the_run_are_published(run, tmp_path):
     output = shutil.copytree(run[0], tmp_path / "output")
     start = {
         "command": "python train_net.py --config-file /home/jane/mine.yaml SEED 3",
@@ -299,7 +303,7 @@ def test_what_the_run_recorded_is_handed_on(run, tmp_path):
     assert "jane" not in (tmp_path / "zoo/a/README.md").read_text()
 
 
-def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
+def test_publish_replaces_an_entry_only_with_the_option(run, tmp_path):
     trained = read_trained_model(run[0])
     publish_model(trained, tmp_path, PublishOptions("a", pictures=0))
     (tmp_path / "a/old").touch()
@@ -315,15 +319,15 @@ def test_an_entry_is_replaced_only_when_asked_for(run, tmp_path):
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b", "a/b/c/d")])
-def test_models_do_not_lie_in_each_other(run, tmp_path, first, second):
-    """Replacing one would remove the other."""
+def test_publish_rejects_nested_entries(run, tmp_path, first, second):
+    """Replacing the outer entry would delete the inner one."""
     trained = read_trained_model(run[0])
     publish_model(trained, tmp_path, PublishOptions(first, pictures=0))
     with pytest.raises(UsageError, match=f"'{second}' and the model in {tmp_path / first} would"):
         publish_model(trained, tmp_path, PublishOptions(second, pictures=0, replace=True))
 
 
-def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
+def test_publish_rejects_folders_that_are_not_zoos(run, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for zoo, words in (
         (tmp_path, "neither empty nor a model zoo"),
@@ -334,7 +338,7 @@ def test_a_folder_of_other_things_is_left_alone(run, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
 
-# --- what the user has to put right ---------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def error_of(monkeypatch, *arguments):
@@ -345,7 +349,7 @@ def error_of(monkeypatch, *arguments):
     return exit_.value.code
 
 
-def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
+def test_invalid_arguments_raise_errors_of_one_line(run, tmp_path, monkeypatch):
     zoo = tmp_path / "zoo"
     assert "is not the OUTPUT_DIR of a run" in error_of(monkeypatch, tmp_path, "--to", zoo)
     output = shutil.copytree(run[0], tmp_path / "output")
@@ -365,7 +369,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     assert f"infinite or NaN, such as {first}" in error_of(monkeypatch, output, "--to", zoo)
     torch.save({"model": content["model"]}, best)
     assert "has no teacher and student" in error_of(monkeypatch, output, "--to", zoo)
-    best.write_text("no weights")
+    best.write_text("not weights")
     assert "model_best.pth is not a checkpoint" in error_of(monkeypatch, output, "--to", zoo)
     for file in [*output.glob("*.pth"), output / "last_checkpoint"]:
         file.unlink()
@@ -373,7 +377,7 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, monkeypatch):
     assert not zoo.exists()
 
 
-def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
+def test_unknown_class_names_are_reported(run, tmp_path, monkeypatch):
     output = shutil.copytree(run[0], tmp_path / "output")
     content = torch.load(output / "model_best.pth", weights_only=True)
     content.pop("class_names")
@@ -385,10 +389,10 @@ def test_class_names_that_are_nowhere_are_told(run, tmp_path, monkeypatch):
     )
 
 
-def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):
+def test_command_prints_what_it_wrote(run, tmp_path, monkeypatch, capsys):
     arguments = ["publish.py", str(run[0]), "--to", str(tmp_path / "zoo"), "--pictures", "1"]
     monkeypatch.setattr(sys, "argv", arguments)
     publish.main()
-    said = capsys.readouterr().out
-    assert str(tmp_path / "zoo/tiny.v1") in said and "model_best_" in said
-    assert "without a license" in said and "may be published" in said
+    output = capsys.readouterr().out
+    assert str(tmp_path / "zoo/tiny.v1") in output and "model_best_" in output
+    assert "without a license" in output and "may be published" in output

@@ -75,10 +75,226 @@ def test_train_resume_and_evaluate(make_arguments, tmp_path):
     assert "resumed after iteration 2" in log.read_text()
     assert metrics()[-1]["iteration"] == 4
 
-    weights = {"MODEL.WEIGHTS": tmp_path / "model_final.pth"}
+    before = content_of(tmp_path)
+    weights = {"MODEL.WEIGHTS": tmp_path / "model_final.pth", "TEST.DETECTIONS_PER_IMAGE": 9}
     run_script(*make_arguments("--eval-only", **weights))
+    assert content_of(tmp_path) == before, "--eval-only changed the record of the run"
+    evaluation = tmp_path / "evaluation"
+    log = evaluation / "log.txt"
     assert "evaluating the teacher" in log.read_text()
     assert "copypaste: AP,AP50,AP75" in log.read_text()
+    assert "DETECTIONS_PER_IMAGE: 9" in (evaluation / "config.yaml").read_text()
+    assert json.loads((evaluation / "inference/coco_instances_results.json").read_text())
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Path -> content of all files, without those of an evaluation."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(f): f.read_bytes() for f in files if "evaluation" not in f.parts}
+
+
+def test_training_never_replaces_a_run(make_arguments, datasets, tmp_path):
+    run = tmp_path / "run"
+    arguments = make_arguments(OUTPUT_DIR=run)
+    run_script(*arguments)
+    before = content_of(run)
+
+    error = error_of(*arguments)
+    assert "holds a run with model_best.pth" in error and "--overwrite" in error
+    assert content_of(run) == before
+
+    # Flags can follow the KEY VALUE pairs.
+    run_script(*arguments, "--overwrite")
+    moved = {name.replace("/run-old-1/", "/run/"): x for name, x in content_of_old(run).items()}
+    assert moved == before
+    assert len(read_run_records(run)) == 1
+    assert (
+        f"moved the earlier run in OUTPUT_DIR {run} to {run}-old-1" in (run / "log.txt").read_text()
+    )
+
+    run_script(*arguments, "SOLVER.MAX_ITER", "4", "--resume")
+    assert "resumed after iteration 2" in (run / "log.txt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-old-1"]
+
+
+def content_of_old(run: Path) -> dict[str, bytes]:
+    return content_of(run.with_name(run.name + "-old-1"))
+
+
+def test_failed_start_can_be_repeated(make_arguments, tmp_path):
+    assert "NUM_CLASSES 3" in error_of(*make_arguments(**{"MODEL.ROI_HEADS.NUM_CLASSES": 4}))
+    assert (tmp_path / "config.yaml").exists()
+    run_script(*make_arguments(**{"SOLVER.MAX_ITER": 1}))
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_resume_with_nothing_to_resume_warns_of_the_weights_of_a_run(make_arguments, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    short = {"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}
+    run_script(*make_arguments("--resume", OUTPUT_DIR=first, **short))
+    assert "NOTHING TO RESUME" not in (first / "log.txt").read_text()
+    weights = {"MODEL.WEIGHTS": first / "model_final.pth"}
+    run_script(*make_arguments("--resume", OUTPUT_DIR=second, **short, **weights))
+    assert (
+        f"NOTHING TO RESUME: there is no checkpoint in OUTPUT_DIR '{second}'"
+        in (second / "log.txt").read_text()
+    )
+
+
+def test_output_below_the_unlabeled_images(make_arguments, datasets, tmp_path):
+    _, _, source = datasets["DATASETS.UNLABELED"][0].partition(":")
+    images = shutil.copytree(source, tmp_path / "images")
+    settings = {
+        "DATASETS.UNLABELED": [f"folder:{images}"],
+        "OUTPUT_DIR": images / "any name",
+        "VIS_PERIOD": 3,
+        "DATASETS.TEST": (),
+    }
+    run_script(*make_arguments(**settings))
+    assert list((images / "any name/panels").glob("*.jpg"))
+    run_script(*make_arguments("--resume", **settings | {"SOLVER.MAX_ITER": 4}))
+    log = (images / "any name/log.txt").read_text()
+    assert "resumed after iteration 2" in log
+    assert log.count("5 labeled and 5 unlabeled images") == 2
+    assert log.count(f"left out 1 folders of runs in the image folder {images}") == 2
+
+
+def test_no_checkpoints_with_period_0(make_arguments, tmp_path):
+    never = {"SOLVER.CHECKPOINT_PERIOD": 0, "TEST.EVAL_PERIOD": 0, "VIS_PERIOD": 0}
+    run_script(*make_arguments(**never, **{"DATASETS.TEST": ()}))
+    assert [file.name for file in tmp_path.glob("*.pth")] == ["model_final.pth"]
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(datasets, tmp_path_factory):
+    """OUTPUT_DIR of a run of one iteration."""
+    output = tmp_path_factory.mktemp("trained")
+    short = {"OUTPUT_DIR": output, "SOLVER.MAX_ITER": 1}
+    settings = TINY | TRAINING | datasets | short | {"DATASETS.TEST": ()}
+    run_script("--config-file", str(BASE), *as_options(settings))
+    return output
+
+
+@pytest.fixture
+def evaluate_on(make_arguments, datasets, trained, tmp_path):
+    """Arguments that evaluate the run on an edited copy of the test set."""
+    _, json_file, images = datasets["DATASETS.TEST"][0].split(":")
+
+    def arguments(edit=lambda content: None, **changed):
+        content = json.loads(Path(json_file).read_text())
+        edit(content)
+        (tmp_path / "edited.json").write_text(json.dumps(content))
+        settings = {
+            "DATASETS.TEST": [f"coco:{tmp_path / 'edited.json'}:{images}"],
+            "MODEL.WEIGHTS": trained / "model_final.pth",
+        }
+        return make_arguments("--eval-only", **settings | changed)
+
+    return arguments
+
+
+def rename_classes(*names):
+    def edit(content):
+        for category, name in zip(content["categories"], names, strict=True):
+            category["name"] = name
+
+    return edit
+
+
+def edit_box(box):
+    def edit(content):
+        if box is None:
+            del content["annotations"][1]["bbox"]
+        else:
+            content["annotations"][1]["bbox"] = box
+
+    return edit
+
+
+def widen_image(content):
+    content["images"][0]["width"] += 7
+
+
+def drop_boxes(content):
+    content["annotations"] = []
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edit_box([1, 2, 3]), "1 boxes of the test set .*malformed.*[1, 2, 3]"),
+        (edit_box(None), "1 boxes of the test set .*malformed.*: None"),
+        (edit_box([30, 30, -10, -5]), "1 boxes of the test set .*inverted"),
+        (edit_box([30, 30, float("nan"), 5]), "1 boxes of the test set .*NaN"),
+        (widen_image, "annotation says"),
+        (drop_boxes, "no annotated box"),
+    ],
+)
+def test_evaluation_checks_its_data(evaluate_on, capfd, edit, message):
+    error = error_of(*evaluate_on(edit))
+    assert error.startswith("error: ") and re.search(
+        message.replace("[1, 2, 3]", ".1, 2, 3."), error
+    )
+    assert "\n" not in error
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_evaluation_needs_a_test_set(evaluate_on):
+    assert "DATASETS.TEST is empty" in error_of(*evaluate_on(**{"DATASETS.TEST": ()}))
+
+
+def test_evaluation_does_not_overwrite(evaluate_on):
+    assert "--overwrite is for training" in error_of("--overwrite", *evaluate_on())
+
+
+def class_names(datasets):
+    _, json_file, _ = datasets["DATASETS.TEST"][0].split(":")
+    return [category["name"] for category in json.loads(Path(json_file).read_text())["categories"]]
+
+
+def test_evaluation_on_other_class_names(evaluate_on, datasets, tmp_path):
+    names = class_names(datasets)
+    arguments = evaluate_on(rename_classes(names[0], "dog", names[2]))
+    error = error_of(*arguments)
+    for word in (*names, "dog", "edited.json", "model_final.pth", "ALLOW_OTHER_CLASS_NAMES True"):
+        assert word in error
+    assert f"Class 1 is {names[1]!r} in the checkpoint, 'dog' in the test set" in error
+    run_script(*arguments, "DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES", "True")
+    assert "copypaste: AP" in (tmp_path / "evaluation/log.txt").read_text()
+
+
+def test_evaluation_on_another_order_of_classes(evaluate_on, datasets):
+    error = error_of(*evaluate_on(rename_classes(*reversed(class_names(datasets)))))
+    assert "the same classes in another order" in error and "Sort the classes" in error
+
+
+def test_evaluation_on_another_number_of_classes(evaluate_on, datasets):
+    """The checkpoint is compared first: no advice that something else refuses."""
+
+    def edit(content):
+        content["categories"].append({"id": 9, "name": "dog"})
+
+    error = error_of(*evaluate_on(edit))
+    assert "Class 3 is '(none)' in the checkpoint, 'dog' in the test set" in error
+    assert "NUM_CLASSES" not in error
+
+
+def test_fine_tuning_on_other_classes_is_possible(make_arguments, datasets, trained, tmp_path):
+    _, json_file, images = datasets["DATASETS.TRAIN"][0].split(":")
+    content = json.loads(Path(json_file).read_text())
+    rename_classes("cat", "dog", "cow")(content)
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    settings = {
+        "DATASETS.TRAIN": [f"coco:{tmp_path / 'other.json'}:{images}"],
+        "DATASETS.TEST": (),
+        "MODEL.WEIGHTS": trained / "model_final.pth",
+        "SOLVER.MAX_ITER": 1,
+    }
+    run_script(*make_arguments(**settings))
+    assert (tmp_path / "model_final.pth").exists()
 
 
 def test_resume_with_another_copy_of_detectron2(make_arguments, tmp_path):
@@ -117,6 +333,12 @@ def test_method_is_found_by_its_short_name(make_arguments, tmp_path):
         ([], {"OUTPUT_DIR": "/dev/null/run"}, "cannot write to OUTPUT_DIR '/dev/null/run'"),
         (["--eval-only"], {"MODEL.WEIGHTS": ""}, "--eval-only needs MODEL.WEIGHTS"),
         (["--method", "stca"], {}, "method 'stca' does not exist"),
+        ([], {"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, "2 lists for 5 feature levels"),
+        (["--eval-only"], {"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, "2 lists for 5"),
+        ([], {"SOLVER.STEPS": (2, 1)}, "increasing order"),
+        ([], {"SOLVER.LR_SCHEDULER_NAME": "WarmupMultistepLR"}, "known names: WarmupMultiStepLR"),
+        ([], {"MODEL.DEVICE": "cdua"}, "no device 'cdua'"),
+        (["--resume", "--overwrite"], {}, "use one of them"),
     ],
 )
 def test_mistakes_end_with_one_line(make_arguments, capfd, flags, changed, message):

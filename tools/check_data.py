@@ -9,8 +9,9 @@
 
 Takes the arguments of train_net.py and reads every image once. Prints an overview, all problems
 with their fixes, including those that training itself would stop at, the estimated memory, and the
-command to train with, which includes the fixes that are config keys. The exit code is 1 if there
-are errors. Copies of images that were mirrored or cropped are not detected.
+command to train with, which includes the fixes that are config keys. --write-config writes a
+complete config for the data and this machine. The exit code is 1 if there are errors. Copies of
+images that were mirrored or cropped are not detected.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
+from locreweight.engine.config_suggestion import write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
 from locreweight.errors import UsageError
 
@@ -36,7 +39,7 @@ def training_command(args: argparse.Namespace, options: list[str]) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default="", metavar="FILE")
@@ -47,7 +50,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--num-gpus", type=int, default=1, help="number of GPUs that training will use (1)"
     )
     parser.add_argument("--list", type=Path, metavar="FILE", help="write all findings with files")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    parser.add_argument(
+        "--write-config",
+        type=Path,
+        metavar="FILE",
+        help="write a config with data, classes, a detector for this machine, and a schedule",
+    )
     return parser.parse_args(arguments)
 
 
@@ -69,6 +77,12 @@ def main(arguments: list[str] | None = None) -> None:
         if args.list:
             # File names can contain any bytes.
             args.list.write_text(format_all_files(report.findings), errors="surrogateescape")
+        if args.write_config:
+            if report.sets is None or report.has_errors:
+                raise UsageError("no config was written: fix the errors above first")
+            write_config(args.write_config, report.cfg, report.sets)
+            print(f"\nwrote {args.write_config}; to train with it:")
+            print(f"  python train_net.py --config-file {args.write_config}")
     except UsageError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

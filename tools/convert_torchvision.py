@@ -24,7 +24,9 @@ from locreweight.errors import UsageError
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weights", type=Path, help="weight file of torchvision")
     parser.add_argument("output", type=Path, help="file to write; its name must end with .pkl")

@@ -53,7 +53,9 @@ def load_images(detector: Predictor, files: Sequence[str]) -> list[Tensor]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--weights", required=True, help="a checkpoint, an OUTPUT_DIR, or locreweight://<name>"

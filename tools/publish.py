@@ -24,7 +24,9 @@ from locreweight.visualization.model_card import PICTURE
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of the run")
     parser.add_argument("--to", type=Path, required=True, help="folder of the zoo")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
 from locreweight.engine.inference import INPUT_HELP, picture_file
 from locreweight.engine.predictor import load_student
@@ -25,7 +26,7 @@ from locreweight.visualization.views import draw_view_table, select_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True)
@@ -39,7 +40,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4, help="maximum number of images")
     parser.add_argument("--proposals", type=int, default=5, help="number of proposals per image")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentations")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
     try:
         cfg = load_config(args.config_file, args.opts)

@@ -6,7 +6,7 @@ from tests.engine.conftest import datasets, make_trainer  # noqa: F401  (fixture
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """What is fetched from servers goes into a folder of the test; no zoo is named."""
+    """Cache downloads in a folder of the test, and configure no zoo."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(VARIABLE, raising=False)
     return tmp_path / "cache"

@@ -1,4 +1,4 @@
-"""Zoos for tests: folders with small files, and a web server on this machine."""
+"""Model zoos for tests: folders with small files, and a local web server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from locreweight.file_io import sha256_of
 
 class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
+        self.server.requests.append(self.path)
         super().do_GET()
 
     def log_message(self, *_: object) -> None:
@@ -23,11 +23,11 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder on a free port; ``asked`` are the paths that were asked for."""
+    """Serve a folder on a free port; ``requests`` lists the requested paths."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
-        self.asked: list[str] = []
+        self.requests: list[str] = []
 
     @property
     def address(self) -> str:
@@ -49,7 +49,7 @@ def serving(folder: Path) -> Iterator[Server]:
 def write_entry(
     zoo: Path, name: str, weights: bytes = b"weights", config: str = "VERSION: 2\n"
 ) -> ZooEntry:
-    """A model whose weights are any bytes."""
+    """Add a model with arbitrary bytes as weights to a zoo."""
     folder = zoo / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(weights)

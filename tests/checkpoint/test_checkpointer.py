@@ -1,4 +1,4 @@
-"""What a checkpoint of ours holds, and what is made of those of others."""
+"""Tests of the contents of checkpoints, and of loading plain Detectron2 detectors."""
 
 import logging
 import pickle
@@ -9,9 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
-from torch.testing import assert_close
 
 import train_net
 from locreweight.checkpoint.checkpointer import CheckpointContents, TeacherCheckpointer
@@ -20,6 +18,7 @@ from locreweight.checkpoint.loading import check_weights_exist
 from locreweight.engine import load_for_evaluation
 from locreweight.errors import UsageError
 from locreweight.modeling import CornerBoxTransform
+from locreweight.run_files import EVALUATION_FOLDER
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
@@ -50,19 +49,19 @@ def detections(model, image=None):
         return model.eval()([{"image": image}])[0]["instances"]
 
 
-def assert_same_detections(found, expected):
-    assert len(found) == len(expected) > 0
-    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
-    assert torch.equal(found.scores, expected.scores)
-    assert torch.equal(found.pred_classes, expected.pred_classes)
+def assert_same_detections(actual, expected):
+    assert len(actual) == len(expected) > 0
+    assert torch.equal(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(actual.scores, expected.scores)
+    assert torch.equal(actual.pred_classes, expected.pred_classes)
 
 
-# --- ours -----------------------------------------------------------------------------------------
+# --- checkpoints of this project ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(datasets, tmp_path_factory):
-    """A finished training whose teacher is not its student."""
+    """Trainer of a finished training, whose teacher and student differ."""
     trainer = build_trainer(training_config(datasets, tmp_path_factory.mktemp("trained")))
     trainer.train()
     assert not same(copy_of(trainer.teacher), copy_of(trainer.student))
@@ -74,32 +73,32 @@ def file(trained):
     return trained.checkpointer.get_checkpoint_file()
 
 
-def test_a_checkpoint_holds_the_teacher_as_model_and_student_and_trainer_beside_it(trained, file):
+def test_checkpoint_contains_teacher_student_and_trainer(trained, file):
     content = torch.load(file, weights_only=True)
-    described = {"corner_coding", "config", "class_names"}
-    assert set(content) == {"model", "student", "trainer", "iteration"} | described
+    description = {"corner_coding", "config", "class_names"}
+    assert set(content) == {"model", "student", "trainer", "iteration"} | description
     assert same(content["model"], copy_of(trained.teacher))
     assert same(content["student"], copy_of(trained.student))
     assert content["trainer"]["iteration"] == trained.max_iter - 1
     assert "optimizer" in content["trainer"]
 
 
-def test_detectron2s_checkpointer_reads_the_teacher(trained, file):
+def test_detection_checkpointer_loads_the_teacher(trained, file):
     model = build_model(trained.cfg)
     DetectionCheckpointer(model).load(file)
     assert same(copy_of(model), copy_of(trained.teacher))
 
 
-def test_detectron2s_predictor_runs_the_teacher(trained, file, datasets):
+def test_default_predictor_runs_the_teacher(trained, file, datasets):
     cfg = trained.cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = file
     photo = next(iter(trained.sets.labeled))["file_name"]
-    found = DefaultPredictor(cfg)(read_image(photo, format="BGR"))["instances"]
-    assert_same_detections(found, detections(trained.teacher, image_tensor(photo)))
+    actual = DefaultPredictor(cfg)(read_image(photo, format="BGR"))["instances"]
+    assert_same_detections(actual, detections(trained.teacher, image_tensor(photo)))
 
 
-def test_evaluation_loads_the_teacher_and_says_so(trained, file):
+def test_load_for_evaluation_loads_the_teacher(trained, file):
     model = tiny_model({"MODEL.RESNETS.NORM": "BN"})
     cfg = tiny_config({"MODEL.WEIGHTS": file, "MODEL.RESNETS.NORM": "BN"})
     assert load_for_evaluation(cfg, model) is CheckpointContents.TEACHER
@@ -108,8 +107,8 @@ def test_evaluation_loads_the_teacher_and_says_so(trained, file):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_path, swapped):
-    """What the teacher finds is taken for the truth: it scores 100, and no other model does."""
+def test_eval_only_evaluates_the_teacher_of_the_file(trained, file, datasets, tmp_path, swapped):
+    """With its own detections as ground truth the teacher has an AP of 100, and no other model."""
     weights = torch.load(file, weights_only=True)
     other = tiny_model({"MODEL.RESNETS.NORM": "BN"})
     torch.nn.init.normal_(other.roi_heads.box_predictor.bbox_pred.weight)
@@ -132,7 +131,7 @@ def test_eval_only_scores_the_teacher_of_the_file(trained, file, datasets, tmp_p
     with restored_loggers_and_signals():
         average_precision = train_net.main(args)["bbox"]["AP"]
     assert average_precision < 50 if swapped else average_precision == pytest.approx(100)
-    assert "evaluating the teacher" in (tmp_path / "log.txt").read_text()
+    assert "evaluating the teacher" in (tmp_path / EVALUATION_FOLDER / "log.txt").read_text()
 
 
 # --- plain Detectron2 detectors -------------------------------------------------------------------
@@ -144,7 +143,7 @@ def as_pth(model, folder):
 
 
 def as_zoo_pkl(model, folder):
-    """The format of Detectron2's model zoo: a pickle of numpy arrays."""
+    """Write the format of Detectron2's model zoo: a pickle of numpy arrays."""
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     with open(folder / "plain.pkl", "wb") as f:
         pickle.dump({"model": weights, "__author__": "somebody"}, f)
@@ -152,7 +151,7 @@ def as_zoo_pkl(model, folder):
 
 
 def as_wrapped_pth(model, folder):
-    """Saved from within DistributedDataParallel."""
+    """Write weights with the prefix of DistributedDataParallel."""
     weights = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"model": weights}, folder / "wrapped.pth")
     return str(folder / "wrapped.pth")
@@ -163,7 +162,7 @@ each_format = pytest.mark.parametrize("save", [as_pth, as_zoo_pkl, as_wrapped_pt
 
 @pytest.fixture(scope="module")
 def plain():
-    """Detectron2's own detector, one that moves its boxes by a pixel or so."""
+    """A plain Detectron2 detector, which moves boxes by about a pixel."""
     torch.manual_seed(1)
     model = build_model(plain_config(tiny_config()))
     torch.nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.01)
@@ -172,8 +171,8 @@ def plain():
 
 @each_format
 @each_coding
-def test_a_plain_detector_is_evaluated_as_detectron2_does(plain, tmp_path, caplog, save, corners):
-    """Bit by bit, whatever coding is configured for training."""
+def test_plain_detector_is_evaluated_as_in_detectron2(plain, tmp_path, caplog, save, corners):
+    """Results are bitwise equal with each box coding in the config."""
     cfg = tiny_config(
         {"MODEL.WEIGHTS": save(plain, tmp_path), "MODEL.ROI_BOX_HEAD.CORNER_CODING": corners}
     )
@@ -194,73 +193,32 @@ def random_boxes(count=20):
     return torch.cat([corner, corner + 10 + torch.rand(count, 2) * 20], dim=1)
 
 
-def decoded(deltas, boxes):
-    """By corners from the translated offsets, and by Detectron2 from its own."""
-    translated = corners_from_centers(deltas.T).T
-    mine = CornerBoxTransform((10.0, 10.0)).apply_deltas(translated, boxes)
-    return mine, Box2BoxTransform((10.0, 10.0, 5.0, 5.0)).apply_deltas(deltas, boxes)
-
-
-def test_translated_offsets_are_exact_for_shifts():
-    deltas, boxes = torch.randn(20, 8), random_boxes()
-    deltas.unflatten(1, (2, 4))[..., 2:] = 0
-    mine, theirs = decoded(deltas, boxes)
-    assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
-    assert (theirs - boxes.repeat(1, 2)).abs().max() > 1
-
-
-def test_translated_offsets_are_right_to_first_order_for_changes_of_size():
-    """Half the change leaves a quarter of the error."""
-    deltas, boxes = torch.randn(20, 4).double(), random_boxes()
-    deltas[:, :2] = 0
-
-    def error_and_change(scale):
-        mine, theirs = decoded(scale * deltas, boxes)
-        return (mine - theirs).abs().max().item(), (theirs - boxes).abs().max().item()
-
-    whole, _ = error_and_change(1.0)
-    half, change = error_and_change(0.5)
-    assert half / whole == pytest.approx(1 / 4, rel=0.15)
-    assert 0 < half < change / 5
-
-
-def test_translation_of_a_layer_is_translation_of_what_it_predicts():
-    layer, x = torch.nn.Linear(16, 12).double(), torch.randn(5, 16).double()
-    translated = torch.nn.Linear(16, 12).double()
-    with torch.no_grad():
-        translated.weight.copy_(corners_from_centers(layer.weight))
-        translated.bias.copy_(corners_from_centers(layer.bias))
-    dx, dy, dw, dh = layer(x).unflatten(1, (3, 4)).unbind(2)
-    expected = torch.stack([dx - dw, dy - dh, dx + dw, dy + dh], dim=2).flatten(1)
-    assert_close(translated(x), expected)
-
-
 def predicted_boxes(model, boxes, features):
-    """What a predictor makes of given features of given proposals."""
+    """Boxes that a model predicts from features of proposals."""
     predictor = model.roi_heads.box_predictor
     proposals = [Instances((64, 64), proposal_boxes=Boxes(boxes))]
     return predictor.predict_boxes(predictor(features), proposals)[0]
 
 
 @each_format
-def test_training_starts_with_the_boxes_of_the_plain_detector(plain, tmp_path, save):
+def test_training_starts_with_the_boxes_of_a_plain_detector(plain, tmp_path, save):
     model = tiny_model()
     TeacherCheckpointer(model).load(save(plain, tmp_path))
     boxes, features = random_boxes(), torch.randn(20, 64)
-    mine, theirs = (predicted_boxes(m, boxes, features) for m in (model, plain))
-    moved = (theirs - boxes.repeat(1, NUM_CLASSES)).abs().mean()
-    assert moved > 0.1
-    assert (mine - theirs).abs().mean() < 0.02 * moved
+    converted, expected = (predicted_boxes(m, boxes, features) for m in (model, plain))
+    movement = (expected - boxes.repeat(1, NUM_CLASSES)).abs().mean()
+    assert movement > 0.1
+    assert (converted - expected).abs().mean() < 0.02 * movement
 
 
-def test_with_centre_coding_the_plain_box_branch_is_taken_as_it_is(plain, tmp_path):
+def test_plain_box_branch_is_not_converted_without_corner_coding(plain, tmp_path):
     model = tiny_model({"MODEL.ROI_BOX_HEAD.CORNER_CODING": False})
     TeacherCheckpointer(model).load(as_pth(plain, tmp_path))
     weights = model.state_dict()
     assert all(torch.equal(weights[n], value) for n, value in plain.state_dict().items())
 
 
-def test_a_trainer_starts_both_models_from_a_plain_detector(plain, tmp_path, make_trainer):
+def test_trainer_starts_both_models_from_a_plain_detector(plain, tmp_path, make_trainer):
     trainer = make_trainer(
         {"MODEL.WEIGHTS": as_pth(plain, tmp_path), "MODEL.RESNETS.NORM": "FrozenBN"}
     )
@@ -273,7 +231,7 @@ def test_a_trainer_starts_both_models_from_a_plain_detector(plain, tmp_path, mak
     assert student[VARIANCE + "weight"].std() < 2e-4
 
 
-def test_a_checkpoint_of_ours_is_not_translated(trained, file):
+def test_checkpoint_of_this_project_is_not_converted(trained, file):
     model = tiny_model({"MODEL.RESNETS.NORM": "BN"})
     TeacherCheckpointer(model).load(file)
     assert torch.equal(
@@ -281,10 +239,10 @@ def test_a_checkpoint_of_ours_is_not_translated(trained, file):
     )
 
 
-# --- weights that cannot be had -------------------------------------------------------------------
+# --- missing weights ------------------------------------------------------------------------------
 
 
-def test_a_backbone_cannot_be_evaluated(plain, tmp_path):
+def test_load_for_evaluation_rejects_a_backbone(plain, tmp_path):
     weights = {n: v for n, v in plain.state_dict().items() if n.startswith("backbone.")}
     torch.save({"model": weights}, tmp_path / "backbone.pth")
     cfg = tiny_config({"MODEL.WEIGHTS": str(tmp_path / "backbone.pth")})
@@ -292,22 +250,22 @@ def test_a_backbone_cannot_be_evaluated(plain, tmp_path):
         load_for_evaluation(cfg, tiny_model())
 
 
-def test_evaluation_needs_weights():
+def test_load_for_evaluation_requires_weights():
     with pytest.raises(UsageError, match=r"MODEL\.WEIGHTS"):
         load_for_evaluation(tiny_config(), tiny_model())
 
 
 @pytest.mark.parametrize("path", ["nowhere/model.pth", "strange://model"])
-def test_missing_weights_are_named(path):
+def test_check_weights_exist_names_missing_weights(path):
     with pytest.raises(UsageError, match=r"MODEL\.WEIGHTS") as error:
         check_weights_exist(path)
     assert path in str(error.value)
 
 
-def test_a_trainer_says_which_weights_are_missing(make_trainer):
+def test_trainer_names_missing_weights(make_trainer):
     with pytest.raises(UsageError, match=r"nowhere/model\.pth"):
         make_trainer({"MODEL.WEIGHTS": "nowhere/model.pth"})
 
 
-def test_random_weights_need_no_file():
+def test_check_weights_exist_accepts_random_weights():
     check_weights_exist("")

@@ -1,4 +1,4 @@
-"""torchvision's ResNets under Detectron2's names compute the same."""
+"""Converted torchvision ResNets compute the same features in Detectron2."""
 
 import pickle
 import shlex
@@ -21,7 +21,7 @@ from tests.modeling.tiny_model import tiny_model
 
 
 def random_resnet(name):
-    """With statistics as if it were trained."""
+    """Build a ResNet with batch statistics similar to those of a trained one."""
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(weights=None)
     for module in model.modules():
@@ -42,27 +42,27 @@ def backbone_of(settings):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_features_are_torchvisions(name):
-    theirs = random_resnet(name)
-    weights = theirs.state_dict()
-    ours = backbone_of(torchvision_resnet_settings(weights))
-    missing, left = ours.load_state_dict(resnet_from_torchvision(weights), strict=False)
-    assert not missing and all(key.endswith("num_batches_tracked") for key in left)
+def test_converted_resnet_has_the_same_features(name):
+    original = random_resnet(name)
+    weights = original.state_dict()
+    converted = backbone_of(torchvision_resnet_settings(weights))
+    missing, unused = converted.load_state_dict(resnet_from_torchvision(weights), strict=False)
+    assert not missing and all(key.endswith("num_batches_tracked") for key in unused)
     image = torch.randn(1, 3, 64, 96)
-    features = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
-    found = ours(image)
+    features = original.maxpool(original.relu(original.bn1(original.conv1(image))))
+    actual = converted(image)
     for stage in (1, 2, 3, 4):
-        features = getattr(theirs, f"layer{stage}")(features)
-        # Of some hundred at the end: relative to their size.
+        features = getattr(original, f"layer{stage}")(features)
+        # Features of the last stage are in the hundreds, so the tolerance is relative.
         torch.testing.assert_close(
-            found[f"res{stage + 1}"], features, rtol=0, atol=1e-5 * features.abs().max().item()
+            actual[f"res{stage + 1}"], features, rtol=0, atol=1e-5 * features.abs().max().item()
         )
 
 
 @pytest.mark.parametrize(
     ("name", "depth"), [("resnet34", 34), ("resnet101", 101), ("wide_resnet50_2", 50)]
 )
-def test_the_settings_make_a_model_of_the_same_shapes(name, depth):
+def test_settings_build_a_model_with_the_same_shapes(name, depth):
     weights = getattr(torchvision.models, name)(weights=None).state_dict()
     settings = torchvision_resnet_settings(weights)
     assert settings["MODEL.RESNETS.DEPTH"] == depth
@@ -77,16 +77,16 @@ def run(monkeypatch, *arguments):
     convert_torchvision.main()
 
 
-def test_the_command_makes_a_start_of_training(tmp_path, monkeypatch, capsys):
+def test_convert_torchvision_writes_weights_to_train_from(tmp_path, monkeypatch, capsys):
     weights = random_resnet("resnet18").state_dict()
     torch.save(weights, tmp_path / "resnet18.pth")
     output = tmp_path / "new/R-18.pkl"
     run(monkeypatch, tmp_path / "resnet18.pth", output)
-    said = capsys.readouterr().out
-    options = shlex.split(said.splitlines()[1]) + shlex.split(said.splitlines()[2])
+    _, settings_line, weights_line = capsys.readouterr().out.splitlines()
+    options = shlex.split(settings_line) + shlex.split(weights_line)
     assert options[-2:] == ["MODEL.WEIGHTS", str(output)]
     cfg = get_cfg()
-    cfg.merge_from_list(options)  # as they are printed
+    cfg.merge_from_list(options)
     assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.RESNETS.DEPTH == 18
     settings = {
         "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
@@ -112,14 +112,14 @@ def test_the_command_makes_a_start_of_training(tmp_path, monkeypatch, capsys):
     [{"conv1.weight": torch.zeros(1)}, {"epoch": 3}, 3, {"layer1.0.conv1.weight": torch.zeros(1)}],
     ids=["one layer", "no weights", "a number", "no stem"],
 )
-def test_other_files_are_told(tmp_path, monkeypatch, content):
+def test_convert_torchvision_rejects_other_files(tmp_path, monkeypatch, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(SystemExit, match="error: ") as error:
         run(monkeypatch, tmp_path / "other.pth", tmp_path / "a.pkl")
     assert "\n" not in str(error.value)
 
 
-def test_mistakes_of_the_command_line_are_told(tmp_path, monkeypatch):
+def test_convert_torchvision_rejects_invalid_arguments(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="none.pth is not a checkpoint"):
         run(monkeypatch, tmp_path / "none.pth", tmp_path / "a.pkl")
     with pytest.raises(SystemExit, match="must end with .pkl"):

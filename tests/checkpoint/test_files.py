@@ -1,4 +1,4 @@
-"""A run's checkpoints survive kills, full disks and damage; old ones go, the best and last stay."""
+"""Checkpoint files survive kills, full disks and damage; old ones are pruned."""
 
 import errno
 import logging
@@ -18,13 +18,13 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 
-from locreweight.checkpoint import files as files
+from locreweight.checkpoint import files
 from locreweight.checkpoint.checkpointer import SafeCheckpointer
 from locreweight.errors import UsageError
 
 
 class Counter:
-    """Stands in for a trainer: all that it is follows from the iteration."""
+    """Stand-in for a trainer, whose state depends only on the iteration."""
 
     def __init__(self, iteration=-1):
         self.iteration = iteration
@@ -37,7 +37,7 @@ class Counter:
 
 
 class Run:
-    """Checkpoints of a small model in a folder, whose weights are the iteration."""
+    """Saves and resumes a small model, whose weights equal the iteration."""
 
     def __init__(self, folder, keep=0):
         self.model = torch.nn.Linear(64, 64)
@@ -52,7 +52,7 @@ class Run:
         return self.checkpointer.save(name or f"model_{iteration:07d}")
 
     def resume(self):
-        """The iteration that is gone on from; None if there is nothing to go on from."""
+        """Resume and return the iteration of the checkpoint; None if there is none."""
         torch.nn.init.constant_(self.model.weight, -1)
         self.trainer.iteration = -1
         self.checkpointer.resume_or_load("", resume=True)
@@ -73,7 +73,7 @@ def names_in(folder):
 
 
 def in_a_child(work: Callable[[], None]) -> int:
-    """Runs something in a process of its own; returns how that ended, as ``os.waitpid`` says."""
+    """Call a function in a child process and return the exit status of ``os.waitpid``."""
     child = os.fork()
     if child == 0:
         try:
@@ -83,10 +83,10 @@ def in_a_child(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-# --- whole files ----------------------------------------------------------------------------------
+# --- saving and kills -----------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_resumed_from(run, tmp_path):
+def test_resume_loads_the_saved_checkpoint(run, tmp_path):
     assert run.resume() is None
     assert run.save(5)
     assert names_in(tmp_path) == ["last_checkpoint", "model_0000005.pth"]
@@ -94,14 +94,14 @@ def test_a_checkpoint_is_resumed_from(run, tmp_path):
     assert Run(tmp_path).resume() == 5
 
 
-def test_nothing_is_written_without_a_folder_or_by_other_processes(tmp_path):
+def test_save_does_nothing_without_a_folder_or_on_other_processes(tmp_path):
     model = torch.nn.Linear(1, 1)
     assert not SafeCheckpointer(model).save("model")
     assert not SafeCheckpointer(model, str(tmp_path), save_to_disk=False).save("model")
     assert names_in(tmp_path) == []
 
 
-def test_the_folder_has_to_be_on_this_machine():
+def test_folders_that_could_not_be_resumed_are_rejected():
     with pytest.raises(UsageError, match="OUTPUT_DIR 's3://bucket/run'"):
         Run("s3://bucket/run")
     with pytest.raises(UsageError, match="could not be resumed"):
@@ -109,7 +109,7 @@ def test_the_folder_has_to_be_on_this_machine():
 
 
 def kill_before(monkeypatch, count):
-    """Has the process killed before the so-manieth thing it does to the disk."""
+    """Kill the process before it has done ``count + 1`` operations on the disk."""
     steps = iter(range(count))
 
     def killing(function):
@@ -135,14 +135,14 @@ def kill_before(monkeypatch, count):
     monkeypatch.setattr(Path, "unlink", killing(Path.unlink))
 
 
-# Two writes of the content, then file, name and folder; the same of `last_checkpoint` but for its
-# content; one old file goes.
+# The content is written in two parts, then the file is synced and renamed and the folder is synced.
+# The same three operations for `last_checkpoint`, then one old file is deleted.
 STEPS = 2 + 3 + 3 + 1
 
 
 @pytest.mark.parametrize("count", range(STEPS + 1))
-@pytest.mark.parametrize("name", ["model_0000003", "model_0000002"], ids=["new", "over the old"])
-def test_a_kill_at_any_step_leaves_a_whole_set(tmp_path, monkeypatch, count, name):
+@pytest.mark.parametrize("name", ["model_0000003", "model_0000002"], ids=["new", "overwritten"])
+def test_kill_at_any_step_leaves_intact_checkpoints(tmp_path, monkeypatch, count, name):
     run = Run(tmp_path, keep=2)
     for iteration in range(3):
         run.save(iteration)
@@ -152,27 +152,28 @@ def test_a_kill_at_any_step_leaves_a_whole_set(tmp_path, monkeypatch, count, nam
             kill_before(patch, count)
             run.save(3, name)
 
-        ended = in_a_child(work)
-    # Nothing old is deleted where a file of the same name is written again.
+        status = in_a_child(work)
+    # No old file is deleted if a file is overwritten.
     steps = STEPS if name == "model_0000003" else STEPS - 1
-    assert os.WIFSIGNALED(ended) == (count < steps)
+    assert os.WIFSIGNALED(status) == (count < steps)
     last = (tmp_path / "last_checkpoint").read_text()
     assert (tmp_path / last).is_file()
     for file in tmp_path.glob("*.pth"):
         assert torch.load(file, weights_only=True)["trainer"]["iteration"] in range(4)
     assert len(list(tmp_path.glob("*.pth"))) >= 2
     again = Run(tmp_path, keep=2)
-    named_before = name == "model_0000002"
-    assert again.resume() == (3 if (count >= 4 and named_before) or count >= 7 else 2)
+    is_last_already = name == "model_0000002"
+    assert again.resume() == (3 if (count >= 4 and is_last_already) or count >= 7 else 2)
     assert not list(tmp_path.glob("*.partial"))
     again.save(4)
     assert Run(tmp_path).resume() == 4
 
 
-def test_kills_at_random_moments_leave_a_whole_set(tmp_path, caplog):
-    """In a run that does nothing but write; each one goes on where the one before was killed."""
-    moments = random.Random(0)
-    reached = -1
+@pytest.mark.slow
+def test_kills_at_random_times_leave_intact_checkpoints(tmp_path, caplog):
+    """A process that only writes checkpoints is killed and resumed again and again."""
+    generator = random.Random(0)
+    last = -1
     reading, writing = os.pipe()
 
     def work():
@@ -192,16 +193,16 @@ def test_kills_at_random_moments_leave_a_whole_set(tmp_path, caplog):
             finally:
                 os._exit(1)
         os.read(reading, 1)
-        time.sleep(moments.uniform(0.0, 0.05))
+        time.sleep(generator.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         resumed = Run(tmp_path).resume()
-        assert resumed >= reached
-        reached = resumed
-    assert not caplog.records  # each time the newest file was whole, no older one was needed
+        assert resumed >= last
+        last = resumed
+    assert not caplog.records  # the newest file was always intact
 
 
-def test_what_a_killed_run_left_over_goes_and_nothing_else_does(run, tmp_path):
+def test_resume_removes_partial_files_of_a_killed_run(run, tmp_path):
     for name in ("model_0000001.pth.partial", "last_checkpoint.partial", "notes.partial"):
         (tmp_path / name).write_bytes(b"half")
     assert run.resume() is None
@@ -211,27 +212,27 @@ def test_what_a_killed_run_left_over_goes_and_nothing_else_does(run, tmp_path):
 # --- damaged files --------------------------------------------------------------------------------
 
 
-def truncated_to(share):
+def truncate_to(share):
     def damage(file):
         os.truncate(file, int(share * file.stat().st_size))
 
     return damage
 
 
-def with_flipped_bit(file):
-    """In the weights, where the structure of the file stays as it is."""
+def flip_bit(file):
+    """Flip a bit of a weight; the file is still a valid zip archive."""
     content = bytearray(file.read_bytes())
     weight = torch.full((16,), float(3)).numpy().tobytes()
     content[content.index(weight) + 5] ^= 1
     file.write_bytes(content)
 
 
-def another_zip(file):
+def write_other_zip(file):
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", b"")
+        archive.writestr("notes.txt", "not a checkpoint")
 
 
-def without(part):
+def remove_part(part):
     def damage(file):
         content = torch.load(file, weights_only=True)
         del content[part]
@@ -241,21 +242,18 @@ def without(part):
 
 
 DAMAGE = {
-    "empty": truncated_to(0),
-    "of one byte": lambda file: os.truncate(file, 1),
-    "half": truncated_to(0.5),
-    "all but the end": truncated_to(0.999),
-    "text": lambda file: file.write_text("this is no checkpoint"),
+    "empty": truncate_to(0),
+    "one byte": lambda file: os.truncate(file, 1),
+    "half": truncate_to(0.5),
+    "all but the end": truncate_to(0.999),
+    "text": lambda file: file.write_text("not a checkpoint"),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
-    "another zip": lambda file: (
-        shutil.make_archive(str(file), "zip", file.parent, "last_checkpoint")
-        and os.replace(f"{file}.zip", file)
-    ),
-    "a flipped bit": with_flipped_bit,
-    "without trainer": without("trainer"),
-    "without model": without("model"),
+    "another zip": write_other_zip,
+    "a flipped bit": flip_bit,
+    "without trainer": remove_part("trainer"),
+    "without model": remove_part("model"),
     "a tensor": lambda file: torch.save(torch.zeros(3), file),
-    "gone": os.remove,
+    "deleted": os.remove,
 }
 
 
@@ -267,7 +265,7 @@ def three(run):
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_the_file_before_a_damaged_one_is_used_and_both_are_named(three, tmp_path, caplog, damage):
+def test_resume_skips_a_damaged_checkpoint_and_names_both(three, tmp_path, caplog, damage):
     damage(tmp_path / "model_0000003.pth")
     with caplog.at_level(logging.WARNING, logger=files.__name__):
         assert Run(tmp_path).resume() == 2
@@ -276,7 +274,7 @@ def test_the_file_before_a_damaged_one_is_used_and_both_are_named(three, tmp_pat
     assert "\n" not in warning
 
 
-def test_a_whole_file_is_resumed_from_without_a_warning(three, tmp_path, caplog):
+def test_resume_from_an_intact_checkpoint_logs_no_warning(three, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert Run(tmp_path).resume() == 3
     assert not caplog.records
@@ -286,7 +284,7 @@ LAST = [None, b"", b"model_0000009.pth", b"\xff\x00\n", b"../x.pth", b"x" * 5000
 
 
 @pytest.mark.parametrize("content", LAST)
-def test_without_a_last_checkpoint_the_newest_is_used(three, tmp_path, caplog, content):
+def test_resume_uses_the_newest_if_last_checkpoint_is_unusable(three, tmp_path, caplog, content):
     (tmp_path.parent / "x.pth").write_bytes((tmp_path / "model_0000001.pth").read_bytes())
     (tmp_path / "last_checkpoint").unlink()
     if content is not None:
@@ -297,39 +295,39 @@ def test_without_a_last_checkpoint_the_newest_is_used(three, tmp_path, caplog, c
     assert "last_checkpoint" in warning and "model_0000003.pth" in warning
 
 
-def test_one_can_go_back_by_naming_an_older_file(three, tmp_path):
+def test_resume_uses_an_older_file_named_by_last_checkpoint(three, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
     assert Run(tmp_path).resume() == 1
 
 
-def test_which_file_is_newer_is_decided_by_the_iteration_in_it(three, tmp_path):
-    """Not by its name: the best one and the final one have none."""
+def test_resume_orders_files_by_the_iteration_in_the_file(three, tmp_path):
+    """The names of the best and the final checkpoint contain no iteration."""
     three.save(2, "model_best")
     three.save(5, "model_final")
     (tmp_path / "last_checkpoint").unlink()
     assert Run(tmp_path).resume() == 5
-    truncated_to(0.5)(tmp_path / "model_final.pth")
+    truncate_to(0.5)(tmp_path / "model_final.pth")
     assert Run(tmp_path).resume() == 3
-    truncated_to(0.5)(tmp_path / "model_0000003.pth")
+    truncate_to(0.5)(tmp_path / "model_0000003.pth")
     assert Run(tmp_path).resume() == 2
-    truncated_to(0.5)(tmp_path / "model_0000002.pth")
+    truncate_to(0.5)(tmp_path / "model_0000002.pth")
     assert Run(tmp_path).resume() == 2
-    truncated_to(0.5)(tmp_path / "model_best.pth")
+    truncate_to(0.5)(tmp_path / "model_best.pth")
     assert Run(tmp_path).resume() == 1
 
 
-def test_files_that_an_earlier_run_left_are_the_last_resort(run, tmp_path):
+def test_resume_uses_files_of_an_earlier_run_last(run, tmp_path):
     for iteration in (8, 9, 1, 2):
         run.save(iteration)
-    truncated_to(0.5)(tmp_path / "model_0000002.pth")
+    truncate_to(0.5)(tmp_path / "model_0000002.pth")
     assert Run(tmp_path).resume() == 1
-    truncated_to(0.5)(tmp_path / "model_0000001.pth")
+    truncate_to(0.5)(tmp_path / "model_0000001.pth")
     assert Run(tmp_path).resume() == 9
 
 
-def test_if_none_can_be_used_the_run_does_not_start_anew(three, tmp_path):
+def test_resume_raises_if_all_checkpoints_are_damaged(three, tmp_path):
     for file in tmp_path.glob("*.pth"):
-        truncated_to(0.5)(file)
+        truncate_to(0.5)(file)
     again = Run(tmp_path)
     assert again.checkpointer.has_checkpoint()
     with pytest.raises(UsageError, match="cannot resume in") as error:
@@ -339,32 +337,32 @@ def test_if_none_can_be_used_the_run_does_not_start_anew(three, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_whose_files_are_all_gone_does_not_start_anew(run, tmp_path):
+def test_resume_raises_if_all_checkpoints_are_deleted(run, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
     with pytest.raises(UsageError, match=r"names 'model_0000003\.pth', which does not exist"):
         run.resume()
 
 
-def test_weights_that_lie_in_the_folder_are_no_run(run, tmp_path):
+def test_resume_ignores_other_weight_files_in_the_folder(run, tmp_path):
     torch.save({"model": {}}, tmp_path / "resnet50.pth")
     assert not run.checkpointer.has_checkpoint()
     assert run.resume() is None
 
 
-def test_whichever_byte_is_wrong_no_wrong_weight_is_resumed_from(three, tmp_path):
-    """Either the file before is used, or the byte meant nothing; `resume` looks at all weights."""
+def test_resume_never_loads_wrong_weights_whichever_byte_is_wrong(three, tmp_path):
+    """The file is skipped, or the byte has no effect: `Run.resume` checks all weights."""
     file = tmp_path / "model_0000003.pth"
     content = file.read_bytes()
-    places = random.Random(0).sample(range(len(content)), 60)
-    found = []
-    for place in places:
-        file.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
-        found.append(Run(tmp_path).resume())
-    assert set(found) <= {2, 3}
-    assert found.count(2) > 50
+    positions = random.Random(0).sample(range(len(content)), 60)
+    resumed = []
+    for i in positions:
+        file.write_bytes(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
+        resumed.append(Run(tmp_path).resume())
+    assert set(resumed) <= {2, 3}
+    assert resumed.count(2) > 50
 
 
-def test_at_whatever_length_a_file_ends_it_is_noticed(three, tmp_path):
+def test_resume_skips_a_file_truncated_to_any_length(three, tmp_path):
     file = tmp_path / "model_0000003.pth"
     content = file.read_bytes()
     for length in random.Random(0).sample(range(len(content)), 40):
@@ -377,47 +375,52 @@ def test_at_whatever_length_a_file_ends_it_is_noticed(three, tmp_path):
 
 @pytest.fixture
 def as_other_process(monkeypatch):
-    """Takes part as a process that is told what the main one found."""
+    """Act as a process that receives a result from the main process."""
 
-    def take_part(told):
+    def receive(result):
         monkeypatch.setattr(comm, "is_main_process", lambda: False)
-        monkeypatch.setattr(comm, "all_gather", lambda mine: [told if mine is None else True, mine])
+        monkeypatch.setattr(comm, "all_gather", lambda own: [result if own is None else True, own])
 
-    return take_part
+    return receive
 
 
-def test_all_processes_load_what_the_main_one_found(three, tmp_path, as_other_process):
+def test_other_processes_load_the_file_that_the_main_process_found(
+    three, tmp_path, as_other_process
+):
     as_other_process(tmp_path / "model_0000002.pth")
     assert Run(tmp_path).resume() == 2
 
 
-def test_all_processes_end_when_the_main_one_finds_nothing(three, tmp_path, as_other_process):
+def test_other_processes_raise_the_error_of_the_main_process(three, tmp_path, as_other_process):
     as_other_process(UsageError("cannot resume"))
     with pytest.raises(UsageError, match="cannot resume"):
         Run(tmp_path).resume()
 
 
-def test_a_process_that_does_not_see_the_file_says_so(three, tmp_path, as_other_process):
+def test_resume_raises_if_a_process_does_not_see_the_file(three, tmp_path, as_other_process):
     as_other_process(tmp_path / "elsewhere" / "model_0000002.pth")
     with pytest.raises(UsageError, match="a disk that all machines share"):
         Run(tmp_path).resume()
 
 
 def resume_twice(folder):
-    """What one of several processes resumes from, and is told once all files are damaged."""
+    """Resume in one of several processes, then again with all files damaged; record both."""
     first = Run(folder).resume()
     comm.synchronize()
     if comm.is_main_process():
         for file in Path(folder).glob("*.pth"):
-            truncated_to(0.5)(file)
+            truncate_to(0.5)(file)
     comm.synchronize()
     with pytest.raises(UsageError) as error:
         Run(folder).resume()
     Path(folder, f"process_{comm.get_rank()}").write_text(f"{first}, then {error.value}")
 
 
-def test_two_processes_resume_from_the_same_file_or_end_alike(three, tmp_path, monkeypatch):
-    truncated_to(0.5)(tmp_path / "model_0000003.pth")
+@pytest.mark.slow
+def test_two_processes_resume_from_the_same_file_or_raise_the_same_error(
+    three, tmp_path, monkeypatch
+):
+    truncate_to(0.5)(tmp_path / "model_0000003.pth")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     launch(resume_twice, 2, dist_url="auto", args=(str(tmp_path),))
     first, second = ((tmp_path / f"process_{rank}").read_text() for rank in range(2))
@@ -430,7 +433,7 @@ def test_two_processes_resume_from_the_same_file_or_end_alike(three, tmp_path, m
 
 @contextmanager
 def full_disk(limit=10_000):
-    """No file of this process can grow beyond so many bytes: a real write that really fails."""
+    """Limit the size of files that this process writes, so that writes fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -439,8 +442,8 @@ def full_disk(limit=10_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("iteration", [3, 4], ids=["over an older one", "a new one"])
-def test_on_a_full_disk_the_older_checkpoint_stays(three, tmp_path, caplog, iteration):
+@pytest.mark.parametrize("iteration", [3, 4], ids=["overwritten", "new"])
+def test_save_on_a_full_disk_keeps_older_checkpoints(three, tmp_path, caplog, iteration):
     before = names_in(tmp_path)
     with full_disk(), caplog.at_level(logging.ERROR):
         assert not three.save(iteration)
@@ -453,17 +456,25 @@ def test_on_a_full_disk_the_older_checkpoint_stays(three, tmp_path, caplog, iter
     assert Run(tmp_path).resume() == 5
 
 
-@pytest.mark.parametrize("failing", ["write", "fsync", "replace", "the name of the last one"])
-@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-def test_whatever_fails_the_older_checkpoint_stays(
-    three, tmp_path, monkeypatch, caplog, failing, kind
-):
+@pytest.mark.parametrize(
+    ("failing", "code"),
+    [
+        ("write", errno.ENOSPC),
+        ("write", errno.EDQUOT),
+        ("write", errno.EIO),
+        ("write", errno.EROFS),
+        ("fsync", errno.EIO),
+        ("replace", errno.EROFS),
+        ("last_checkpoint", errno.ENOSPC),
+    ],
+)
+def test_failed_save_keeps_older_checkpoints(three, tmp_path, monkeypatch, caplog, failing, code):
     calls = []
 
     def fail(*args, **kwargs):
         calls.append(args)
-        if failing != "the name of the last one" or "last_checkpoint" in str(args[1:]):
-            raise OSError(kind, os.strerror(kind))
+        if failing != "last_checkpoint" or "last_checkpoint" in str(args[1:]):
+            raise OSError(code, os.strerror(code))
         return replace(*args, **kwargs)
 
     replace = os.replace
@@ -472,27 +483,27 @@ def test_whatever_fails_the_older_checkpoint_stays(
         patch.setattr(owner, name, fail)
         assert not three.save(4)
     assert calls
-    assert f"could not be saved: {os.strerror(kind)}" in caplog.text
+    assert f"could not be saved: {os.strerror(code)}" in caplog.text
     assert not list(tmp_path.glob("*.partial"))
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
     assert Run(tmp_path).resume() == 3
 
 
-def test_a_folder_that_is_gone_does_not_end_training(three, tmp_path, caplog):
+def test_save_to_a_deleted_folder_returns_false(three, tmp_path, caplog):
     shutil.rmtree(tmp_path)
     with caplog.at_level(logging.ERROR):
         assert not three.save(4)
-    assert "there is has no checkpoint" in caplog.text
+    assert "there is no checkpoint yet" in caplog.text
 
 
-def test_without_its_final_checkpoint_a_training_is_no_success(three, tmp_path):
+def test_failed_save_of_the_final_checkpoint_raises(three, tmp_path):
     with full_disk(), pytest.raises(UsageError, match=r"model_final\.pth could not be") as error:
         three.save(9, "model_final")
     assert "model_0000003.pth" in str(error.value) and "--resume" in str(error.value)
     assert Run(tmp_path).resume() == 3
 
 
-def test_an_interrupted_write_leaves_nothing(three, tmp_path, monkeypatch):
+def test_interrupted_save_leaves_no_file(three, tmp_path, monkeypatch):
     def interrupt(content, file):
         file.write(b"half")
         raise KeyboardInterrupt
@@ -504,7 +515,7 @@ def test_an_interrupted_write_leaves_nothing(three, tmp_path, monkeypatch):
     assert names_in(tmp_path) == before
 
 
-def test_a_mistake_in_the_program_is_not_taken_for_a_full_disk(three):
+def test_save_raises_programming_errors(three):
     three.trainer.state_dict = lambda: {"iteration": (i for i in range(3))}
     with pytest.raises(TypeError, match="generator"):
         three.save(4)
@@ -513,28 +524,28 @@ def test_a_mistake_in_the_program_is_not_taken_for_a_full_disk(three):
 # --- pruning --------------------------------------------------------------------------------------
 
 
-def numbers_in(folder):
+def iterations_in(folder):
     return sorted(int(file.stem[6:]) for file in Path(folder).glob("model_0*.pth"))
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [0, 1, 2, 3, 4, 5]), (1, [5]), (3, [3, 4, 5])])
-def test_the_newest_stay(tmp_path, keep, left):
+@pytest.mark.parametrize(("keep", "expected"), [(0, [0, 1, 2, 3, 4, 5]), (1, [5]), (3, [3, 4, 5])])
+def test_prune_keeps_the_newest(tmp_path, keep, expected):
     run = Run(tmp_path, keep)
     for iteration in range(6):
         run.save(iteration)
-    assert numbers_in(tmp_path) == left
+    assert iterations_in(tmp_path) == expected
     assert Run(tmp_path).resume() == 5
 
 
-def test_a_resumed_run_prunes_what_the_first_one_wrote(tmp_path):
+def test_resumed_run_prunes_files_of_earlier_starts(tmp_path):
     for iteration in range(6):
         run = Run(tmp_path, keep=2)
         run.resume()
         run.save(iteration)
-    assert numbers_in(tmp_path) == [4, 5]
+    assert iterations_in(tmp_path) == [4, 5]
 
 
-def test_the_best_the_final_and_other_files_stay(tmp_path):
+def test_prune_keeps_best_final_and_other_files(tmp_path):
     run = Run(tmp_path, keep=1)
     run.save(0, "model_best")
     run.save(1, "model_final")
@@ -546,35 +557,35 @@ def test_the_best_the_final_and_other_files_stay(tmp_path):
     assert set(names_in(tmp_path)) == before | {"model_0000005.pth"}
 
 
-def test_the_best_one_is_no_reason_to_prune(tmp_path):
+def test_saving_the_best_checkpoint_prunes_nothing(tmp_path):
     run = Run(tmp_path, keep=2)
     run.save(1)
     run.save(2)
     run.save(2, "model_best")
-    assert numbers_in(tmp_path) == [1, 2]
+    assert iterations_in(tmp_path) == [1, 2]
     assert Run(tmp_path).resume() == 2
 
 
-def test_later_files_of_an_earlier_run_do_not_cost_the_new_ones(tmp_path):
+def test_prune_ignores_later_files_of_an_earlier_run(tmp_path):
     for iteration in (7, 8, 9):
         Run(tmp_path).save(iteration)
     run = Run(tmp_path, keep=2)
     for iteration in (1, 2, 3):
         run.save(iteration)
-    assert numbers_in(tmp_path) == [2, 3, 7, 8, 9]
+    assert iterations_in(tmp_path) == [2, 3, 7, 8, 9]
 
 
-def test_nothing_is_deleted_for_a_file_that_was_not_written(tmp_path):
+def test_failed_save_prunes_nothing(tmp_path):
     run = Run(tmp_path, keep=2)
     for iteration in (1, 2):
         run.save(iteration)
     with full_disk():
         for iteration in (3, 4, 5):
             assert not run.save(iteration)
-    assert numbers_in(tmp_path) == [1, 2]
+    assert iterations_in(tmp_path) == [1, 2]
 
 
-def test_a_file_that_cannot_be_deleted_is_a_warning(tmp_path, caplog, monkeypatch):
+def test_prune_warns_about_files_that_cannot_be_deleted(tmp_path, caplog, monkeypatch):
     run = Run(tmp_path, keep=1)
     run.save(1)
 
@@ -587,6 +598,6 @@ def test_a_file_that_cannot_be_deleted_is_a_warning(tmp_path, caplog, monkeypatc
     assert "cannot delete" in caplog.text and "model_0000001.pth" in caplog.text
 
 
-def test_a_negative_number_to_keep_is_an_error(tmp_path):
+def test_negative_keep_raises(tmp_path):
     with pytest.raises(UsageError, match=r"SOLVER\.KEEP_CHECKPOINTS is -1"):
         Run(tmp_path, keep=-1)

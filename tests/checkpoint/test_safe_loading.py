@@ -1,4 +1,4 @@
-"""Reading a file of weights runs nothing that the file holds."""
+"""Reading weight files never executes code that they contain."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ from tests.tiny_data import make_folder
 
 
 class Calls:
-    """Unpickled, it is what a call returns."""
+    """Unpickling an object of this class calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -59,13 +59,13 @@ HOSTILE = pytest.mark.parametrize(
 
 @pytest.fixture
 def marker(tmp_path):
-    """A file that is there once code has run."""
+    """A file that exists if code was executed."""
     return tmp_path / "code_has_run"
 
 
 @pytest.fixture
 def hostile(tmp_path, marker):
-    """Writes a whole plain detector with a call beside its weights."""
+    """Write the weights of a plain detector together with a call of a function."""
 
     def make(name, write):
         weights = build_model(plain_config(tiny_config())).state_dict()
@@ -79,11 +79,11 @@ def hostile(tmp_path, marker):
     return make
 
 
-# --- nothing runs ---------------------------------------------------------------------------------
+# --- no code is executed --------------------------------------------------------------------------
 
 
 @HOSTILE
-def test_the_file_is_refused_by_name_and_nothing_ran(hostile, marker, name, write):
+def test_files_that_contain_code_are_rejected(hostile, marker, name, write):
     file = hostile(name, write)
     with pytest.raises(UsageError) as error:
         TeacherCheckpointer(tiny_model()).load(str(file))
@@ -97,8 +97,8 @@ def test_the_file_is_refused_by_name_and_nothing_ran(hostile, marker, name, writ
 @pytest.mark.parametrize(
     ("name", "write"), [("zip.pth", as_torch_zip), ("zoo.pkl", as_pickle)], ids=["pth", "pkl"]
 )
-def test_only_the_flag_makes_it_run(hostile, marker, name, write):
-    """Which shows, too, that these files would run code if they were let."""
+def test_trusted_files_execute_code(hostile, marker, name, write):
+    """This also shows that the files of the other tests do contain code."""
     settings = {"MODEL.WEIGHTS": str(hostile(name, write)), "MODEL.TRUST_WEIGHTS": True}
     assert (
         load_for_evaluation(tiny_config(settings), tiny_model())
@@ -107,9 +107,8 @@ def test_only_the_flag_makes_it_run(hostile, marker, name, write):
     assert marker.exists()
 
 
-@HOSTILE
-def test_evaluation_runs_nothing(hostile, marker, name, write):
-    cfg = tiny_config({"MODEL.WEIGHTS": str(hostile(name, write))})
+def test_load_for_evaluation_executes_no_code(hostile, marker):
+    cfg = tiny_config({"MODEL.WEIGHTS": str(hostile("zip.pth", as_torch_zip))})
     with pytest.raises(UsageError, match=r"posix\.system"):
         load_for_evaluation(cfg, tiny_model())
     assert not marker.exists()
@@ -117,7 +116,7 @@ def test_evaluation_runs_nothing(hostile, marker, name, write):
 
 @pytest.mark.parametrize("flags", [[], ["--eval-only"]], ids=["train", "evaluate"])
 @pytest.mark.parametrize(("name", "write"), [("a.pth", as_torch_zip), ("a.pkl", as_pickle)])
-def test_the_command_line_runs_nothing(datasets, tmp_path, hostile, marker, flags, name, write):
+def test_train_net_executes_no_code(datasets, tmp_path, hostile, marker, flags, name, write):
     settings = {
         "MODEL.WEIGHTS": str(hostile(name, write)),
         "DATASETS.TEST": datasets["DATASETS.TEST"],
@@ -132,7 +131,7 @@ def test_the_command_line_runs_nothing(datasets, tmp_path, hostile, marker, flag
     assert not marker.exists()
 
 
-def test_drawing_runs_nothing(datasets, tmp_path, hostile, marker, monkeypatch):
+def test_predict_executes_no_code(datasets, tmp_path, hostile, marker, monkeypatch):
     cfg = training_config(datasets, tmp_path / "output")
     (tmp_path / "config.yaml").write_text(cfg.dump())
     files = {
@@ -152,14 +151,12 @@ def test_drawing_runs_nothing(datasets, tmp_path, hostile, marker, monkeypatch):
     [("model_0000001.pth", as_torch_zip), ("model_best.pth", as_torch_legacy)],
     ids=["zip", "legacy"],
 )
-@pytest.mark.parametrize("trusting", [False, True])
-def test_resuming_runs_nothing_whatever_the_flag(
-    datasets, tmp_path, hostile, marker, name, write, trusting
-):
-    """The flag is for MODEL.WEIGHTS; a run's own files never need it."""
+@pytest.mark.parametrize("trusted", [False, True])
+def test_resume_executes_no_code(datasets, tmp_path, hostile, marker, name, write, trusted):
+    """TRUST_WEIGHTS applies to MODEL.WEIGHTS; a run's own checkpoints contain no code."""
     hostile(name, write)
     (tmp_path / "last_checkpoint").write_text(name)
-    cfg = training_config(datasets, tmp_path, {"MODEL.TRUST_WEIGHTS": trusting})
+    cfg = training_config(datasets, tmp_path, {"MODEL.TRUST_WEIGHTS": trusted})
     with pytest.raises(UsageError, match="cannot resume in ") as error:
         build_trainer(cfg, resume=True)
     assert name in str(error.value)
@@ -198,7 +195,7 @@ def test_resuming_runs_nothing_whatever_the_flag(
     ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_a_pickle_may_make_nothing_but_arrays_of_numbers(tmp_path, call, protocol):
+def test_pickles_can_only_create_numeric_arrays(tmp_path, call, protocol):
     file = tmp_path / "other.pkl"
     file.write_bytes(pickle.dumps({"model": {"a": call}, "__author__": "?"}, protocol=protocol))
     with pytest.raises(UsageError, match=r"other\.pkl was not read, because it asks for "):
@@ -206,7 +203,7 @@ def test_a_pickle_may_make_nothing_but_arrays_of_numbers(tmp_path, call, protoco
 
 
 class ArrayOfState:
-    """Unpickled, an array that is given a state, which an honest one would not have."""
+    """An array with an invalid state in its pickle."""
 
     def __init__(self, code, flags, shape, content):
         self.code, self.flags, self.shape, self.content = code, flags, shape, content
@@ -225,8 +222,8 @@ class TypeOfFlags:
         return np.dtype, (self.code, False, True), (3, "<", None, None, None, -1, -1, self.flags)
 
 
-def test_numbers_cannot_be_passed_off_as_addresses_of_objects(tmp_path):
-    """numpy's own types believe the flags of a file: they would take content for addresses."""
+def test_numbers_are_not_read_as_object_addresses(tmp_path):
+    """numpy's own dtype uses the flags of the pickle, which can mark numbers as addresses."""
     file = tmp_path / "addresses.pkl"
     file.write_bytes(pickle.dumps(ArrayOfState("O", 0, (1,), b"\x10" * 8)))
     with pytest.raises(UsageError, match="not read"):
@@ -238,19 +235,19 @@ def test_numbers_cannot_be_passed_off_as_addresses_of_objects(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(3,), (-1,), (-1, -2), (2**40, 2**40)])
-def test_an_array_is_as_large_as_its_content(tmp_path, shape):
+def test_arrays_with_a_wrong_shape_are_rejected(tmp_path, shape):
     file = tmp_path / "shape.pkl"
     file.write_bytes(pickle.dumps(ArrayOfState("f8", 0, shape, b"\x10" * 16)))
     with pytest.raises(UsageError, match=r"shape\.pkl is not a checkpoint"):
         read_weights(str(file))
 
 
-# --- files that are no checkpoints ----------------------------------------------------------------
+# --- files that are not checkpoints ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b"these are not weights", b"\x80\x02.", b"PK\x03\x04"])
 @pytest.mark.parametrize("name", ["a.pth", "a.pkl", "a.pyth"])
-def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path, name, content):
+def test_files_that_are_not_checkpoints_raise_an_error_of_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=f"{name} is not a checkpoint: ") as error:
         TeacherCheckpointer(tiny_model()).load(str(tmp_path / name))
@@ -273,49 +270,49 @@ def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path, name, conte
     ids=str,
 )
 @pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
-def test_a_file_without_weights_is_named_in_one_line(tmp_path, name, content):
+def test_files_without_weights_raise_an_error_of_one_line(tmp_path, name, content):
     (as_pickle if name.endswith("pkl") else torch.save)(content, tmp_path / name)
     with pytest.raises(UsageError, match=f"{name} (holds no|is not a|was not read)") as error:
         TeacherCheckpointer(tiny_model()).load(str(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
-# --- the model zoo's files still load -------------------------------------------------------------
+# --- files of Detectron2's model zoo --------------------------------------------------------------
 
 ARRAYS = {
     "matrix": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "in_columns": np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
-    "of_the_other_byte_order": np.arange(3, dtype=">i4"),
+    "column_major": np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+    "big_endian": np.arange(3, dtype=">i4"),
     "half": np.arange(3, dtype=np.float16),
     "flags": np.array([True, False]),
-    "none": np.zeros((0, 4), np.float32),
-    "one": np.array(7, dtype=np.int64),
+    "empty": np.zeros((0, 4), np.float32),
+    "no_dimension": np.array(7, dtype=np.int64),
     "scalar": np.float32(0.5),
 }
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("numpy", ["numpy.core", "numpy._core"])
-def test_arrays_are_read_bit_by_bit(tmp_path, protocol, numpy):
-    """Whichever version of Python and numpy wrote them."""
+def test_arrays_are_read_exactly(tmp_path, protocol, numpy):
+    """The files can be written by any version of Python and numpy."""
     content = {"model": OrderedDict(ARRAYS), "__author__": "somebody", "set": {1, 2}, "b": b"\xff"}
     text = pickle.dumps(content, protocol=protocol)
-    if protocol < 4:  # from there on names are preceded by their lengths
+    if protocol < 4:  # later protocols also store the lengths of names
         text = text.replace(b"numpy._core", numpy.encode())
     (tmp_path / "zoo.pkl").write_bytes(text)
-    found = read_weights(str(tmp_path / "zoo.pkl"))
-    assert {"set": found["set"], "b": found["b"]} == {"set": {1, 2}, "b": b"\xff"}
-    assert list(found["model"]) == list(ARRAYS)
+    actual = read_weights(str(tmp_path / "zoo.pkl"))
+    assert {"set": actual["set"], "b": actual["b"]} == {"set": {1, 2}, "b": b"\xff"}
+    assert list(actual["model"]) == list(ARRAYS)
     unrestricted = pickle.loads(text)["model"]
     for name, expected in unrestricted.items():
-        array = found["model"][name]
+        array = actual["model"][name]
         assert np.array_equal(array, ARRAYS[name])
         assert (array.dtype, array.shape) == (expected.dtype, expected.shape), name
         assert array.tobytes() == expected.tobytes(), name
 
 
 def python_2_pickle(arrays):
-    """As Python 2 wrote arrays of float32: names and content are its strings of bytes."""
+    """Pickle float32 arrays as Python 2 did: names and contents are byte strings."""
     parts = [b"\x80\x02}"]
     for name, array in arrays.items():
         shape = b"(" + b"".join(b"J" + struct.pack("<i", side) for side in array.shape) + b"t"
@@ -330,19 +327,19 @@ def python_2_pickle(arrays):
     return b"".join([*parts, b"."])
 
 
-def test_pickles_of_python_2_are_read(tmp_path):
+def test_pickles_written_by_python_2_are_read(tmp_path):
     arrays = {"conv1_w": np.random.default_rng(0).normal(size=(64, 3, 7, 7)).astype("f4")}
     (tmp_path / "old.pkl").write_bytes(python_2_pickle(arrays))
-    found = read_weights(str(tmp_path / "old.pkl"))
-    assert np.array_equal(found["conv1_w"], arrays["conv1_w"])
+    actual = read_weights(str(tmp_path / "old.pkl"))
+    assert np.array_equal(actual["conv1_w"], arrays["conv1_w"])
     assert np.array_equal(
         pickle.loads(python_2_pickle(arrays), encoding="latin1")["conv1_w"], arrays["conv1_w"]
     )
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["ImageNet", "Detectron1"])
-def test_weights_with_names_of_caffe2_start_a_backbone(tmp_path, wrapped):
-    """MSRA's R-50.pkl, which the base config starts from, names its arrays in this way."""
+def test_backbone_loads_weights_with_caffe2_names(tmp_path, wrapped):
+    """MSRA's R-50.pkl, the initial weights of the base config, has such names."""
     model = tiny_model()
     stem = model.backbone.bottom_up.stem.conv1
     weight = np.random.default_rng(0).normal(size=tuple(stem.weight.shape)).astype("f4")
@@ -355,8 +352,8 @@ def test_weights_with_names_of_caffe2_start_a_backbone(tmp_path, wrapped):
     assert torch.equal(stem.weight, torch.from_numpy(weight))
 
 
-def test_torchvisions_weights_start_a_backbone(tmp_path):
-    """As Detectron2 takes them: a plain state dict, and names matched by `?matching_heuristics`."""
+def test_backbone_loads_a_plain_state_dict_with_matching_heuristics(tmp_path):
+    """The suffix `?matching_heuristics=True` is Detectron2's."""
     model = tiny_model()
     stem = model.backbone.bottom_up.stem.conv1
     weights = OrderedDict({"stem.conv1.weight": torch.randn_like(stem.weight)})

@@ -1,4 +1,4 @@
-"""Weights as safetensors: the same numbers, and nothing else."""
+"""Tests of reading and writing safetensors."""
 
 import pytest
 import torch
@@ -11,17 +11,17 @@ from locreweight.errors import UsageError
 from tests.engine.tiny_training import same
 from tests.modeling.tiny_model import tiny_config, tiny_model
 
-MODEL_KINDS = {
+WEIGHTS = {
     "half": torch.arange(3, dtype=torch.float16),
     "count": torch.tensor(7),
-    "none": torch.zeros(0, 4),
-    "part": torch.arange(12.0).view(3, 4).T[1:],  # neither whole nor in order in memory
+    "empty": torch.zeros(0, 4),
+    "view": torch.arange(12.0).view(3, 4).T[1:],  # not contiguous
 }
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_read_safetensors_returns_what_was_written(tmp_path):
     shared = torch.arange(4.0)
-    weights = MODEL_KINDS | {"one": shared, "other": shared}
+    weights = WEIGHTS | {"one": shared, "other": shared}
     write_safetensors(
         tmp_path / "a.safetensors", weights, class_names=["ä", "b"], corner_coding=True
     )
@@ -30,15 +30,15 @@ def test_what_is_written_is_read(tmp_path):
     assert content == {"class_names": ["ä", "b"], "corner_coding": True}
 
 
-def test_the_same_weights_make_the_same_file(tmp_path):
+def test_same_weights_give_the_same_file(tmp_path):
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for file in files:
-        write_safetensors(file, MODEL_KINDS, class_names=["a"])
+        write_safetensors(file, WEIGHTS, class_names=["a"])
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("corners", [True, False])
-def test_a_detector_is_evaluated_from_them_as_from_a_checkpoint(tmp_path, corners):
+def test_load_for_evaluation_loads_safetensors(tmp_path, corners):
     settings = {"MODEL.ROI_BOX_HEAD.CORNER_CODING": corners}
     model = tiny_model(settings)
     file = tmp_path / "a.safetensors"
@@ -53,7 +53,7 @@ def test_a_detector_is_evaluated_from_them_as_from_a_checkpoint(tmp_path, corner
         load_for_evaluation(cfg, tiny_model({"MODEL.ROI_BOX_HEAD.CORNER_CODING": not corners}))
 
 
-def test_files_of_others_are_plain_weights(tmp_path):
+def test_safetensors_of_other_projects_are_plain_detectors(tmp_path):
     names = {n: v for n, v in tiny_model().state_dict().items() if "log_variance" not in n}
     save_file(names, tmp_path / "plain.safetensors")
     checkpointer = TeacherCheckpointer(tiny_model())
@@ -62,7 +62,7 @@ def test_files_of_others_are_plain_weights(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html></html>", b"\xff" * 16])
-def test_what_is_no_safetensors_is_told_in_one_line(tmp_path, content):
+def test_invalid_safetensors_raise_an_error_of_one_line(tmp_path, content):
     file = tmp_path / "a.safetensors"
     file.write_bytes(content)
     with pytest.raises(UsageError, match=r"a\.safetensors is not a checkpoint") as error:
@@ -70,7 +70,7 @@ def test_what_is_no_safetensors_is_told_in_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_was_cut_off_is_told(tmp_path):
+def test_truncated_safetensors_raise(tmp_path):
     file = tmp_path / "a.safetensors"
     write_safetensors(file, tiny_model().state_dict())
     file.write_bytes(file.read_bytes()[:-100])

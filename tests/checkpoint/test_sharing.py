@@ -1,4 +1,4 @@
-"""What is handed on does not say where it was made."""
+"""Published configs and commands contain no private paths."""
 
 import pytest
 
@@ -28,11 +28,11 @@ from tests.modeling.tiny_model import tiny_config
         ("coco_2017_val", "coco_2017_val"),
     ],
 )
-def test_paths_that_lead_out_lose_all_but_their_end(text, expected):
+def test_shareable_reduces_outside_paths_to_their_last_part(text, expected):
     assert shareable(text) == expected
 
 
-def test_values_of_every_kind_are_gone_through():
+def test_shareable_processes_nested_values():
     value = {"a": ["/x/y", ("~/z", 3)], "b": {"c": "/x/y"}, "d": None, "e": 0.5, "f": True}
     shared = {"a": ["y", ("z", 3)], "b": {"c": "y"}, "d": None, "e": 0.5, "f": True}
     assert shareable(value) == shared
@@ -53,11 +53,11 @@ def test_values_of_every_kind_are_gone_through():
         ("python a.py OUTPUT_DIR '/my files/mine' A 1e-3", "python a.py OUTPUT_DIR mine A 1e-3"),
     ],
 )
-def test_commands_too(command, expected):
+def test_shareable_command_reduces_paths_of_arguments(command, expected):
     assert shareable_command(command) == expected
 
 
-def test_a_config_stays_what_it_was_but_for_its_paths():
+def test_shareable_config_changes_only_paths():
     settings = {
         "DATASETS.TRAIN": ["coco:/home/jane/a.json:/home/jane/a"],
         "MODEL.WEIGHTS": "/home/jane/start.pth",
@@ -74,6 +74,6 @@ def test_a_config_stays_what_it_was_but_for_its_paths():
     assert shared == cfg
 
 
-def test_weights_that_everybody_has_stay_the_start():
+def test_shareable_config_keeps_public_weights():
     start = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
     assert shareable_config(tiny_config({"MODEL.WEIGHTS": start}), "a").MODEL.WEIGHTS == start

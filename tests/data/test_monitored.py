@@ -1,4 +1,4 @@
-"""Which unlabeled images are monitored, what is known of them, and that training is left alone."""
+"""Choice of monitored images, their ground truth, and independence of training."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def names(records):
     return {record["file_name"] for record in records}
 
 
-def test_images_set_aside_from_the_labeled_ones_are_known(coco):
+def test_ground_truth_of_images_set_aside(coco):
     settings = {"DATASETS.TRAIN": [coco("a", images=10)], "DATASETS.LABELED_PERCENT": 20.0}
     found = sets(settings)
     assert names(found.monitored) == names(found.unlabeled)
@@ -43,12 +43,12 @@ def test_images_set_aside_from_the_labeled_ones_are_known(coco):
     )
 
 
-def test_training_does_not_get_the_truth(coco):
+def test_training_does_not_get_the_ground_truth(coco):
     found = sets({"DATASETS.TRAIN": [coco("a", images=10)], "DATASETS.LABELED_PERCENT": 20.0})
     assert all(record.keys() == {"file_name", "image_id"} for record in found.unlabeled)
 
 
-def test_annotated_unlabeled_sets_are_known_and_folders_are_not(coco, tmp_path):
+def test_ground_truth_of_annotated_unlabeled_sets(coco, tmp_path):
     folder = make_folder(tmp_path / "folder", images=6)
     settings = {
         "DATASETS.TRAIN": [coco("a")],
@@ -59,7 +59,7 @@ def test_annotated_unlabeled_sets_are_known_and_folders_are_not(coco, tmp_path):
     assert len(found.monitored) == 3 and all(has_annotations(record) for record in found.monitored)
 
 
-def test_a_folder_alone_is_watched_without_truth(coco, tmp_path):
+def test_folder_without_ground_truth(coco, tmp_path):
     folder = make_folder(tmp_path / "folder", images=6)
     settings = {"DATASETS.TRAIN": [coco("a")], "DATASETS.UNLABELED": [f"folder:{folder}"]}
     found = sets(settings)
@@ -68,7 +68,7 @@ def test_a_folder_alone_is_watched_without_truth(coco, tmp_path):
     )
 
 
-def test_the_truth_of_a_folder_can_be_named(coco):
+def test_ground_truth_of_a_folder(coco):
     truth = coco("b", images=4, seed=5)
     folder = truth.rsplit(":", 1)[1]
     settings = {
@@ -82,7 +82,7 @@ def test_the_truth_of_a_folder_can_be_named(coco):
 @pytest.mark.parametrize(
     ("classes", "message"), [(("cat", "dog", "emu"), "classes"), (None, "is an unlabeled image")]
 )
-def test_truth_that_does_not_fit_is_an_error(coco, tmp_path, classes, message):
+def test_ground_truth_of_other_classes_or_images(coco, tmp_path, classes, message):
     other = coco("b", **({"classes": classes} if classes else {}))
     folder = make_folder(tmp_path / "folder")
     settings = {
@@ -94,7 +94,7 @@ def test_truth_that_does_not_fit_is_an_error(coco, tmp_path, classes, message):
         sets(settings)
 
 
-def test_an_unlabeled_set_with_other_classes_is_not_measured(coco):
+def test_unlabeled_set_with_other_classes(coco):
     other = coco("b", classes=("emu", "fox", "gnu"), seed=3)
     found = sets({"DATASETS.TRAIN": [coco("a")], "DATASETS.UNLABELED": [other]})
     assert len(found.monitored) == 4 and not any(
@@ -102,7 +102,7 @@ def test_an_unlabeled_set_with_other_classes_is_not_measured(coco):
     )
 
 
-def test_a_set_without_any_annotation_is_not_taken_for_empty_images(coco):
+def test_set_without_annotations_has_no_ground_truth(coco):
     name = coco("b", seed=3)
     from pathlib import Path
 
@@ -115,14 +115,14 @@ def test_a_set_without_any_annotation_is_not_taken_for_empty_images(coco):
     ("changed", "count"),
     [({"TEST.MONITORED_IMAGES": 3}, 3), ({"TEST.MONITORED_IMAGES": 0}, 0), ({"VIS_PERIOD": 0}, 0)],
 )
-def test_so_many_are_watched_always_the_same(coco, changed, count):
+def test_number_and_choice_of_images(coco, changed, count):
     settings = {"DATASETS.TRAIN": [coco("a", images=20)], "DATASETS.LABELED_PERCENT": 20.0}
     first, second = (sets(settings | changed).monitored for _ in range(2))
     assert len(first) == count
     assert names(first) == names(second)
 
 
-def test_truth_is_carried_into_the_view():
+def test_ground_truth_in_the_view():
     record = {
         "annotations": [
             {"bbox": [10, 20, 30, 40], "bbox_mode": 1, "category_id": 2},
@@ -138,7 +138,7 @@ def test_truth_is_carried_into_the_view():
     assert truth.gt_crowd.tolist() == [False, True]
 
 
-def test_an_image_without_objects_has_empty_truth():
+def test_image_without_objects():
     assert len(ground_truth_in_view({"annotations": []}, torch.eye(3), (40, 40))) == 0
 
 
@@ -149,7 +149,7 @@ def monitored(tmp_path):
     return MonitoredImages(records, ViewMapper(tiny_config()), seed=3)
 
 
-def test_all_images_are_shown_in_the_same_views_each_time(monitored):
+def test_views_are_the_same_each_time(monitored):
     first, second = ([sample.views for sample in monitored] for _ in range(2))
     assert len({views.file_name for views in first}) == len(monitored) == 3
     for one, other in zip(first, second, strict=True):
@@ -159,7 +159,7 @@ def test_all_images_are_shown_in_the_same_views_each_time(monitored):
         assert torch.equal(one.strong.matrix, other.strong.matrix)
 
 
-def test_looking_draws_from_nobodys_generator(monitored):
+def test_monitoring_does_not_change_random_generators(monitored):
     def states():
         return json.dumps(
             [

@@ -1,4 +1,4 @@
-"""Every kind of annotation: handled as stated, or one clear error before training starts."""
+"""Unusual annotations: the expected boxes, or a clear error before training starts."""
 
 import json
 import logging
@@ -126,12 +126,12 @@ DROP = r"0000\.png.*DATASETS\.CHECKS\.DROP_BAD_BOXES True"
 DEEP = "[" * 200_000 + "]" * 200_000
 
 ERRORS = {
-    # name of the case: (what is wrong, what the message says)
+    # case: (edit of the project, regular expression of the message)
     # the file
     "nested too deeply": (written(DEEP), NO_COCO + "it is nested too deeply"),
     "too long a number": (written('{"images": ' + "9" * 5000 + "}"), NO_COCO + "it is not json"),
-    "byte order mark": (written(b"\xef\xbb\xbf{}"), NO_COCO + "it is not json.*BOM"),
-    "UTF-16": (written('{"images": []}'.encode("utf-16")), NO_COCO + "it is not json"),
+    "Latin-1": (written('{"\u00e9": []}'.encode("latin-1")), NO_COCO + "it is not json"),
+    "UTF-16 cut off": (written(b"\xff\xfe{"), NO_COCO + "it is not json"),
     "two documents": (written("{}{}"), NO_COCO + "it is not json"),
     "a number": (written("3"), NO_COCO + "its top level is a int"),
     "images by name": (replaced(images={"0000.png": {}}), "no list named 'images'"),
@@ -161,9 +161,11 @@ ERRORS = {
     "name is blank": (named(" "), "contains ' ', which cannot be a file name"),
     "name with a zero byte": (named("a\0.png"), r"'a\\x00.png', which cannot be a file name"),
     "name is a dot": (named("."), "1 of 4 images are missing"),
-    "name is another's path": (named("C:\\images\\0000.png"), r"missing.*C:\\images\\0000\.png"),
+    "name is nearly right": (named("0009.png"), r"0009\.png \(nearest: 000\d\.png\)"),
+    "name of another's missing image": (named("C:\\images\\a.png"), r"missing.*C:\\images\\a\.png"),
+    "name of another's other image": (named("C:\\images\\0001.png"), "only one such image"),
     "name leads up": (named("../images/0000.png"), OUTSIDE),
-    "name leads up inside": (named("a/../0000.png"), OUTSIDE),
+    "name leads up to nothing": (named("../images/a.png"), OUTSIDE),
     "name leads far up": (named("../" * 30 + "etc/passwd"), OUTSIDE),
     "name is absolute": (named("/etc/passwd"), OUTSIDE),
     "name is absolute, and right": (named_absolutely, OUTSIDE),
@@ -226,7 +228,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_an_error_before_training(project, case):
+def test_error_before_training(project, case):
     spoil, words = ERRORS[case]
     spoil(project)
     with pytest.raises(UsageError) as caught:
@@ -272,6 +274,10 @@ def images_are_a_link(project):
     project.images.symlink_to(elsewhere)
 
 
+def encoded(encoding):
+    return lambda project: project.json.write_bytes(project.json.read_text().encode(encoding))
+
+
 def unknown_image(content):
     content["annotations"] = [{"id": 1, "image_id": 1, **BOX}, {"id": 2, "image_id": 77, **BOX}]
 
@@ -303,7 +309,7 @@ ONE = [[8, 8, 28, 28]]
 GOOD = [8, 8, 20, 20]
 NAN, INFINITY = float("nan"), float("inf")
 HANDLED = {
-    # name of the case: (what is odd, boxes of the first image, xyxy; class; words in a warning)
+    # case: (edit of the project, xyxy boxes of the first image, class, text of the warning)
     "fractions": (only_boxes([0.5, 0.25, 10.5, 20.25]), [[0.5, 0.25, 11.0, 20.5]], 0, ""),
     "area of NaN": (only_boxes(GOOD, area=NAN), ONE, 0, ""),
     "no crowd flag": (edited(without_crowd_flag), ONE, 0, ""),
@@ -331,12 +337,16 @@ HANDLED = {
     "class zero": (classes(-1, 0, 1), ONE, 1, ""),
     "file name that leads up": (outside_allowed(named("../images/0000.png")), None, None, ""),
     "absolute file name": (outside_allowed(named_absolutely), None, None, ""),
+    "name leads up inside": (named("a/../0000.png"), None, None, ""),
+    "name on Windows": (named("C:\\images\\0000.png"), None, None, ""),
+    "byte order mark": (encoded("utf-8-sig"), None, None, ""),
+    "UTF-16": (encoded("utf-16"), None, None, ""),
     "images behind a link": (images_are_a_link, None, None, ""),
 }
 
 
 @pytest.mark.parametrize("case", HANDLED)
-def test_handled_as_stated(project, case, caplog, monkeypatch):
+def test_boxes_of_unusual_annotations(project, case, caplog, monkeypatch):
     spoil, boxes, label, words = HANDLED[case]
     monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     written_down = json.loads(project.json.read_text())["annotations"]
@@ -362,7 +372,7 @@ def test_handled_as_stated(project, case, caplog, monkeypatch):
     assert words in caplog.text
 
 
-def test_an_image_without_annotations_is_one_without_objects(project):
+def test_image_without_annotations_has_no_objects(project):
     only_boxes(GOOD)(project)
     project.set("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
     sets, dataset = project.read()
@@ -373,7 +383,7 @@ def test_an_image_without_annotations_is_one_without_objects(project):
     assert [record["image_id"] for record in sets.labeled] == [1]
 
 
-def test_crowds_are_left_out(project):
+def test_crowds_are_left_out_of_training(project):
     def edit(content):
         content["annotations"] = [
             {"id": 1, "image_id": 1, **BOX, "iscrowd": 1},
@@ -388,7 +398,7 @@ def test_crowds_are_left_out(project):
     assert instances.gt_classes.tolist() == [2]
 
 
-def test_nothing_but_crowds_is_nothing_to_learn(project):
+def test_only_crowds_is_an_error(project):
     only_boxes(GOOD, iscrowd=1)(project)
     with pytest.raises(UsageError, match="no labeled image of .* has a box to train on"):
         project.read()
@@ -408,7 +418,7 @@ class TestVocNames:
     @pytest.mark.parametrize(
         "line", ["my image", "my image  1\n", " my image -1", "my image 0\r\n"]
     )
-    def test_with_spaces_and_flags_behind(self, project, line):
+    def test_names_with_spaces_and_flags(self, project, line):
         assert self.listed(project, line) == ["my image.jpg"]
 
 
@@ -417,7 +427,7 @@ class TestFolders:
         sets, _ = project.read()
         return [os.path.relpath(r["file_name"], project.unlabeled) for r in sets.unlabeled]
 
-    def test_a_linked_folder_is_followed_once(self, project):
+    def test_linked_folder_is_searched_once(self, project):
         other = project.folder / "other"
         other.mkdir()
         (project.unlabeled / "0002.png").rename(other / "0009.png")
@@ -426,34 +436,34 @@ class TestFolders:
         assert self.names(project) == ["0000.png", "0001.png", "b/0009.png"]
 
     @pytest.mark.parametrize("target", [".", "..", "deep/../..", "loop"])
-    def test_loops_end(self, project, target):
+    def test_loops_of_links(self, project, target):
         (project.unlabeled / "deep").mkdir()
         (project.unlabeled / "deep" / "loop").symlink_to(target)
         found = self.names(project)
         assert found[:3] == ["0000.png", "0001.png", "0002.png"]
         assert len(found) == len(set(found))
 
-    def test_folders_that_link_to_each_other(self, project):
+    def test_folders_with_links_to_each_other(self, project):
         for ours, theirs in (("a", "b"), ("b", "a")):
             (project.unlabeled / ours).mkdir()
             (project.unlabeled / ours / "other").symlink_to(project.unlabeled / theirs)
         (project.unlabeled / "0002.png").rename(project.unlabeled / "b" / "0002.png")
         assert self.names(project) == ["0000.png", "0001.png", "a/other/0002.png"]
 
-    def test_a_folder_whose_name_is_not_text(self, project):
+    def test_folder_name_with_undecodable_bytes(self, project):
         (project.unlabeled / "a\udcff\n b").mkdir()
         (project.unlabeled / "0002.png").rename(project.unlabeled / "a\udcff\n b" / "c.png")
         assert self.names(project)[-1] == "a\udcff\n b/c.png"
 
 
-def test_names_that_are_not_text_are_shown_in_one_line(project):
+def test_undecodable_names_are_printed_on_one_line(project):
     named("a\udcff\nb.png")(project)
     with pytest.raises(UsageError, match=r"a\\udcff\\nb\.png") as caught:
         project.read()
     assert str(caught.value).encode().isascii()
 
 
-def test_outside_paths_need_their_permission_in_an_unlabeled_file_too(project):
+def test_outside_paths_of_unlabeled_files_need_permission(project):
     other = project.folder / "other.json"
     content = json.loads(project.test_json.read_text())
     content["images"][0]["file_name"] = "/etc/passwd"

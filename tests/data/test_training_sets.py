@@ -1,4 +1,4 @@
-"""From the config to the images of a run."""
+"""Reading, checking and splitting the data sets of a config."""
 
 import logging
 import shutil
@@ -44,7 +44,7 @@ def boxes(record):
     return [[float(value) for value in a["bbox"]] for a in record["annotations"]]
 
 
-def test_labeled_and_unlabeled_come_from_their_keys(coco, folder):
+def test_labeled_and_unlabeled_sets(coco, folder):
     sets = load(train=[coco[1]], unlabeled=[folder])
     assert len(sets.labeled) == 10
     assert all(record["annotations"] for record in sets.labeled)
@@ -52,7 +52,7 @@ def test_labeled_and_unlabeled_come_from_their_keys(coco, folder):
     assert sets.class_names == list(CLASSES)
 
 
-def test_several_data_sets_are_one_after_the_other(tmp_path, coco, folder):
+def test_several_data_sets_are_concatenated(tmp_path, coco, folder):
     voc = f"voc:{make_voc(tmp_path / 'voc', images=2)}:trainval"
     others = f"folder:{make_folder(tmp_path / 'others', images=2)}"
     sets = load(
@@ -65,7 +65,7 @@ def test_several_data_sets_are_one_after_the_other(tmp_path, coco, folder):
 
 
 @pytest.mark.parametrize("percent", ["0.1", "30.0", "80.0"])
-def test_what_is_not_used_with_labels_is_used_without(coco, folder, percent):
+def test_images_without_used_labels_become_unlabeled(coco, folder, percent):
     every = files(load(train=[coco[1]], unlabeled=[folder]).labeled)
     sets = load("DATASETS.LABELED_PERCENT", percent, train=[coco[1]], unlabeled=[folder])
     labeled, rest = split_indices(10, float(percent), 1)
@@ -73,7 +73,7 @@ def test_what_is_not_used_with_labels_is_used_without(coco, folder, percent):
     assert files(sets.unlabeled)[:-3] == [every[i] for i in rest]
 
 
-def test_unlabeled_records_have_nothing_but_a_file_and_a_number(tmp_path, coco):
+def test_unlabeled_records_have_only_file_and_id(tmp_path, coco):
     json_file, images = make_coco(tmp_path / "other", images=4)
     sets = load(
         *("DATASETS.LABELED_PERCENT", "50.0"),
@@ -85,7 +85,7 @@ def test_unlabeled_records_have_nothing_but_a_file_and_a_number(tmp_path, coco):
     assert [record["image_id"] for record in sets.unlabeled] == list(range(9))
 
 
-def test_an_unlabeled_coco_file_needs_no_annotations(tmp_path, coco):
+def test_unlabeled_coco_file_without_annotations(tmp_path, coco):
     json_file, images = make_coco(tmp_path / "other", images=4)
     edit_json(json_file, lambda content: content.pop("annotations") and None)
     assert len(load(train=[coco[1]], unlabeled=[f"coco:{json_file}:{images}"]).unlabeled) == 4
@@ -104,7 +104,7 @@ def without_any_annotation(folder):
 
 
 @pytest.mark.parametrize("spoil", [of_another_class, without_an_annotation, without_any_annotation])
-def test_unlabeled_voc_images_need_no_annotations(tmp_path, coco, spoil):
+def test_unlabeled_voc_images_without_annotations(tmp_path, coco, spoil):
     voc = make_voc(tmp_path / "voc", images=3)
     spoil(voc)
     names = ("DATASETS.CLASS_NAMES", str(CLASSES))
@@ -115,14 +115,14 @@ def test_unlabeled_voc_images_need_no_annotations(tmp_path, coco, spoil):
     )
 
 
-def test_a_list_of_unlabeled_voc_images_that_is_broken_is_an_error(tmp_path, coco):
+def test_broken_list_of_unlabeled_voc_images(tmp_path, coco):
     voc = make_voc(tmp_path / "voc", images=3)
     (voc / "ImageSets/Main/trainval.txt").write_text("0001\n0001\n")
     with pytest.raises(UsageError, match="lists .*0001.* more than once"):
         load(train=[coco[1]], unlabeled=[f"voc:{voc}:trainval"])
 
 
-def test_seeds_of_the_split_differ_and_that_of_the_run_does_not_matter(coco, folder):
+def test_split_depends_on_its_own_seed_only(coco, folder):
     def labeled(*options):
         shares = ("DATASETS.LABELED_PERCENT", "40.0")
         return files(load(*shares, *options, train=[coco[1]], unlabeled=[folder]).labeled)
@@ -131,7 +131,7 @@ def test_seeds_of_the_split_differ_and_that_of_the_run_does_not_matter(coco, fol
     assert labeled("SEED", "2") == labeled()
 
 
-def test_images_without_boxes_stay_unless_the_config_says_otherwise(coco, folder):
+def test_images_without_boxes(coco, folder):
     def empty(content):
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]
 
@@ -167,9 +167,7 @@ def set_boxes(*given):
         ([5, -20, 9, 9], "lie outside of their image"),
     ],
 )
-def test_useless_boxes_are_left_out_with_a_warning_and_others_kept(
-    coco, folder, caplog, box, words
-):
+def test_unusable_boxes_are_left_out_with_a_warning(coco, folder, caplog, box, words):
     before = load(train=[coco[1]], unlabeled=[folder])
     edit_json(coco[0], set_boxes(box))
     with caplog.at_level(logging.WARNING):
@@ -196,7 +194,7 @@ BAD_BOXES = [
 
 
 @pytest.mark.parametrize("box", BAD_BOXES, ids=str)
-def test_bad_boxes_are_left_out_where_the_config_says_so(coco, folder, caplog, box):
+def test_drop_bad_boxes(coco, folder, caplog, box):
     edit_json(coco[0], set_boxes(box))
     drop = ("DATASETS.CHECKS.DROP_BAD_BOXES", "True")
     sets = load(*drop, train=[coco[1]], unlabeled=[folder])
@@ -204,14 +202,14 @@ def test_bad_boxes_are_left_out_where_the_config_says_so(coco, folder, caplog, b
     assert files(sets.labeled)[0] in caplog.text
 
 
-def test_a_box_partly_outside_is_clipped_in_training(coco, folder):
+def test_box_partly_outside_is_clipped(coco, folder):
     edit_json(coco[0], set_boxes([-10, 20, 30, 100]))
     record = load(train=[coco[1]], unlabeled=[folder]).labeled[0]
     sample = DatasetMapper(is_train=True, augmentations=[], image_format="RGB")(record)
     assert sample["instances"].gt_boxes.tensor[0].tolist() == [0, 20, 20, 64]
 
 
-def test_common_images_are_left_out_where_the_config_says_so(tmp_path, coco, folder):
+def test_exclude_labeled(tmp_path, coco, folder):
     images = tmp_path / "labeled" / "images"
     linked = tmp_path / "linked"
     linked.mkdir()
@@ -224,9 +222,7 @@ def test_common_images_are_left_out_where_the_config_says_so(tmp_path, coco, fol
 
 
 @pytest.mark.parametrize("exclude", ["False", "True"])
-def test_labeled_images_that_are_test_images_are_trained_on_with_a_warning(
-    coco, folder, caplog, exclude
-):
+def test_labeled_test_images_give_a_warning(coco, folder, caplog, exclude):
     options = ("DATASETS.TEST", str((coco[1],)), "DATASETS.EXCLUDE_LABELED", exclude)
     sets = load(*options, train=[coco[1]], unlabeled=[folder])
     assert len(sets.labeled) == 10
@@ -239,7 +235,7 @@ def test_supervised_training_needs_no_unlabeled_images(coco):
     assert len(load(*options, train=[coco[1]]).unlabeled) == 0
 
 
-def test_the_split_does_not_touch_the_generators(coco, folder):
+def test_split_does_not_change_random_generators(coco, folder):
     np.random.seed(3)
     expected = np.random.rand()
     np.random.seed(3)
@@ -265,7 +261,7 @@ def sets_of(*names):
         ((), False),
     ],
 )
-def test_a_fingerprint_is_that_of_the_files_in_their_order(names, same):
+def test_fingerprint_depends_on_files_and_order(names, same):
     known, other = sets_of("a/1.png", "a/2.png"), sets_of(*names)
     assert (other.fingerprint == known.fingerprint) == same
     if same:
@@ -275,5 +271,5 @@ def test_a_fingerprint_is_that_of_the_files_in_their_order(names, same):
             other.check_same(known.fingerprint, allow_changed=False)
 
 
-def test_a_run_that_noted_no_fingerprint_is_taken_as_it_is():
+def test_run_without_fingerprint():
     sets_of("a.png").check_same({}, allow_changed=False)

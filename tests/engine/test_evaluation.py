@@ -74,9 +74,9 @@ def test_classes_other_than_those_of_the_model_are_an_error(config_with, tmp_pat
         evaluate(config_with(f"coco:{json_file}:{images}"), model)
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_student_is_evaluated_unless_it_equals_the_teacher(monkeypatch, alike):
-    precision = {"teacher": 40.0, "student": 40.0 if alike else 30.0}
+@pytest.mark.parametrize("identical", [True, False])
+def test_student_is_evaluated_unless_it_equals_the_teacher(monkeypatch, identical):
+    precision = {"teacher": 40.0, "student": 40.0 if identical else 30.0}
     evaluated = []
 
     def fake_evaluate(_, model, keep_detections):
@@ -85,7 +85,7 @@ def test_student_is_evaluated_unless_it_equals_the_teacher(monkeypatch, alike):
         return {"bbox": {"AP": precision[model]}}
 
     monkeypatch.setattr(evaluation, "evaluate", fake_evaluate)
-    results = evaluate_teacher_and_student(None, "teacher", "student", alike=alike)
+    results = evaluate_teacher_and_student(None, "teacher", "student", identical=identical)
     assert results["bbox"]["AP"] == 40.0
     assert results["student"]["bbox"]["AP"] == precision["student"]
-    assert evaluated == (["teacher"] if alike else ["teacher", "student"])
+    assert evaluated == (["teacher"] if identical else ["teacher", "student"])

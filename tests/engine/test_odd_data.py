@@ -1,4 +1,4 @@
-"""Trainings on data that are not in order, or not what they were."""
+"""Training on unreadable, unusual and changed data."""
 
 import logging
 import shutil
@@ -41,9 +41,7 @@ def spoil(folder, count):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_unreadable_unlabeled_image_is_skipped_counted_and_named(
-    own, tmp_path, caplog, num_workers
-):
+def test_unreadable_unlabeled_image(own, tmp_path, caplog, num_workers):
     named, folder = own
     (name,) = spoil(folder, 1)
     with caplog.at_level(logging.WARNING):
@@ -56,7 +54,7 @@ def test_an_unreadable_unlabeled_image_is_skipped_counted_and_named(
     assert '"data/unreadable": 1.0' in (tmp_path / "output" / "metrics.json").read_text()
 
 
-def test_too_many_of_them_end_the_training(own, tmp_path, monkeypatch):
+def test_too_many_unreadable_images(own, tmp_path, monkeypatch):
     named, folder = own
     monkeypatch.setattr(unreadable, "MIN_DRAWN", 6)
     spoil(folder, 3)
@@ -65,7 +63,7 @@ def test_too_many_of_them_end_the_training(own, tmp_path, monkeypatch):
     train(named, tmp_path, LONG | {"DATASETS.CHECKS.MAX_UNREADABLE_SHARE": 0.9})
 
 
-def test_an_image_of_a_pixel_height_is_trained_on_and_evaluated(own, tmp_path):
+def test_image_of_one_pixel_height(own, tmp_path):
     """Resized to the greatest long side its short side would be nothing."""
     named, folder = own
     for part in ("labeled", "test"):
@@ -84,7 +82,7 @@ def test_an_image_of_a_pixel_height_is_trained_on_and_evaluated(own, tmp_path):
     assert trainer.unreadable.files == 0
 
 
-def test_evaluation_sees_16_bits_as_training_does(own, tmp_path):
+def test_16_bit_images_in_evaluation(own, tmp_path):
     """The same picture with 8 and with 16 bits is the same to the model."""
     named, folder = own
     settings = {"DATASETS.TEST": named["DATASETS.TEST"]}
@@ -111,7 +109,7 @@ class TestChangedBetweenRuns:
             training_config(named, tmp_path / "output", LONG | settings), resume=True
         )
 
-    def test_the_same_images_elsewhere_are_no_change(self, own, tmp_path):
+    def test_moved_images(self, own, tmp_path):
         named, folder = own
         train(named, tmp_path, LONG)
         folder.rename(tmp_path / "moved")
@@ -119,7 +117,7 @@ class TestChangedBetweenRuns:
         moved = {key: [n.replace(old, new) for n in names] for key, names in named.items()}
         assert self.resume(moved, tmp_path).start_iter == LONG["SOLVER.MAX_ITER"]
 
-    def test_an_annotation_file_of_another_size_is_an_error(self, own, tmp_path):
+    def test_other_number_of_annotated_images(self, own, tmp_path):
         named, folder = own
         train(named, tmp_path, LONG)
         edit_json(
@@ -132,14 +130,14 @@ class TestChangedBetweenRuns:
         with pytest.raises(UsageError, match=words):
             self.resume(named, tmp_path)
 
-    def test_so_are_more_unlabeled_images(self, own, tmp_path):
+    def test_more_unlabeled_images(self, own, tmp_path):
         named, folder = own
         train(named, tmp_path, LONG)
         shutil.copy(folder / "unlabeled" / "0000.png", folder / "unlabeled" / "0009.png")
         with pytest.raises(UsageError, match=r"the unlabeled ones were 5 images .*, now 6 images"):
             self.resume(named, tmp_path)
 
-    def test_and_others_of_the_same_number(self, own, tmp_path):
+    def test_other_unlabeled_images(self, own, tmp_path):
         named, folder = own
         train(named, tmp_path, LONG)
         file = folder / "unlabeled" / "0000.png"
@@ -147,7 +145,7 @@ class TestChangedBetweenRuns:
         with pytest.raises(UsageError, match=r"the unlabeled ones were 5 images .*, now 5 images"):
             self.resume(named, tmp_path)
 
-    def test_it_can_be_allowed(self, own, tmp_path, caplog):
+    def test_allow_changed(self, own, tmp_path, caplog):
         named, folder = own
         train(named, tmp_path, LONG)
         (folder / "unlabeled" / "0000.png").unlink()
@@ -156,7 +154,7 @@ class TestChangedBetweenRuns:
         assert trainer.start_iter == LONG["SOLVER.MAX_ITER"]
         assert "now 4 images" in caplog.text
 
-    def test_a_checkpoint_without_the_note_is_resumed(self, own, tmp_path):
+    def test_checkpoint_without_fingerprint(self, own, tmp_path):
         named, _ = own
         train(named, tmp_path, LONG)
         file = Path(tmp_path / "output" / "model_final.pth")

@@ -1,4 +1,4 @@
-"""Checkpoints are opened without being told how they were trained."""
+"""Tests of loading a predictor or a student from a checkpoint."""
 
 import numpy as np
 import pytest
@@ -21,13 +21,13 @@ from tests.tiny_data import CLASSES, make_folder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The output of a finished training."""
+    """Output folder of a finished training."""
     return tmp_path_factory.mktemp("trained")
 
 
 @pytest.fixture(scope="module")
 def trained(datasets, folder):
-    """Its trainer."""
+    """Trainer of the finished training."""
     trainer = build_trainer(training_config(datasets, folder))
     trainer.train()
     return trainer
@@ -40,42 +40,42 @@ def images(tmp_path):
     return [read_image(str(folder / "0000.png"), format="RGB") for folder in folders]
 
 
-def test_a_checkpoint_says_its_config_and_its_classes(trained, folder):
+def test_load_predictor_uses_config_and_class_names_of_the_checkpoint(trained, folder):
     detector = load_predictor(str(folder / "model_final.pth"), device="cpu")
     assert detector.class_names == list(CLASSES)
     expected = trained.cfg.clone()
     expected.defrost()
     expected.MODEL.WEIGHTS = str(folder / "model_final.pth")
-    # Through YAML, where tuples are lists.
+    # Compared as YAML, which stores tuples as lists.
     assert yaml.safe_load(detector.cfg.dump()) == yaml.safe_load(expected.dump())
     assert same(copy_of(detector.model), copy_of(trained.teacher))
     assert not detector.model.training and detector.has_localization_quality
 
 
-def test_what_it_says_is_plain_text(trained, folder):
+def test_description_in_the_checkpoint_is_plain_text(trained, folder):
     content = torch.load(folder / "model_final.pth", weights_only=True)
     assert isinstance(content["config"], str)
     assert all(type(name) is str for name in content["class_names"])
     assert read_description(str(folder / "model_final.pth")).config == content["config"]
 
 
-def test_it_can_still_be_resumed(trained, datasets, folder):
+def test_checkpoint_with_a_description_can_be_resumed(trained, datasets, folder):
     cfg = training_config(datasets, folder, {"SOLVER.MAX_ITER": 5})
     assert build_trainer(cfg, resume=True).start_iter == 4
 
 
-def test_an_output_folder_stands_for_its_last_checkpoint(trained, folder):
+def test_load_predictor_takes_the_last_checkpoint_of_a_folder(trained, folder):
     assert load_predictor(str(folder), device="cpu").cfg.MODEL.WEIGHTS.endswith("model_final.pth")
 
 
-def test_options_go_over_the_stored_config(trained, folder):
+def test_options_override_the_config_of_the_checkpoint(trained, folder):
     detector = load_predictor(str(folder), options=["TEST.DETECTIONS_PER_IMAGE", "3"])
     assert detector.model.roi_heads.box_predictor.test_topk_per_image == 3
     with pytest.raises(UsageError, match=r"unknown config key TEST\.NO"):
         load_predictor(str(folder), options=["TEST.NO", "3"])
 
 
-def test_detections_are_those_of_detectron2s_own_predictor(trained, folder, images):
+def test_detect_gives_the_same_as_default_predictor(trained, folder, images):
     detector = load_predictor(str(folder), device="cpu")
     cfg = trained.cfg.clone()
     cfg.defrost()
@@ -83,46 +83,46 @@ def test_detections_are_those_of_detectron2s_own_predictor(trained, folder, imag
     predictor = DefaultPredictor(cfg)
     predictor.model.load_state_dict(trained.teacher.state_dict())
     for image in images:
-        (mine,) = detector.detect([image])
-        theirs = predictor(np.ascontiguousarray(image[:, :, ::-1]))["instances"]
-        assert len(mine) and mine.image_size == image.shape[:2]
-        assert torch.equal(mine.pred_boxes.tensor, theirs.pred_boxes.tensor)
-        assert torch.equal(mine.localization_quality, theirs.localization_quality)
+        (actual,) = detector.detect([image])
+        expected = predictor(np.ascontiguousarray(image[:, :, ::-1]))["instances"]
+        assert len(actual) and actual.image_size == image.shape[:2]
+        assert torch.equal(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(actual.localization_quality, expected.localization_quality)
 
 
-def test_images_of_different_sizes_can_go_together(trained, folder, images):
+def test_detect_takes_images_of_different_sizes(trained, folder, images):
     detector = load_predictor(str(folder), device="cpu")
-    found = detector.detect(images)
-    assert [f.image_size for f in found] == [image.shape[:2] for image in images]
+    detections = detector.detect(images)
+    assert [d.image_size for d in detections] == [image.shape[:2] for image in images]
 
 
-# --- older files, and those of others -------------------------------------------------------------
+# --- checkpoints of earlier versions and other projects -------------------------------------------
 
 
 @pytest.fixture
 def older(tmp_path):
-    """A checkpoint that says nothing of itself, in a folder of its own."""
+    """A checkpoint without config and class names, in a separate folder."""
     folder = tmp_path / "older"
     folder.mkdir()
     TeacherCheckpointer(build_model(tiny_config()), str(folder)).save("model")
     return folder / "model.pth"
 
 
-def test_an_older_file_takes_the_config_beside_it(older, datasets):
+def test_load_predictor_uses_the_config_beside_an_older_checkpoint(older, datasets):
     settings = {"DATASETS.TEST": datasets["DATASETS.TEST"]}
     older.with_name("config.yaml").write_text(tiny_config(settings).dump())
     assert load_predictor(str(older), device="cpu").class_names == list(CLASSES)
 
 
-def test_an_older_file_whose_data_are_elsewhere_numbers_its_classes(older):
+def test_classes_are_numbered_if_their_names_are_not_known(older):
     settings = {"DATASETS.TEST": ["coco:gone.json:gone"]}
     older.with_name("config.yaml").write_text(tiny_config(settings).dump())
     names = load_predictor(str(older), device="cpu").class_names
     assert names == ["class 0", "class 1", "class 2"]
 
 
-def test_a_config_that_is_given_goes_first(older, tmp_path):
-    older.with_name("config.yaml").write_text("this: is no config")
+def test_config_file_has_precedence_over_the_config_beside_the_checkpoint(older, tmp_path):
+    older.with_name("config.yaml").write_text("not: a config")
     file = tmp_path / "given.yaml"
     file.write_text(tiny_config({"SEMI.PSEUDO_LABEL_THRESHOLD": 0.42}).dump())
     detector = load_predictor(str(older), config_file=str(file), device="cpu")
@@ -131,12 +131,12 @@ def test_a_config_that_is_given_goes_first(older, tmp_path):
     )
 
 
-def test_without_any_config_the_way_out_is_named(older):
+def test_load_predictor_without_a_config_names_the_option(older):
     with pytest.raises(UsageError, match="--config-file"):
         load_predictor(str(older))
 
 
-def test_a_plain_detector_does_not_measure_quality(tmp_path):
+def test_plain_detector_has_no_localization_quality(tmp_path):
     plain = build_model(plain_config(tiny_config()))
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     (tmp_path / "config.yaml").write_text(tiny_config().dump())
@@ -144,14 +144,14 @@ def test_a_plain_detector_does_not_measure_quality(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
-def test_a_file_that_is_no_checkpoint_is_told(tmp_path, content):
+def test_load_predictor_rejects_files_that_are_not_checkpoints(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UsageError, match=r"a\.pth is not a checkpoint") as caught:
         load_predictor(str(tmp_path / "a.pth"))
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_load_predictor_rejects_missing_files(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         load_predictor(str(tmp_path / "none.pth"))
     with pytest.raises(UsageError, match="has no checkpoint"):
@@ -161,13 +161,13 @@ def test_what_is_not_there_is_told(tmp_path):
 # --- the student ----------------------------------------------------------------------------------
 
 
-def test_the_student_of_a_checkpoint_is_not_its_teacher(trained, folder):
+def test_load_student_returns_the_student(trained, folder):
     student = load_student(trained.cfg, str(folder))
     assert same(copy_of(student), copy_of(trained.student))
     assert not same(copy_of(student), copy_of(trained.teacher))
 
 
-def test_a_file_without_a_student_gives_its_model(older):
+def test_load_student_returns_the_only_model_of_a_file(older):
     cfg = tiny_config()
     student, model = load_student(cfg, str(older)), build_model(cfg)
     cfg.MODEL.WEIGHTS = str(older)

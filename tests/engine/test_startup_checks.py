@@ -1,24 +1,19 @@
-"""Checks before training: device, output folder, config and data."""
+"""Checks before training: device, config and data."""
 
 import logging
-import multiprocessing
-import os
-import signal
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed
 
-import train_net
 from locreweight.data.datasets.splits import split_indices
 from locreweight.data.inspection.findings import Severity
 from locreweight.engine import check_device, startup_checks
-from locreweight.engine.startup_checks import lock_output_dir, log_effective_values
+from locreweight.engine.startup_checks import log_effective_values
 from locreweight.errors import UsageError
 from tests.checked_data import Project
-from tests.engine.tiny_training import TRAINING, restored_loggers_and_signals, training_config
+from tests.engine.tiny_training import TRAINING
 from tests.modeling.tiny_model import tiny_config
 from tests.tiny_data import edit_json
 
@@ -31,6 +26,7 @@ def pretend_machine(monkeypatch):
 
     def pretend(gpus, processes=1):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: processes)
         monkeypatch.setattr(distributed, "get_backend", lambda: "nccl" if gpus else "gloo")
 
@@ -42,6 +38,8 @@ def pretend_machine(monkeypatch):
     [
         ("cuda", 0, 1, "no GPU here: add MODEL.DEVICE cpu"),
         ("cuda:1", 0, 1, "no GPU here"),
+        ("cuda:1", 1, 1, "no GPU cuda:1: this machine has 1"),
+        ("cdua", 1, 1, "no device 'cdua': use cuda or cpu"),
         ("cuda:0", 2, 2, "MODEL.DEVICE cuda:0 would put all processes on one GPU"),
         ("cpu", 2, 2, "MODEL.DEVICE is cpu.*CUDA_VISIBLE_DEVICES=''"),
     ],
@@ -59,86 +57,6 @@ def test_check_device_rejects_impossible_devices(pretend_machine, device, gpus, 
 def test_check_device_accepts_possible_devices(pretend_machine, device, gpus, processes):
     pretend_machine(gpus, processes)
     check_device(device)
-
-
-# --- output folder --------------------------------------------------------------------------------
-
-FORK = multiprocessing.get_context("fork")
-
-
-def hold(folder, pipe):
-    """Lock the folder, and start a worker that outlives this process if it is killed."""
-    lock_output_dir(folder)
-    worker = os.fork()
-    if not worker:
-        time.sleep(600)
-        os._exit(0)
-    pipe.send(worker)
-    time.sleep(600)
-
-
-@pytest.fixture
-def other_training(tmp_path):
-    """Another process with a worker, which has locked the folder."""
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=hold, args=(tmp_path, theirs))
-    process.start()
-    assert ours.poll(60)
-    worker = ours.recv()
-    yield process
-    process.kill()
-    process.join()
-    os.kill(worker, signal.SIGKILL)
-
-
-def test_lock_rejects_the_folder_of_another_training(other_training, tmp_path):
-    with pytest.raises(UsageError, match=f"another training is writing to .*{tmp_path.name}"):
-        lock_output_dir(tmp_path)
-    lock_output_dir(tmp_path / "other")
-
-
-def test_second_training_ends_before_it_writes(other_training, datasets, tmp_path):
-    cfg = training_config(datasets, tmp_path)
-    (tmp_path / "config").write_text(cfg.dump())
-    arguments = train_net.argument_parser().parse_args(["--config-file", str(tmp_path / "config")])
-    with restored_loggers_and_signals(), pytest.raises(SystemExit) as exit_:
-        train_net.launch(train_net.main, arguments)
-    assert exit_.value.code.startswith("error: another training is writing")
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config"}
-
-
-def test_lock_ends_with_its_process_although_a_worker_survives(other_training, tmp_path):
-    other_training.kill()
-    other_training.join()
-    lock_output_dir(tmp_path)
-
-
-def test_lock_can_be_repeated_and_still_holds(tmp_path):
-    for _ in range(2):
-        lock_output_dir(tmp_path / "new/folder")
-
-    def lock_in_other_process(pipe):
-        # The fork has inherited the list of locks, but not the locks.
-        pytest.MonkeyPatch().setattr("locreweight.engine.startup_checks._locks", {})
-        try:
-            lock_output_dir(tmp_path / "new/folder")
-        except UsageError as error:
-            pipe.send(str(error))
-
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=lock_in_other_process, args=(theirs,))
-    process.start()
-    process.join()
-    assert ours.poll() and "another training" in ours.recv()
-
-
-def test_lock_warns_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    def unsupported(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr("fcntl.lockf", unsupported)
-    lock_output_dir(tmp_path)
-    assert "cannot check whether another training" in caplog.text
 
 
 # --- effective values -----------------------------------------------------------------------------

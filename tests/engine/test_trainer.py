@@ -188,8 +188,8 @@ def test_equal_models_are_evaluated_once_during_burn_in(
 ):
     calls = []
 
-    def evaluate_teacher_and_student(*_, alike):
-        calls.append(alike)
+    def evaluate_teacher_and_student(*_, identical):
+        calls.append(identical)
         return {"bbox": {"AP": 1.0}}
 
     monkeypatch.setattr(

@@ -68,7 +68,7 @@ def test_pictures_in_the_output_folder_are_not_inputs(tmp_path):
 
 def test_input_folder_as_output_folder_is_an_error(tmp_path):
     picture(tmp_path / "a.jpg")
-    with pytest.raises(UsageError, match="does not count"):
+    with pytest.raises(UsageError, match="are ignored"):
         find_inputs([str(tmp_path)], output=tmp_path)
 
 

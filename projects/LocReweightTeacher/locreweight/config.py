@@ -6,6 +6,7 @@ import difflib
 import io
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
 from .installed_detectron2 import check_compiled_kernels
+from .modeling.building import check_anchors
 
 METHODS_FOLDER = Path(__file__).parents[3] / "configs" / "methods"
 
@@ -171,6 +173,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Allow annotation files to refer to images by absolute paths and by paths with "..". False: an
     # error, because a foreign annotation file could then read any image or text of this machine.
     cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS = False
+    # Allow --eval-only on data with other class names than those that the checkpoint was trained
+    # with: class i of the data is class i of the checkpoint. False: an error.
+    cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES = False
     # Allow --resume after the set of training images has changed. False: an error.
     cfg.DATASETS.CHECKS.ALLOW_CHANGED = False
 
@@ -354,6 +359,7 @@ def check_supported(cfg: CfgNode) -> None:
         UsageError: names the first such key, or OUTPUT_DIR if it is empty.
     """
     check_compiled_kernels(cfg)
+    check_anchors(cfg)
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
     box_head = cfg.MODEL.ROI_BOX_HEAD
@@ -409,10 +415,57 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
         scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * scale)
         scaled.SEMI.BURN_IN_ITERS = round(cfg.SEMI.BURN_IN_ITERS / scale)
         scaled.SEMI.EMA_KEEP_RATE = cfg.SEMI.EMA_KEEP_RATE**scale
-        # Rounded up: 0 turns monitoring off.
+        # At least 1, because 0 means never.
         scaled.VIS_PERIOD = math.ceil(cfg.VIS_PERIOD / scale)
+        if cfg.TEST.EVAL_PERIOD > 0:
+            scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
+        if cfg.SOLVER.CHECKPOINT_PERIOD > 0:
+            scaled.SOLVER.CHECKPOINT_PERIOD = max(1, scaled.SOLVER.CHECKPOINT_PERIOD)
         if frozen:
             scaled.freeze()
     if scaled.SOLVER.IMS_PER_BATCH < 1:
         raise UsageError("SOLVER.IMS_PER_BATCH must be at least one labeled image per GPU")
+    if scaled.SOLVER.MAX_ITER < 1:
+        raise UsageError(
+            f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} is less than one iteration on {world_size} "
+            f"GPUs, because it counts iterations on {reference or world_size} GPUs "
+            "(SOLVER.REFERENCE_WORLD_SIZE): set it to at least "
+            f"{max(1, math.ceil(world_size / (reference or world_size)))}"
+        )
+    _check_schedule(scaled)
     return scaled
+
+
+def _check_schedule(cfg: CfgNode) -> None:
+    """Check the keys of the learning rate schedule."""
+    solver = cfg.SOLVER
+    for key, known in {
+        "LR_SCHEDULER_NAME": (
+            "WarmupMultiStepLR",
+            "WarmupCosineLR",
+            "WarmupStepWithFixedGammaLR",
+        ),
+        "WARMUP_METHOD": ("linear", "constant"),
+    }.items():
+        if solver[key] not in known:
+            raise UsageError(
+                f"unknown SOLVER.{key} {solver[key]!r}; known names: {', '.join(known)}"
+            )
+    # Later steps have no effect, so that a short trial run does not need other steps.
+    reached = [step for step in solver.STEPS if step <= solver.MAX_ITER]
+    is_multi_step = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+    if is_multi_step and (
+        any(first >= second for first, second in pairwise([0, *solver.STEPS]))
+        or solver.MAX_ITER in reached
+    ):
+        raise UsageError(
+            f"SOLVER.STEPS {tuple(solver.STEPS)} must be positive, in increasing order, and not "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER} itself: the learning rate changes after these "
+            "iterations"
+        )
+    is_cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
+    if is_cosine and not 0.0 <= solver.BASE_LR_END <= solver.BASE_LR:
+        raise UsageError(
+            f"SOLVER.BASE_LR_END {solver.BASE_LR_END:g} must be from 0 to SOLVER.BASE_LR "
+            f"{solver.BASE_LR:g}"
+        )

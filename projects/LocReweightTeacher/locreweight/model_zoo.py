@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from .checkpoint.checkpointer import TeacherCheckpointer
@@ -28,6 +27,7 @@ from .checkpoint.zoo import (
     read_index,
 )
 from .config import load_config
+from .modeling import build_detector
 
 __all__ = ["describe", "get", "get_checkpoint_url", "get_config", "get_config_file", "names"]
 
@@ -87,7 +87,7 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     cfg = get_config(name, trained)
     if device is not None or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = device or "cpu"
-    model = build_model(cfg)
+    model = build_detector(cfg)
     if trained:
         load_for_evaluation(cfg, model)
     elif cfg.MODEL.WEIGHTS:

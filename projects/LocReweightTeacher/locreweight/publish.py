@@ -18,7 +18,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import Tensor
 
-from .checkpoint.checkpointer import CheckpointDescription
+from .checkpoint.checkpointer import FINAL, CheckpointDescription
+from .checkpoint.files import last_checkpoint
 from .checkpoint.safe_loading import SAFETENSORS_SUFFIX, read_weights, write_safetensors
 from .checkpoint.sharing import shareable, shareable_command, shareable_config
 from .checkpoint.zoo import CONFIG, ENTRY, INDEX, PAGE, ZooEntry, check_name, write_index
@@ -26,14 +27,14 @@ from .config import load_config
 from .data.datasets.image_folders import load_folder
 from .data.training_sets import register_datasets
 from .engine.predictor import class_names_of_data, load_predictor
-from .engine.run_folder import read_metrics
-from .engine.run_record import read_run_records
+from .engine.run_folder import RunFolder
 from .errors import UsageError
 from .export.stock import write_stock_detector
 from .file_io import sha256_of
+from .run_files import CONFIG_FILE
 from .visualization.model_card import draw_examples, model_card, zoo_page
 
-METRICS = ("bbox/", "voc_11_point/")
+METRICS = ("bbox/", "voc_11_point/")  # prefixes of the published metrics
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TrainedModel:
     """Teacher of a run, before private paths are removed.
 
     Attributes:
-        checkpoint: the checkpoint file.
+        checkpoint: file that contains the teacher.
         cfg: config of the run.
         weights: state dict of the teacher.
         class_names: in the order of the model's classes.
@@ -210,42 +211,43 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
 
     Args:
         output: ``OUTPUT_DIR`` of the run.
-        last: read the last teacher instead, as in runs without evaluations.
+        last: read the last teacher instead. Without evaluations, there is only the last one.
 
     Raises:
         UsageError: if the folder does not belong to a run, or is damaged or incomplete.
     """
-    if not (output / CONFIG).is_file():
-        raise UsageError(f"{output} is not the OUTPUT_DIR of a run: it has no {CONFIG}")
-    cfg = load_config(str(output / CONFIG), [])
+    if not (output / CONFIG_FILE).is_file():
+        raise UsageError(f"{output} is not the OUTPUT_DIR of a run: it has no {CONFIG_FILE}")
+    cfg = load_config(str(output / CONFIG_FILE), [])
     file = _checkpoint_of(output, last=last)
     content = _read_checkpoint(file)
     bad = [name for name, value in content["model"].items() if not value.isfinite().all()]
     if bad:
         raise UsageError(f"{file} has weights that are infinite or NaN, such as {bad[0]}")
     iterations = content["trainer"]["iteration"] + 1
-    command, versions = _origin_of(output)
+    run = RunFolder(output)
+    command, versions = _origin_of(run)
     return TrainedModel(
         checkpoint=file,
         cfg=cfg,
         weights=content["model"],
         class_names=_class_names_of(cfg, content),
         iterations=iterations,
-        metrics=_metrics_of(output, iterations, cfg.SOLVER.MAX_ITER),
+        metrics=_metrics_of(run, iterations, cfg.SOLVER.MAX_ITER),
         command=command,
         versions=versions,
     )
 
 
 def _checkpoint_of(output: Path, *, last: bool) -> Path:
-    best, pointer = output / "model_best.pth", output / "last_checkpoint"
+    best, final = output / "model_best.pth", output / f"{FINAL}.pth"
     if best.is_file() and not last:
         return best
-    if not pointer.is_file():
+    newest = last_checkpoint(output)
+    if newest is None:
         raise UsageError(f"{output} has no checkpoint yet")
-    # Other checkpoints can be written after the final one.
-    final = output / "model_final.pth"
-    return final if final.is_file() else output / pointer.read_text().strip()
+    # The newest one can be the best, or one to resume from, written after the final one.
+    return final if final.is_file() else output / newest
 
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:
@@ -268,11 +270,11 @@ def _class_names_of(cfg: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
+def _metrics_of(run: RunFolder, iterations: int, end: int) -> dict[str, float]:
     """Results of the evaluation after a number of iterations; empty without an evaluation."""
     metrics: dict[str, float] = {}
-    for record in read_metrics(output):
-        # Versions before 0.1 logged the last evaluation one iteration later.
+    for record in run.metrics:
+        # Earlier versions logged the last evaluation one iteration later.
         if min(record["iteration"] + 1, end) == iterations:
             metrics |= {
                 name: value
@@ -284,9 +286,9 @@ def _metrics_of(output: Path, iterations: int, end: int) -> dict[str, float]:
     return metrics
 
 
-def _origin_of(output: Path) -> tuple[str, dict[str, str]]:
+def _origin_of(run: RunFolder) -> tuple[str, dict[str, str]]:
     """Command of the first start of a run, and versions of its last start."""
-    starts = read_run_records(output)
+    starts = run.starts
     if starts:
         commit = {"commit": starts[-1].commit} if starts[-1].commit else {}
         return starts[0].command, starts[-1].versions | commit

@@ -1,4 +1,4 @@
-"""Data sets named by where they lie."""
+"""Data sets named by their location."""
 
 import json
 
@@ -26,7 +26,7 @@ def xyxy(annotation):
 
 
 class TestCoco:
-    def test_records_are_what_the_file_says(self, tmp_path):
+    def test_records(self, tmp_path):
         json_file, images = make_coco(tmp_path, images=3, boxes_per_image=2, size=(40, 60))
         content = json.loads(json_file.read_text())
         records = read(f"coco:{json_file}:{images}")
@@ -42,7 +42,7 @@ class TestCoco:
             x, y, width, height = entry["bbox"]
             assert xyxy(annotation) == pytest.approx([x, y, x + width, y + height])
 
-    def test_metadata_is_what_evaluators_need(self, tmp_path):
+    def test_metadata_for_evaluation(self, tmp_path):
         json_file, images = make_coco(tmp_path)
         name = f"coco:{json_file}:{images}"
         read(name)
@@ -53,7 +53,7 @@ class TestCoco:
         assert metadata.image_root == str(images)
         assert metadata.thing_classes == list(CLASSES)
 
-    def test_category_ids_with_gaps_become_contiguous_in_their_order(self, tmp_path):
+    def test_category_ids_with_gaps(self, tmp_path):
         json_file, images = make_coco(tmp_path, boxes_per_image=9)
         original = json.loads(json_file.read_text())["annotations"]
 
@@ -70,7 +70,7 @@ class TestCoco:
         assert found == [entry["category_id"] - 1 for entry in original]
         assert MetadataCatalog.get(name).thing_classes == list(CLASSES)
 
-    def test_crowds_are_marked_and_left_out_of_training(self, tmp_path):
+    def test_crowds(self, tmp_path):
         json_file, images = make_coco(tmp_path, images=1, boxes_per_image=2)
         edit_json(json_file, lambda content: content["annotations"][0].update(iscrowd=1))
         (record,) = read(f"coco:{json_file}:{images}")
@@ -89,7 +89,7 @@ class TestCoco:
             str(images / "0001.png"),
         ]
 
-    def test_nothing_is_read_before_it_is_asked_for(self, tmp_path):
+    def test_registration_reads_nothing(self, tmp_path):
         (tmp_path / "not.json").write_text("broken")
         register([f"coco:{tmp_path / 'not.json'}:{tmp_path}"])
 
@@ -100,7 +100,7 @@ class TestVoc:
         write_voc_xml(folder / "Annotations" / "0000.xml", objects, (40, 60), difficult)
         return f"voc:{folder}:trainval"
 
-    def test_records_are_what_the_files_say(self, tmp_path):
+    def test_records(self, tmp_path):
         folder = make_voc(tmp_path / "voc", images=3, boxes_per_image=2, size=(40, 60))
         records = read(f"voc:{folder}:trainval", CLASSES)
         assert [r["image_id"] for r in records] == ["0000", "0001", "0002"]
@@ -119,20 +119,20 @@ class TestVoc:
             ((5.5, 7.5, 10.5, 8.5), (4.5, 6.5, 10.5, 8.5)),
         ],
     )
-    def test_corners_counted_from_one_become_coordinates(self, tmp_path, corners, box):
+    def test_corners_are_pixel_numbers_from_one(self, tmp_path, corners, box):
         (record,) = read(self.write(tmp_path / "voc", ("cat", *corners)), CLASSES)
         (annotation,) = record["annotations"]
         assert annotation["bbox_mode"] == BoxMode.XYXY_ABS
         assert tuple(annotation["bbox"]) == box
 
     @pytest.mark.parametrize("corners", [(5, 3, 5, 9), (3, 5, 9, 5), (5, 5, 5, 5)])
-    def test_a_box_whose_corners_coincide_has_no_area_and_is_left_out(self, tmp_path, corners):
+    def test_box_with_equal_corners_is_empty(self, tmp_path, corners):
         name = self.write(tmp_path / "voc", ("cat", *corners), ("dog", 1, 1, 9, 9))
         records = read(name, CLASSES)
         (record,) = check_boxes(records, drop_bad=False)
         assert [a["category_id"] for a in record["annotations"]] == [1]
 
-    def test_difficult_objects_are_kept_as_crowds_and_left_out_of_training(self, tmp_path):
+    def test_difficult_objects_are_crowds(self, tmp_path):
         (record,) = read(self.write(tmp_path / "a", ("cat", 1, 1, 9, 9), difficult=True), CLASSES)
         assert [a["iscrowd"] for a in record["annotations"]] == [1]
         (sample,) = ViewMapper(load_config("", [])).labeled(record)
@@ -141,13 +141,13 @@ class TestVoc:
         assert [a["iscrowd"] for a in record["annotations"]] == [0]
 
     @pytest.mark.parametrize(("given", "known"), [((), VOC_CLASSES), (CLASSES, CLASSES)])
-    def test_classes_are_those_of_voc_unless_said_otherwise(self, tmp_path, given, known):
+    def test_default_class_names(self, tmp_path, given, known):
         name = self.write(tmp_path / "voc", (known[2], 1, 1, 9, 9))
         (record,) = read(name, given)
         assert record["annotations"][0]["category_id"] == 2
         assert MetadataCatalog.get(name).thing_classes == list(known)
 
-    def test_metadata_is_what_evaluators_need(self, tmp_path):
+    def test_metadata_for_evaluation(self, tmp_path):
         name = self.write(tmp_path / "voc", ("cat", 1, 1, 9, 9))
         register([name], CLASSES)
         metadata = MetadataCatalog.get(name)
@@ -155,7 +155,7 @@ class TestVoc:
         assert (metadata.dirname, metadata.split) == (str(tmp_path / "voc"), "trainval")
         assert metadata.year == 2007
 
-    def test_optional_entries_may_be_missing(self, tmp_path):
+    def test_optional_entries(self, tmp_path):
         name = self.write(tmp_path / "voc")
         (tmp_path / "voc" / "Annotations" / "0000.xml").write_text(
             "<annotation><size><width> 60 </width><height>40</height></size><object><name> cat "
@@ -165,7 +165,7 @@ class TestVoc:
         (record,) = read(name, CLASSES)
         assert record["annotations"][0]["bbox"] == [0, 0, 9, 8]
 
-    def test_a_split_may_hold_blank_lines_and_flags_behind_the_name(self, tmp_path):
+    def test_split_with_blank_lines_and_flags(self, tmp_path):
         folder = make_voc(tmp_path / "voc", images=3)
         (folder / "ImageSets" / "Main" / "trainval.txt").write_text("0002  1\n\n0000 -1\n")
         records = read(f"voc:{folder}:trainval", CLASSES)
@@ -178,7 +178,7 @@ class TestVoc:
 
 
 class TestFolder:
-    def test_images_of_all_depths_in_order_and_nothing_else(self, tmp_path):
+    def test_images_in_subfolders_in_order(self, tmp_path):
         image = Image.new("RGB", (8, 8))
         names = ["b.png", "a.jpg", "deep/er/c.JPEG", "deep/d.bmp", "e.webp", "f.tif"]
         for name in names:
@@ -194,13 +194,13 @@ class TestFolder:
         folder = make_folder(tmp_path / "a:b", images=2)
         assert len(read(f"folder:{folder}")) == 2
 
-    def test_there_is_nothing_to_evaluate_with(self, tmp_path):
+    def test_folder_cannot_be_evaluated_on(self, tmp_path):
         name = f"folder:{make_folder(tmp_path / 'images')}"
         register([name])
         assert MetadataCatalog.get(name).get("thing_classes") is None
 
 
-def test_what_detectron2_has_registered_keeps_its_name(tmp_path):
+def test_registered_data_set(tmp_path):
     name = f"registered in {tmp_path.name}: by a plugin"
     DatasetCatalog.register(name, lambda: [{"file_name": "here.png"}])
     assert read(name) == [{"file_name": "here.png"}]
@@ -213,7 +213,7 @@ def test_what_detectron2_has_registered_keeps_its_name(tmp_path):
         ({"dirname": "VOC2007", "split": "test"}, "VOC2007/ImageSets/Main/test.txt"),
     ],
 )
-def test_what_detectron2_has_registered_without_its_data_is_an_error(tmp_path, metadata, file):
+def test_registered_data_set_without_files(tmp_path, metadata, file):
     name = f"registered in {tmp_path.name}"
     DatasetCatalog.register(name, lambda: [])
     MetadataCatalog.get(name).set(**metadata)
@@ -223,7 +223,7 @@ def test_what_detectron2_has_registered_without_its_data_is_an_error(tmp_path, m
     assert "DETECTRON2_DATASETS" in str(error.value)
 
 
-def test_naming_a_data_set_twice_is_naming_it_once(tmp_path):
+def test_repeated_registration(tmp_path):
     name = f"folder:{make_folder(tmp_path / 'images', images=3)}"
     register([name, name])
     assert len(read(name)) == 3

@@ -1,4 +1,4 @@
-"""Records in blocks: what goes in comes out, in every process, and no objects are kept."""
+"""Packed records: round trips, in every process, without Python objects."""
 
 import os
 import pickle
@@ -35,18 +35,18 @@ def image_files(*paths):
 
 class TestBytes:
     @pytest.mark.parametrize("strings", [[], [b""], [b"", b"a", b"", b"bc\0d", b""], [b"x" * 9999]])
-    def test_strings_come_back(self, strings):
+    def test_round_trip_of_strings(self, strings):
         packed = PackedBytes.of(iter(strings))
         assert len(packed) == len(strings)
         assert list(packed) == strings == [packed[i] for i in range(len(strings))]
 
-    def test_parts_joined_are_one_behind_the_other(self):
+    def test_concatenate(self):
         parts = [[b"a", b""], [], [b"bcd"], [b""]]
         joined = PackedBytes.concatenate([PackedBytes.of(part) for part in parts])
         assert list(joined) == [b"a", b"", b"bcd", b""]
 
     @pytest.mark.parametrize("chosen", [(0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 1)])
-    def test_some_of_them(self, chosen):
+    def test_select(self, chosen):
         strings = [b"ab", b"", b"cde"]
         packed = PackedBytes.of(strings).select(torch.tensor(chosen, dtype=torch.bool))
         assert list(packed) == [s for s, keep in zip(strings, chosen, strict=True) if keep]
@@ -55,7 +55,7 @@ class TestBytes:
 class TestRecords:
     RECORDS = ({"file_name": "a", "annotations": [{"bbox": [1, 2.5, 3, 4]}]}, {}, {"height": 3})
 
-    def test_records_come_back_each_anew(self):
+    def test_each_access_creates_a_new_record(self):
         packed = PackedRecords(self.RECORDS)
         assert list(packed) == list(self.RECORDS)
         packed[0]["annotations"].clear()
@@ -67,7 +67,7 @@ class TestRecords:
 
 
 @pytest.mark.parametrize("packed", [PackedRecords([{"n": i} for i in range(5)]), range(5)])
-def test_places_are_counted_as_in_lists(packed):
+def test_indices_as_in_lists(packed):
     if isinstance(packed, range):
         packed = image_files(*(f"{i}.png" for i in packed))
     expected = list(packed)
@@ -80,7 +80,7 @@ def test_places_are_counted_as_in_lists(packed):
 
 
 class TestImageFiles:
-    def test_paths_come_back_letter_by_letter(self):
+    def test_round_trip_of_paths(self):
         packed = image_files(*PATHS)
         assert files(packed) == PATHS == files(packed[i] for i in range(len(PATHS)))
         assert [record["image_id"] for record in packed] == list(range(len(PATHS)))
@@ -92,42 +92,42 @@ class TestImageFiles:
         assert bytes(image_files().base_names) == b""
 
     @pytest.mark.parametrize("folder", ["", "images", "/images/", "a\udcff b"])
-    def test_relative_paths_are_below_the_folder(self, folder):
+    def test_relative_paths(self, folder):
         packed = ImageFiles.of(map(os.fsencode, PATHS), below=folder)
         assert files(packed) == [os.path.join(folder, path) for path in PATHS]
 
-    def test_those_of_records(self):
+    def test_of_records(self):
         records = [{"file_name": path, "annotations": []} for path in PATHS]
         assert files(ImageFiles.of_records(records)) == PATHS
 
-    def test_joined_they_are_numbered_anew(self):
+    def test_concatenated_images_are_renumbered(self):
         joined = ImageFiles.concatenate(
             [image_files(*PATHS[:3]), image_files(), image_files(*PATHS)]
         )
         assert files(joined) == PATHS[:3] + PATHS
         assert [record["image_id"] for record in joined] == list(range(3 + len(PATHS)))
 
-    def test_one_alone_is_not_copied(self):
+    def test_concatenating_one_part_does_not_copy(self):
         alone = image_files(*PATHS)
         assert ImageFiles.concatenate([image_files(), alone, image_files()]) is alone
 
     @pytest.mark.parametrize("left_out", [[], [0], [3, 4, 10], list(range(len(PATHS)))])
-    def test_without_some(self, left_out):
+    def test_without(self, left_out):
         kept = image_files(*PATHS).without(left_out)
         assert files(kept) == [path for i, path in enumerate(PATHS) if i not in left_out]
 
-    def test_images_of_folders(self):
+    def test_in_folders(self):
         packed = image_files("a/1", "b/2", "a/3", "4")
         assert packed.folders == ["a/", "b/", ""]
         assert packed.in_folders([True, False, True]) == [0, 2, 3]
         assert image_files().in_folders([]) == []
 
-    def test_a_million_take_what_their_names_take(self):
+    def test_memory_of_a_million_images(self):
         names = [f"images/{i:012d}.jpg" for i in range(1000)]
         assert len(pickle.dumps(image_files(*names))) < 1000 * (13 + len("000000000000.jpg")) + 2000
 
 
-def test_the_fingerprint_is_that_of_runs_before():
+def test_fingerprint_equals_that_of_earlier_versions():
     """Values of the code that held lists of dictionaries: checkpoints have them."""
     paths = ["a/1.png", "b/c/2.png", "3.png", "a/\udcff\n.png"]
     sets = TrainingSets(PackedRecords([{"file_name": p} for p in paths]), image_files(*paths), [])
@@ -140,7 +140,7 @@ NOTHING = "0 images (e3b0c44298fc)"
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_all_workers_read_the_same_memory(method):
+def test_workers_share_memory(method):
     packed = image_files(*PATHS)
     loader = DataLoader(packed, batch_size=None, num_workers=2, multiprocessing_context=method)
     assert list(loader) == list(packed)

@@ -1,4 +1,4 @@
-"""Variables in the names of data sets."""
+"""Environment variables in the names of data sets."""
 
 import pytest
 from tiny_data import make_folder, make_voc
@@ -8,7 +8,7 @@ from locreweight.errors import UsageError
 
 
 @pytest.mark.parametrize("written", ["$DETECTRON2_DATASETS/coco", "${DETECTRON2_DATASETS}/coco"])
-def test_detectron2s_variable_has_its_default(written, monkeypatch):
+def test_default_of_detectron2_datasets(written, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     assert expand_path(written) == "datasets/coco"
     monkeypatch.setenv("DETECTRON2_DATASETS", "/disk/sets")
@@ -26,7 +26,7 @@ def test_other_variables_and_the_home_folder(monkeypatch):
     assert expand_path("$DETECTRON2_DATASETS_OLD/x") == "$DETECTRON2_DATASETS_OLD/x"
 
 
-def test_data_sets_are_found_below_detectron2s_variable(tmp_path, monkeypatch):
+def test_data_sets_below_detectron2_datasets(tmp_path, monkeypatch):
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
@@ -47,7 +47,7 @@ def test_data_sets_are_found_below_detectron2s_variable(tmp_path, monkeypatch):
         DatasetCatalog.remove(folder)
 
 
-def test_the_error_names_the_place_that_was_looked_at(monkeypatch):
+def test_error_names_the_expanded_path(monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", "/no/such/disk")
     with pytest.raises(UsageError, match="/no/such/disk/coco"):
         register(["folder:$DETECTRON2_DATASETS/coco"])

@@ -1,4 +1,4 @@
-"""Which images are the same file, whatever links lead to them."""
+"""Real paths of images behind symbolic links."""
 
 import os
 
@@ -71,7 +71,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_it_is_pythons_realpath(tree, way):
+def test_equals_os_path_realpath(tree, way):
     real_path = RealPathCache()
     for path in (os.path.join(tree, way), os.path.join("..", way), way):
         assert real_path(path) == os.path.realpath(path)
@@ -79,7 +79,7 @@ def test_it_is_pythons_realpath(tree, way):
     assert real_path("/1.png") == "/1.png"
 
 
-def test_folders_that_cannot_be_listed(tree, monkeypatch):
+def test_folder_that_cannot_be_listed(tree, monkeypatch):
     """As of a folder that may be passed through but not read, which root may read nevertheless."""
 
     def closed(folder):
@@ -95,7 +95,7 @@ def image_files(*paths):
     return ImageFiles.of(map(os.fsencode, paths))
 
 
-def test_known_images_are_found_by_every_way(tree):
+def test_images_are_found_through_links(tree):
     paths = [os.path.join(tree, way) for way in WAYS if way]
     for known in ("a/1.png", "a/deep/2.png", "b/\udcff.png"):
         target = os.path.realpath(tree / known)
@@ -103,14 +103,14 @@ def test_known_images_are_found_by_every_way(tree):
         assert RealPathCache().find({target}, image_files(*paths)) == expected
 
 
-def test_none_are_known_or_there(tree):
+def test_empty_inputs(tree):
     images = image_files(str(tree / "a/1.png"))
     assert RealPathCache().find(set(), images) == []
     assert RealPathCache().find({str(tree / "a/1.png")}, image_files()) == []
     assert RealPathCache().find({str(tree / "a/1.png")}, images) == [0]
 
 
-def test_each_folder_is_listed_once_for_all_its_images(tree, monkeypatch):
+def test_each_folder_is_listed_once(tree, monkeypatch):
     scandir, listed = os.scandir, []
     monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
     monkeypatch.setattr(os, "lstat", lambda path: pytest.fail(f"{path} was asked about"))
@@ -121,7 +121,7 @@ def test_each_folder_is_listed_once_for_all_its_images(tree, monkeypatch):
     assert listed == [f"{tree}/a"]
 
 
-def test_common_images_are_an_error_or_left_out(tree):
+def test_common_images(tree):
     labeled = [{"file_name": str(tree / "a/1.png")}]
     images = image_files(*(str(tree / name) for name in ("b/1.png", "b/same.png", "b/x.png")))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Splits that are stored in files: the very images again, or one sentence about why not."""
+"""Split files: the same images again, or a clear error."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def names_of(records):
 
 @pytest.mark.parametrize("kinds", [["coco"], ["voc"], ["coco", "voc"]])
 @pytest.mark.parametrize(("percent", "seed"), [(10.0, 1), (50.0, 1), (10.0, 2)])
-def test_a_stored_split_is_the_drawn_one(case, kinds, percent, seed):
+def test_stored_split_equals_the_drawn_one(case, kinds, percent, seed):
     names = [getattr(case, kind) for kind in kinds]
     write_split_file(case.file, case.records(*names), [10, 50.0], [1, 2])
     drawn, rest = case.split(names, percent, seed)
@@ -69,14 +69,14 @@ def test_a_stored_split_is_the_drawn_one(case, kinds, percent, seed):
     assert len(stored) == len(names) * IMAGES * percent / 100
 
 
-def test_images_without_a_box_are_drawn_as_well(case):
+def test_images_without_boxes_can_be_drawn(case):
     edit_json(case.json, lambda content: content.update(annotations=[]))
     write_split_file(case.file, case.records(case.coco), [50.0], [1])
     labeled, rest = case.split([case.coco], 50.0, 1, case.file)
     assert (len(labeled), len(rest)) == (10, 10)
 
 
-def test_the_file_knows_the_annotations_that_it_was_made_for(case):
+def test_file_has_the_checksum_of_the_annotations(case):
     write_split_file(case.file, case.records(case.coco), [10.0], [1, 2])
     content = json.loads(case.file.read_text())
     (entry,) = content["sets"]
@@ -88,7 +88,7 @@ def test_the_file_knows_the_annotations_that_it_was_made_for(case):
     assert entry["labeled"]["10.0"]["2"] == expected
 
 
-def test_training_takes_the_stored_split(case):
+def test_training_uses_the_stored_split(case):
     write_split_file(case.file, case.records(case.coco), [25.0], [3])
     cfg = case.cfg([case.coco], 25.0, 3, case.file)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(CLASSES)
@@ -146,7 +146,7 @@ def two_sets(content):
         (lambda content: content.update(sets=3), "is not a split file"),
     ],
 )
-def test_a_file_that_does_not_fit_is_an_error(case, edit, message):
+def test_file_that_does_not_match(case, edit, message):
     write_split_file(case.file, case.records(case.coco), [10.0], [1])
     edit_json(case.file, lambda content: edit(content) and None)
     with pytest.raises(UsageError, match=message) as error:
@@ -154,7 +154,7 @@ def test_a_file_that_does_not_fit_is_an_error(case, edit, message):
     assert str(case.file) in str(error.value)
 
 
-def test_other_annotations_are_an_error(case):
+def test_other_annotations(case):
     write_split_file(case.file, case.records(case.coco), [10.0], [1])
     before = hashlib.sha256(case.json.read_bytes()).hexdigest()
     changed_annotations(case)
@@ -170,27 +170,27 @@ def test_other_annotations_are_an_error(case):
         (10.0, 3, "no split of seed 3; set DATASETS.SPLIT_SEED to one of 1, 2"),
     ],
 )
-def test_a_split_that_is_not_there_is_an_error(case, percent, seed, message):
+def test_missing_split(case, percent, seed, message):
     write_split_file(case.file, case.records(case.coco), [10.0, 50.0], [1, 2])
     with pytest.raises(UsageError, match=message):
         case.split([case.coco], percent, seed, case.file)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"10.0": 3}', '{"a": {"1": [2]}}'])
-def test_a_broken_file_is_an_error(case, content):
+def test_malformed_file(case, content):
     case.file.parent.mkdir()
     case.file.write_text(content)
     with pytest.raises(UsageError, match=r"mine\.json"):
         case.split([case.coco], 10.0, 1, case.file)
 
 
-def test_a_missing_file_is_an_error(case):
+def test_missing_file(case):
     with pytest.raises(UsageError, match=r"none\.json"):
         case.split([case.coco], 10.0, 1, case.folder / "none.json")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_cannot_be_is_an_error_that_names_it(case, seed):
+def test_invalid_seed(case, seed):
     with pytest.raises(UsageError, match=rf"^DATASETS\.SPLIT_SEED must .* got {seed}$"):
         case.split([case.coco], 10.0, seed)
     with pytest.raises(UsageError, match=rf"^DATASETS\.SPLIT_SEED must .* got {seed}$"):
@@ -198,22 +198,22 @@ def test_a_seed_that_cannot_be_is_an_error_that_names_it(case, seed):
     assert not case.file.exists()
 
 
-def test_no_images_are_not_split(case):
+def test_no_images(case):
     with pytest.raises(UsageError, match=r"no images to split: .*DATASETS\.TRAIN"):
         write_split_file(case.file, {}, [10.0], [1])
     assert not case.file.exists()
 
 
 @pytest.mark.parametrize("place", ["", "coco/annotations.json/split.json"])
-def test_a_file_that_cannot_be_written_is_an_error(case, place):
+def test_unwritable_file(case, place):
     file = case.folder / place  # a folder, and a file in a file
     with pytest.raises(UsageError, match=f"^cannot write {file}: "):
         write_split_file(file, case.records(case.coco), [10.0], [1])
 
 
-def test_images_without_an_annotation_file_cannot_be_written_down(case):
+def test_images_without_annotations(case):
     name = f"folder:{make_folder(case.folder / 'plain')}"
-    with pytest.raises(UsageError, match="no annotation file"):
+    with pytest.raises(UsageError, match="has no annotations"):
         write_split_file(case.file, case.records(name), [50.0], [1])
 
 
@@ -241,7 +241,7 @@ def ids_of(records):
     return [record["image_id"] for record in records]
 
 
-def test_published_positions_are_among_images_with_objects(case, published):
+def test_published_positions_skip_images_without_objects(case, published):
     # 18 images are left, with the ids 2, 3, 5, 6, ... 20: 10 % of them, rounded down, is 1.
     labeled, rest = case.split([case.coco], 10.0, 1, published)
     assert ids_of(labeled) == [3]
@@ -251,14 +251,14 @@ def test_published_positions_are_among_images_with_objects(case, published):
     assert ids_of(case.split([case.coco], 10.0, 0, published)[0]) == [6]
 
 
-def test_a_published_split_of_other_annotations_is_an_error(case, published):
+def test_published_split_of_other_annotations(case, published):
     edit_json(case.json, lambda content: content.update(annotations=content["annotations"][:4]))
     with pytest.raises(UsageError, match="1 images for 10 %, but 10 % of the 2 images .* are 0"):
         case.split([case.coco], 10.0, 1, published)
 
 
 @pytest.mark.parametrize("positions", [[18], [-1], [1, 1]])
-def test_positions_that_cannot_be_are_an_error(case, published, positions):
+def test_invalid_positions(case, published, positions):
     published.write_text(json.dumps({"10.0": {"1": positions}}))
     with pytest.raises(UsageError, match=r"COCO_supervision\.txt"):
         case.split([case.coco], 10.0, 1, published)

@@ -17,11 +17,11 @@ import torch
 
 from ..errors import UsageError
 from ..file_io import PARTIAL_SUFFIX
+from ..run_files import LAST_CHECKPOINT
 from .safe_loading import short_reason
 
 logger = logging.getLogger(__name__)
 
-LAST_CHECKPOINT = "last_checkpoint"
 _PERIODIC = re.compile(r"model_(\d{7,})\.pth")
 
 

@@ -64,10 +64,10 @@ def check_weights_exist(path: str) -> None:
     if not path:
         return
     try:
-        found = os.path.isfile(PathManager.get_local_path(path))
+        exists = os.path.isfile(PathManager.get_local_path(path))
     except Exception as error:
         raise UsageError(f"MODEL.WEIGHTS {path!r} cannot be downloaded: {error}") from error
-    if not found:
+    if not exists:
         raise UsageError(
             f"MODEL.WEIGHTS {path!r} does not exist; set it to a checkpoint, to an address of "
             "Detectron2's zoo (detectron2://...), or to '' to start from random weights"

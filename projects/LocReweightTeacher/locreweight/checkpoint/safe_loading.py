@@ -1,6 +1,6 @@
 """Read and write weight files without executing code that they contain.
 
-Unpickling a file calls whatever functions the file names. Here, PyTorch files are read with
+Unpickling a file calls any function that the file names. Here, PyTorch files are read with
 ``weights_only``, ``.pkl`` files of the model zoo with an unpickler that only creates numeric
 arrays, and safetensors files, which cannot contain code, with their own library.
 """

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from tqdm import tqdm
 
 from ..errors import UsageError
-from .datasets.file_names import printable_name
+from .datasets.file_names import describe_missing, printable_name
 from .datasets.packed_records import ImageFiles
 from .datasets.real_paths import RealPathCache
 from .image_io import UnreadableImage, read_rgb, single_line
@@ -35,7 +35,7 @@ def first_few(items: Sequence[str]) -> str:
 # -- boxes -----------------------------------------------------------------------------------------
 
 
-def check_boxes(records: list[dict], *, drop_bad: bool) -> list[dict]:
+def check_boxes(records: Iterable[dict], *, drop_bad: bool) -> list[dict]:
     """Check boxes and leave out those that cannot be trained on.
 
     Boxes without area or outside of their image are left out with a warning. Boxes that are not
@@ -239,7 +239,8 @@ def check_same_classes(class_names: dict[str, list[str]]) -> None:
     problem = "do not have the same classes"
     fix = (
         "All of them need the same list of classes, also of classes without a box: add the missing "
-        "categories, or correct names that are spelled differently"
+        "categories, set DATASETS.CLASS_NAMES for formats without a list of classes, or correct "
+        "names that are spelled differently"
     )
     if all(set(names) == set(every) for names in lists):
         problem = "have the same classes in a different order"
@@ -301,12 +302,11 @@ def check_images_exist(records: list[dict]) -> None:
     Raises:
         UsageError: names some missing images.
     """
-    missing = [
-        printable_name(r["file_name"]) for r in records if not os.path.isfile(r["file_name"])
-    ]
+    missing = [r["file_name"] for r in records if not os.path.isfile(r["file_name"])]
     if missing:
         raise UsageError(
-            f"{len(missing)} of {len(records)} images are missing: {first_few(missing)}"
+            f"{len(missing)} of {len(records)} images are missing: "
+            f"{first_few([describe_missing(file) for file in missing[: _MAX_EXAMPLES + 1]])}"
         )
 
 

@@ -8,6 +8,7 @@ ones at a reduced size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -176,6 +177,20 @@ class SizeLimit:
             ),
             1,
         )
+
+
+@functools.cache
+def image_size(file_name: str) -> tuple[int, int]:
+    """Width and height of an image after EXIF rotation, from the header of its file.
+
+    Cached, because evaluation asks again and again.
+
+    Raises:
+        UnreadableImage: if the file is missing or its header cannot be read; names the file.
+    """
+    with open_image(file_name) as (_, image):
+        width, height = image.size
+        return (height, width) if _exif_orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def read_for_training(file_name: str, limit: SizeLimit) -> TrainingImage:

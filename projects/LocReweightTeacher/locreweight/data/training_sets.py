@@ -119,7 +119,7 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
     annotated = {name: list(_load(name)) for name in cfg.DATASETS.TRAIN}
-    test_sets = _load_test_sets(cfg)
+    test_sets = load_test_sets(cfg)
     class_names = _checked_class_names(cfg)
     drawn, rest = split_annotated(cfg, annotated)
     labeled = _labeled_images(cfg, drawn)
@@ -145,7 +145,30 @@ def _load(name: str) -> Sequence[dict]:
     return records
 
 
-def _load_test_sets(cfg: CfgNode) -> dict[str, list[dict]]:
+def check_test_sets(cfg: CfgNode) -> None:
+    """Run the checks of ``DATASETS.TEST`` that training runs, including those of the images.
+
+    Must be called on all processes.
+
+    Raises:
+        UsageError: for problems of the data that the user has to fix.
+    """
+    if not cfg.DATASETS.TEST:
+        raise UsageError("DATASETS.TEST is empty: there is no data set to evaluate on")
+    test_sets = load_test_sets(cfg)
+    if cfg.DATASETS.CHECKS.DECODE_IMAGES:
+        check_images_decode([*chain(*test_sets.values())])
+
+
+def load_test_sets(cfg: CfgNode) -> dict[str, list[dict]]:
+    """Read ``DATASETS.TEST`` and check its boxes and that its images exist.
+
+    Returns:
+        data set -> records.
+
+    Raises:
+        UsageError: for problems of the data that the user has to fix.
+    """
     test_sets = {name: list(_load(name)) for name in cfg.DATASETS.TEST}
     for name, records in test_sets.items():
         check_test_set(name, records)

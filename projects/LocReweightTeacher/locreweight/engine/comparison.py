@@ -42,9 +42,7 @@ def plan_runs(
             comparable with the others.
     """
     method_files = [find_method_file(method) for method in methods]
-    rows: list[tuple[Path, Path | None]] = [
-        (config, method) for config in configs for method in method_files or (None,)
-    ]
+    rows: list[Path | None] = [*method_files] or [None]
     runs = [
         Run(
             config=config,
@@ -57,7 +55,8 @@ def plan_runs(
             num_gpus=num_gpus,
         )
         for seed in dict.fromkeys(seeds)
-        for config, method in rows
+        for config in configs
+        for method in rows
     ]
     if len({run.output for run in runs}) < len(runs):
         raise UsageError("two config files or methods have the same name: rename one of them")

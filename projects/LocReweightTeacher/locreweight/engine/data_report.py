@@ -24,6 +24,7 @@ from ..data.inspection.annotations import (
 from ..data.inspection.duplicates import copy_findings, same_file_findings
 from ..data.inspection.findings import DataSets, Finding, Severity, read_data_sets
 from ..data.inspection.images import ImageFacts, survey
+from ..data.inspection.plausibility import plausibility_findings
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
 from .memory_estimate import GIB, estimate_memory
@@ -46,12 +47,16 @@ class DataReport:
         findings: most severe first.
         options: ``KEY VALUE`` pairs of the user, with the fixes of all findings.
         training_values: batch, learning rate, epochs and memory; empty if training would not start.
+        cfg: the config with the fixes.
+        sets: the data sets as training will use them; None if they have errors.
     """
 
     overview: str
     findings: list[Finding]
     options: list[str]
     training_values: str
+    cfg: CfgNode
+    sets: TrainingSets | None
 
     @property
     def has_errors(self) -> bool:
@@ -87,6 +92,7 @@ def check_data(
     facts = survey(files)
     findings += class_findings(cfg, sets) + box_findings(cfg, sets) + image_findings(sets, facts)
     can_be_fixed = all(f.fixes for f in findings if f.severity is Severity.ERROR)
+    findings += plausibility_findings(cfg, sets)
     findings += same_file_findings(cfg, sets) + copy_findings(sets, facts)
     findings += _device_findings(cfg, num_gpus) + _random_weight_findings(cfg)
     fixed_options = _apply_fixes(options, findings)
@@ -107,6 +113,8 @@ def check_data(
         findings=sorted(findings, key=lambda each: list(Severity).index(each.severity)),
         options=fixed_options,
         training_values=training_values,
+        cfg=fixed,
+        sets=training,
     )
 
 

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,16 +28,19 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 from torch import nn
 
+from ..checkpoint.loading import check_weights_exist, read_description
 from ..data.checks import (
     check_boxes,
     check_classes,
     check_test_set,
     countable_boxes,
     describe_crowds,
+    first_few,
 )
 from ..data.datasets.file_names import printable_name
 from ..data.datasets.voc import read_split
 from ..data.mapper import RecordMapper
+from ..data.training_sets import check_test_sets
 from ..errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -75,14 +79,14 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
 
 
 def evaluate_teacher_and_student(
-    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, alike: bool
+    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, identical: bool
 ) -> dict:
     """Evaluate both models; must be called on all processes.
 
     Args:
         cfg: names the test sets.
         teacher, student: models. Their training or evaluation mode is restored.
-        alike: whether both have the same weights, as in burn-in. Then one evaluation suffices.
+        identical: whether both have the same weights, as in burn-in. Then one evaluation suffices.
 
     Returns:
         the teacher's results as returned by :func:`evaluate`, and the student's as ``"student"``.
@@ -90,9 +94,53 @@ def evaluate_teacher_and_student(
     # The student's detections would overwrite the teacher's, and a disk that fills up during
     # training would end it.
     results = evaluate(cfg, teacher, keep_detections=False)
-    if alike:
+    if identical:
         return {**results, "student": results}
     return {**results, "student": evaluate(cfg, student, keep_detections=False)}
+
+
+def check_evaluation(cfg: CfgNode) -> None:
+    """Check the test sets, and that they have the classes of the checkpoint ``MODEL.WEIGHTS``.
+
+    Must be called on all processes.
+
+    Raises:
+        UsageError: for problems of the data, or if class names or their order differ and
+            ``DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES`` is False.
+    """
+    check_test_sets(cfg)
+    file = cfg.MODEL.WEIGHTS
+    if not file or file.endswith(".pkl"):  # Detectron2's files do not name classes
+        return
+    check_weights_exist(file)
+    description = read_description(file, trusted=cfg.MODEL.TRUST_WEIGHTS)
+    if description and not cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES:
+        for name in cfg.DATASETS.TEST:
+            _check_checkpoint_classes(
+                file, description.class_names, name, list(MetadataCatalog.get(name).thing_classes)
+            )
+
+
+def _check_checkpoint_classes(
+    file: str, trained: Sequence[str], name: str, tested: Sequence[str]
+) -> None:
+    if list(trained) == list(tested):
+        return
+    if sorted(trained) == sorted(tested):
+        difference = "the same classes in another order"
+        fix = "Sort the classes of the data set like those of the checkpoint (COCO: by category id)"
+    else:
+        difference = "other classes"
+        fix = "Use data with the classes of the checkpoint"
+    pairs = zip_longest(trained, tested, fillvalue="(none)")
+    first, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise UsageError(
+        f"the test set {name} has {difference} than the checkpoint {file}, so detections would "
+        f"count for wrong classes. Checkpoint: {first_few(trained)}. Test set: "
+        f"{first_few(tested)}. Class {first} is {there!r} in the checkpoint, {here!r} in the test "
+        f"set. {fix}. Or, if class i of the data means class i of the checkpoint under another "
+        "name, set DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES True"
+    )
 
 
 def main_metric(cfg: CfgNode) -> str:
@@ -101,10 +149,10 @@ def main_metric(cfg: CfgNode) -> str:
 
 
 class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
-    """11-point AP of Pascal VOC 2007, under a name that differs from the COCO-style AP.
+    """11-point AP of Pascal VOC 2007. Its name differs from that of the COCO-style AP.
 
-    Like COCO's AP, it is the mean over the classes that occur in the test set. Detectron2 counts
-    the other classes as 0.
+    As in COCO, it is the mean over the classes that occur in the test set. Detectron2 counts other
+    classes as 0.
     """
 
     _class_names: list[str]
@@ -116,7 +164,7 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
         self._image_ids = read_split(metadata.dirname, metadata.split, allow_outside=True)
 
     def find_problem(self) -> str:
-        """Return why Detectron2's evaluator cannot read the annotations; empty if it can."""
+        """Why the annotations lack what Detectron2's evaluator needs; empty if they do not."""
         try:
             self._objects()
         except (AttributeError, OSError, ValueError, ElementTree.ParseError) as error:
@@ -142,16 +190,15 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
 
 
 def write_ground_truth(cfg: CfgNode) -> None:
-    """Check the test sets and write their ground truth as COCO json; call it on all processes.
+    """Check the test sets and write their ground truth; must be called on all processes.
 
-    Only boxes are evaluated, not masks. Boxes that no detector can find, without area or outside of
-    their image, are left out. The files are written in each run, because a cached file might be
-    older than the annotations. Training calls this at startup, so that a disk that is full later
-    does not end it.
+    Masks are ignored. Boxes without area or outside of their image, which no detector can find, are
+    left out. The files are written in each run, because a cached file might be older than the
+    annotations. Training calls this at startup, so that a disk that is full later does not end it.
 
     Raises:
-        UsageError: if a test set has no boxes to evaluate on or other classes than the model, or
-            if a file cannot be written.
+        UsageError: if a test set has no box to evaluate on or other classes than the model, or the
+            ground truth cannot be written.
     """
     classes = {}
     for name in cfg.DATASETS.TEST:
@@ -159,7 +206,7 @@ def write_ground_truth(cfg: CfgNode) -> None:
         if metadata.get("ground_truth_is_ready") and metadata.get("json_file"):
             classes[name] = list(metadata.thing_classes)
             continue
-        records = DatasetCatalog.get(name)  # reading a COCO json sets its classes
+        records = DatasetCatalog.get(name)  # a COCO json says its classes when it is read
         classes[name] = list(metadata.get("thing_classes", []))
         if not classes[name]:
             raise UsageError(f"{name} of DATASETS.TEST has no annotations to evaluate with")
@@ -168,7 +215,7 @@ def write_ground_truth(cfg: CfgNode) -> None:
         if not metadata.get("json_file"):
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
             json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
-            if comm.get_local_rank() == 0:  # each machine may have its own disk
+            if comm.get_local_rank() == 0:  # machines may not share a disk
                 _write_ground_truth(json_file, name, records)
             comm.synchronize()
             metadata.json_file = json_file
@@ -229,7 +276,7 @@ def _describe_limit(cfg: CfgNode) -> str:
 
 
 def _max_detections(cfg: CfgNode) -> int:
-    """Return how many detections per image COCO's metric uses, at least its default of 100."""
+    """Detections that COCO's metric counts in each image, at least its usual 100."""
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     return _UNLIMITED if limit < 0 else max(limit, _COCO_LIMIT)
 

@@ -90,7 +90,14 @@ class ResumableBestCheckpointer(BestCheckpointer):
 
 
 class PeriodicCheckpoint(PeriodicCheckpointer):
-    """Detectron2's PeriodicCheckpointer without the final file; see :class:`FinalCheckpoint`."""
+    """Detectron2's PeriodicCheckpointer without the final file; see :class:`FinalCheckpoint`.
+
+    A period of 0 means never, as for the other periods.
+    """
+
+    def after_step(self) -> None:
+        if self.period > 0:
+            super().after_step()
 
     def before_train(self) -> None:
         """Do nothing. Detectron2 sets the last iteration here, in which it saves the final file."""

@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.structures import Instances
 from tqdm import tqdm
 
+from ..data.datasets.file_names import is_companion
 from ..data.datasets.image_folders import IMAGE_SUFFIXES
 from ..data.image_io import UnreadableImage, read_rgb
 from ..errors import UsageError
@@ -159,10 +160,11 @@ def _picture_name(name: Path) -> Path:
 def _files_of(item: str) -> Iterator[tuple[Path, Path]]:
     path = Path(item)
     if path.is_dir():
-        videos = (f for f in path.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
-        images = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        for file in sorted([*images, *videos]):
-            yield file, file.relative_to(path)
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path)
+            is_input = file.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+            if is_input and not any(map(is_companion, name.parts)):
+                yield file, name
     elif path.is_file():
         yield path, Path(path.name)
     else:

@@ -22,6 +22,7 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
     _prctl_pr_set_pdeathsig,
 )
 
+from ..command_line import ConfigArgumentParser
 from ..errors import UsageError
 from .preemption import EXIT_CODE, STOP_REQUEST, Stopped, handle_signals
 
@@ -31,14 +32,29 @@ Main = Callable[[argparse.Namespace], object]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line plus ``--method`` and ``--timeout``."""
-    parser = default_argument_parser()
+    """Detectron2's command line plus ``--method``, ``--overwrite`` and ``--timeout``."""
+    detectron2_parser = default_argument_parser()
+    # Its positional argument takes everything from the first KEY on, flags included.
+    actions = [action for action in detectron2_parser._actions if action.option_strings]
+    detectron2_parser._actions = actions
+    parser = ConfigArgumentParser(
+        parents=[detectron2_parser],
+        add_help=False,  # is one of Detectron2's flags
+        epilog=detectron2_parser.epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--method",
         default="",
         metavar="NAME",
         help="method whose config is merged into the config file: a file of configs/methods/ "
         "without its ending, such as soft_teacher or ablation/ler, or the path of another file",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start a new run although OUTPUT_DIR holds one: that folder is renamed to the first "
+        "free name of OUTPUT_DIR-old-1, -old-2, ...",
     )
     parser.add_argument(
         "--timeout",
@@ -105,9 +121,10 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
     try:
         main(*arguments)
     except UsageError as error:
-        # From a loader worker, the message is the last line of a traceback.
-        last_line = str(error).strip().splitlines()[-1]
-        sys.exit("error: " + last_line.removeprefix("locreweight.data.image_io.UnreadableImage: "))
+        message = str(error).strip()
+        if "DataLoader worker" in message:  # the message is the last line of a traceback
+            message = message.splitlines()[-1]
+        sys.exit("error: " + message.removeprefix("locreweight.data.image_io.UnreadableImage: "))
     except Stopped:
         logger.warning("stopped by a signal, exit code %d: continue with --resume", EXIT_CODE)
         raise

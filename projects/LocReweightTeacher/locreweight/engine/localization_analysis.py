@@ -19,7 +19,12 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.checks import check_boxes, check_classes
+from ..data.checks import (
+    check_boxes,
+    check_classes,
+    check_images_decode,
+    check_images_exist,
+)
 from ..data.datasets.catalog import register
 from ..data.image_io import read_rgb
 from ..data.monitored import ground_truth_in_view
@@ -142,7 +147,11 @@ def annotated_records(detector: Predictor, name: str, count: int | None = None) 
     records = DatasetCatalog.get(name)
     classes = list(MetadataCatalog.get(name).get("thing_classes", []))
     check_classes({"the checkpoint": detector.class_names, name: classes}, len(classes))
-    return check_boxes(records[:count], drop_bad=True)
+    chosen = check_boxes(records[:count], drop_bad=settings.CHECKS.DROP_BAD_BOXES)
+    check_images_exist(chosen)
+    if settings.CHECKS.DECODE_IMAGES:
+        check_images_decode(chosen)
+    return chosen
 
 
 @torch.no_grad()

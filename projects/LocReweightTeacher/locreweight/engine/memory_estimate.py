@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ import locreweight.modeling  # noqa: F401  (registers the model)
 
 from ..data.transforms.policies import build_augmentation_policy
 from ..methods import build_method
+from ..modeling import build_detector
 
 GIB = 2**30
 _DIVISIBILITY = 32  # images are padded to multiples of this
@@ -59,7 +59,7 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-    model = build_model(cfg).train()
+    model = build_detector(cfg).train()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     teachers = 2 if build_method(cfg).frozen_pseudo_labeler else 1

@@ -19,6 +19,7 @@ from ..data.monitored import MonitoredImages, MonitoredSample
 from ..data.training_sets import TrainingSets
 from ..methods.base import to_pseudo_labels
 from ..modeling.meta_arch import SemiSupervisedRCNN
+from ..run_files import PANEL_FOLDER
 from ..visualization.drawing import (
     GROUND_TRUTH_COLOR,
     Layer,
@@ -36,7 +37,6 @@ from .training_step import project_to_strong_view
 
 logger = logging.getLogger(__name__)
 
-PANEL_FOLDER = "panels"  # in OUTPUT_DIR
 PANEL_IMAGES = 6
 IMAGES_PER_ROW = 2
 _SIDE = 300  # pixels of a view's longer side

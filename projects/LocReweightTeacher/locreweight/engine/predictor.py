@@ -11,21 +11,19 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
-from ..checkpoint.checkpointer import (
-    CheckpointContents,
-    CheckpointDescription,
-    TeacherCheckpointer,
-)
+from ..checkpoint.checkpointer import CheckpointContents, CheckpointDescription, TeacherCheckpointer
 from ..checkpoint.files import last_checkpoint
 from ..checkpoint.loading import check_weights_exist, load_for_evaluation, read_description
 from ..config import config_from_text, load_config
 from ..data.datasets.catalog import register
 from ..data.transforms.augmentations import resize_and_flip
 from ..errors import UsageError
+from ..modeling import build_detector
 from ..modeling.meta_arch import SemiSupervisedRCNN
+from ..run_files import CONFIG_FILE
+from .startup_checks import check_device
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ def load_predictor(
     cfg = _config_of(file, config_file, description, options)
     cfg.MODEL.WEIGHTS = file
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(cfg.MODEL.DEVICE, "use --device cpu")
     cfg.freeze()
-    model = build_model(cfg).eval()
-    contents = load_for_evaluation(cfg, model)
-    has_quality = contents is not CheckpointContents.PLAIN_DETECTOR
+    model = build_detector(cfg).eval()
+    plain = load_for_evaluation(cfg, model) is CheckpointContents.PLAIN_DETECTOR
     names = description.class_names if description else class_names_of_data(cfg)
     if not names:
         names = [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
-    return Predictor(cfg, model, names, has_localization_quality=has_quality)
+    return Predictor(cfg, model, names, has_localization_quality=not plain)
 
 
 def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
@@ -128,7 +126,7 @@ def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = _checkpoint_file(weights) if weights else ""
-    model, student = build_model(cfg).eval(), build_model(cfg).eval()
+    model, student = build_detector(cfg).eval(), build_detector(cfg).eval()
     if not weights:
         return student
     load_for_evaluation(cfg, model)
@@ -159,11 +157,11 @@ def _config_of(
         return load_config(config_file, options)
     if description:
         return config_from_text(description.config, options)
-    beside = Path(file).with_name("config.yaml")
+    beside = Path(file).with_name(CONFIG_FILE)
     if beside.is_file():
         return load_config(str(beside), options)
     raise UsageError(
-        f"{file} contains no config, and there is no config.yaml beside it: pass its config with "
+        f"{file} contains no config, and there is no {CONFIG_FILE} beside it: pass its config with "
         "--config-file"
     )
 

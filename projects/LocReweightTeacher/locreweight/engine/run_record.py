@@ -16,8 +16,8 @@ import torchvision
 
 from ..file_io import atomic_write_bytes
 from ..installed_detectron2 import describe_detectron2
+from ..run_files import RUN_FILE
 
-RUN_FILE = "run.json"  # in OUTPUT_DIR
 _NO_GPU = "none"
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from ..errors import UsageError
+from ..run_files import SKIPPED_STEPS_FILE
 from .step_metrics import StepReport, describe_problems
 
 logger = logging.getLogger(__name__)
-
-FILE_NAME = "skipped_steps.jsonl"
 
 
 class SkippedSteps:
@@ -34,7 +33,7 @@ class SkippedSteps:
         """
         if max_in_a_row < 1:
             raise UsageError(f"SOLVER.MAX_SKIPPED_STEPS is {max_in_a_row}, but must be at least 1")
-        self.file = Path(folder, FILE_NAME)
+        self.file = Path(folder, SKIPPED_STEPS_FILE)
         self.total = 0
         self._in_a_row = 0
         self._max = max_in_a_row

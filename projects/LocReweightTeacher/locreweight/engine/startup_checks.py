@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import TextIO
 
 import torch
 from detectron2.config import CfgNode
@@ -23,27 +20,37 @@ from ..data.mapper import ViewMapper
 from ..data.training_sets import TrainingSets, load_training_sets, register_datasets
 from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
 from ..errors import UsageError
+from ..modeling import build_detector
 from .optimizer import amp_dtype
 from .training_step import StepSettings
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
-_locks: dict[Path, TextIO] = {}  # folder -> its locked file, open until the process ends
 
-
-def check_device(device: str) -> None:
+def check_device(
+    device: str, remedy: str = "add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False"
+) -> None:
     """Check that the processes of this run can use a device.
 
     Args:
         device: ``MODEL.DEVICE``.
+        remedy: what to do where there is no GPU, for the message.
 
     Raises:
         UsageError: if they cannot; says what to set instead.
     """
-    is_gpu = device.startswith("cuda")
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {device!r}: use cuda or cpu") from error
+    is_gpu = parsed.type == "cuda"
     if is_gpu and not torch.cuda.is_available():
-        raise UsageError("there is no GPU here: add MODEL.DEVICE cpu SOLVER.AMP.ENABLED False")
+        raise UsageError(f"there is no GPU here: {remedy}")
+    if is_gpu and (parsed.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no GPU {device}: this machine has {torch.cuda.device_count()}, the first is "
+            "cuda:0"
+        )
     if comm.get_world_size() == 1:
         return
     if is_gpu and device != "cuda":
@@ -57,35 +64,6 @@ def check_device(device: str) -> None:
             "gradients through these: set MODEL.DEVICE cuda, or hide the GPUs with "
             "CUDA_VISIBLE_DEVICES=''"
         )
-
-
-def lock_output_dir(folder: Path) -> None:
-    """Reserve an output folder for this process until it ends.
-
-    Args:
-        folder: ``OUTPUT_DIR``; created if missing.
-
-    Raises:
-        UsageError: if another process has reserved it.
-        OSError: if it is not writable.
-    """
-    folder = folder.resolve()
-    if folder in _locks:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK_FILE).open("w")
-    try:
-        # lockf locks belong to the process alone. Loader workers that outlive it do not hold them.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise UsageError(
-            f"another training is writing to OUTPUT_DIR {str(folder)!r}: stop it, wait for it to "
-            "finish, or use another folder"
-        ) from None
-    except OSError as error:  # the file system does not support locks
-        logger.warning("cannot check whether another training writes to %s: %s", folder, error)
-    _locks[folder] = file
 
 
 def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
@@ -155,12 +133,20 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
     checks: list[Callable[[], object]] = [
         partial(scale_to_world_size, cfg, num_gpus),
         partial(check_weights_exist, cfg.MODEL.WEIGHTS),
+        partial(_build_on_cpu, cfg),
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),
         partial(ViewMapper, cfg),
         partial(UnreadableImageCounter, cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE),
     ]
     return [finding for check in checks for finding in _errors_of(check)]
+
+
+def _build_on_cpu(cfg: CfgNode) -> None:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    build_detector(cfg)
 
 
 def read_for_training(cfg: CfgNode) -> tuple[TrainingSets | None, list[Finding]]:

@@ -12,12 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.engine.hooks import HookBase
-from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint.checkpointer import (
+    CheckpointContents,
     CheckpointDescription,
     TeacherCheckpointer,
 )
@@ -29,6 +29,7 @@ from ..data.training_sets import load_training_sets
 from ..data.unreadable import UnreadableImageCounter
 from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
+from ..modeling import build_detector
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from .evaluation import evaluate_teacher_and_student, main_metric, write_ground_truth
 from .hooks import (
@@ -85,15 +86,15 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.sets = load_training_sets(cfg)
         self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
 
-        self.student: SemiSupervisedRCNN = build_model(cfg)
+        self.student: SemiSupervisedRCNN = build_detector(cfg)
         self.model = _distributed(self.student).train()
         # DDP has copied the first process's student to all processes; the teacher copies it now.
-        self.teacher: SemiSupervisedRCNN = build_model(cfg).eval()
+        self.teacher: SemiSupervisedRCNN = build_detector(cfg).eval()
         self._average = MovingAverage(self.teacher, self.student)
         self._average.update(keep_rate=0.0)
         self.pseudo_labeler, frozen = self.teacher, {}
         if self.settings.method.frozen_pseudo_labeler:
-            self.pseudo_labeler = build_model(cfg).eval()
+            self.pseudo_labeler = build_detector(cfg).eval()
             frozen = {"pseudo_labeler": self.pseudo_labeler}
 
         self._amp_dtype = amp_dtype(cfg)
@@ -157,7 +158,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
         with STOP_REQUEST.released():  # a checkpoint was just saved, so nothing would be lost
             return evaluate_teacher_and_student(
-                self.cfg, self.teacher, self.student, alike=burning_in
+                self.cfg, self.teacher, self.student, identical=burning_in
             )
 
     def _build_loader(self) -> torch.utils.data.DataLoader:
@@ -200,6 +201,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
         if self.start_iter > 0:
             logger.info("resumed after iteration %d", self.iter)
         else:
+            if resume:
+                self._warn_of_weights_of_run()
             for module in (self.student, self.pseudo_labeler):
                 module.load_state_dict(self.teacher.state_dict())
         starts = comm.all_gather(self.start_iter)
@@ -211,6 +214,16 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._writer.truncate_on_resume = resume
         if resume and comm.is_main_process():
             truncate_after(self._skipped.file, self.start_iter - 1)
+
+    def _warn_of_weights_of_run(self) -> None:
+        if self.checkpointer.contents is CheckpointContents.TEACHER:
+            logger.warning(
+                "NOTHING TO RESUME: there is no checkpoint in OUTPUT_DIR %r, so a new run starts "
+                "at iteration 0, from the teacher's weights in %s. To continue the run that wrote "
+                "that checkpoint, stop this one and set OUTPUT_DIR to the folder of that run",
+                self.cfg.OUTPUT_DIR,
+                self.cfg.MODEL.WEIGHTS,
+            )
 
     def state_dict(self) -> dict:
         """State for resuming, except the weights of student and teacher."""

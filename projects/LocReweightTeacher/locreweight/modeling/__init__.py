@@ -1,6 +1,7 @@
 """Detectron2 model parts. Importing this package registers them."""
 
 from .box_coding import CornerBoxTransform
+from .building import build_detector
 from .meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
 from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
 from .roi_heads import LocalizationAwareROIHeads
@@ -13,4 +14,5 @@ __all__ = [
     "SemiSupervisedRCNN",
     "TeacherOutput",
     "UnlabeledOutput",
+    "build_detector",
 ]

@@ -12,7 +12,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from ..installed_detectron2 import check_compiled_kernels, missing_kernels
-from .layers import fold_frozen_batchnorm
 from .output_layers import BoxPredictions
 
 
@@ -44,14 +43,12 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
     def from_config(cls, cfg: CfgNode) -> dict:
         check_compiled_kernels(cfg)
         try:
-            parts = super().from_config(cfg)
+            return super().from_config(cfg)
         except ImportError as error:
             if "detectron2._C" not in str(error):
                 raise
             # What Detectron2 raises when other code, such as a new backbone, uses such a kernel.
             raise missing_kernels(f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}") from error
-        fold_frozen_batchnorm(parts["backbone"])
-        return parts
 
     def forward(
         self, batched_inputs: list[dict], unlabeled_inputs: list[dict] | None = None

@@ -8,8 +8,8 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from .layers import parallelize_roi_align
 from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
+from .roi_align import parallelize_roi_align
 
 
 @ROI_HEADS_REGISTRY.register()

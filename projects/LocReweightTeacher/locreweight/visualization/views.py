@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.checks import check_boxes, check_images_decode, check_images_exist
 from ..data.datasets.catalog import register
 from ..data.image_io import UnreadableImage
 from ..data.mapper import ViewMapper
@@ -41,14 +42,16 @@ def select_records(cfg: CfgNode, inputs: Sequence[str], count: int) -> list[dict
         dataset records. An image that is in no annotated dataset has a ``file_name`` only.
 
     Raises:
-        UsageError: if a dataset of ``DATASETS.TRAIN`` or an input does not exist.
+        UsageError: if a dataset of ``DATASETS.TRAIN`` or an input does not exist, or the
+            annotations of an image cannot be used.
     """
     records = _annotated_records(cfg)
     if not inputs:
-        return records[:count]
+        return _checked(cfg, records[:count])
     annotated = {os.path.realpath(record["file_name"]): record for record in records}
     files = [str(file.path) for file in find_inputs(inputs) if not file.is_video][:count]
-    return [annotated.get(os.path.realpath(file), {"file_name": file}) for file in files]
+    records = [annotated.get(os.path.realpath(file), {"file_name": file}) for file in files]
+    return _checked(cfg, records)
 
 
 def draw_view_table(
@@ -128,6 +131,17 @@ def _predict_proposals(student: SemiSupervisedRCNN, sample: UnlabeledSample, cou
     images = student.preprocess_image([{"image": sample.strong.image}])
     proposals, _ = student.proposal_generator(images, student.backbone(images.tensor), None)
     return proposals[0].to("cpu").proposal_boxes.tensor[:count]
+
+
+def _checked(cfg: CfgNode, records: list[dict]) -> list[dict]:
+    """Run the checks of labeled images that training runs."""
+    annotated = [record for record in records if "annotations" in record]
+    checked = check_boxes(annotated, drop_bad=cfg.DATASETS.CHECKS.DROP_BAD_BOXES)
+    check_images_exist(checked)
+    if cfg.DATASETS.CHECKS.DECODE_IMAGES:
+        check_images_decode(checked)
+    kept = iter(checked)
+    return [next(kept) if "annotations" in record else record for record in records]
 
 
 def _annotated_records(cfg: CfgNode) -> list[dict]:

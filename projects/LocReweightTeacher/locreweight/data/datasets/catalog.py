@@ -6,6 +6,10 @@ name                                    data set
 ``coco:<annotations.json>:<images>``    COCO json and the folder of its images
 ``voc:<folder>:<split>``                Pascal VOC: ``Annotations``, ``JPEGImages`` and
                                         ``ImageSets/Main/<split>.txt``
+``voc:<folder>``                        Pascal VOC's xml files beside the images
+``yolo:<data.yaml>:<split>``            Ultralytics' layout; the split ``train`` may be left out
+``yolo:<images>:<labels>``              the same without a yaml file
+``labelme:<folder>``                    LabelMe's json files beside the images
 ``folder:<images>``                     all images in a folder and its subfolders, without
                                         annotations; symbolic links are followed
 ``list:<index.txt>:<images>``           the images that a text file lists, without annotations; each
@@ -19,6 +23,7 @@ record's ``bbox_mode`` says, in absolute pixels of the original image.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +37,12 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from ...errors import UsageError
 from .coco import load_coco
 from .image_folders import load_folder, load_list
-from .voc import load_unlabeled_voc, load_voc, split_file
+from .labelme import load_labelme
+from .packed_records import ImageFiles
+from .voc import load_unlabeled_voc, load_voc, load_voc_folder, split_file
+from .yolo import YAML_SUFFIXES, load_yolo, open_folders, open_yaml
+
+logger = logging.getLogger(__name__)
 
 DETECTRON2_DATASETS = "DETECTRON2_DATASETS"
 
@@ -134,6 +144,9 @@ def _open_coco(name: str, location: str, options: ReadOptions) -> Source:
 
 
 def _open_voc(name: str, location: str, options: ReadOptions) -> Source:
+    if os.path.isdir(location) or ":" not in location:
+        _check_folder(location, name)
+        return _open_annotated_folder(name, location, options, load_voc_folder)
     folder, split = _split_location(name, location)
     class_names = list(options.class_names) or list(VOC_CLASSES)
     for class_name in class_names:
@@ -155,6 +168,67 @@ def _open_voc(name: str, location: str, options: ReadOptions) -> Source:
     }
 
 
+def _open_labelme(name: str, location: str, options: ReadOptions) -> Source:
+    _check_folder(location, name)
+    return _open_annotated_folder(name, location, options, load_labelme)
+
+
+def _open_annotated_folder(
+    name: str,
+    folder: str,
+    options: ReadOptions,
+    read: Callable[[str, Sequence[str]], tuple[list[dict], list[str]]],
+) -> Source:
+    """A folder whose images have their annotations beside them."""
+
+    def load() -> Sequence[dict]:
+        records, class_names = read(folder, options.class_names)
+        MetadataCatalog.get(name).set(thing_classes=class_names)
+        return records
+
+    metadata = {"image_root": folder, "evaluator_type": "coco"}
+    return _with_optional_labels(load, partial(load_folder, folder), options), metadata
+
+
+def _open_yolo(name: str, location: str, options: ReadOptions) -> Source:
+    first, _, second = location.rpartition(":")
+    if location.endswith(YAML_SUFFIXES):
+        first, second = location, "train"
+    elif not (first and second):
+        _split_location(name, location)  # raises
+    if first.endswith(YAML_SUFFIXES):
+        _check_file(first, name)
+        outside = options.allow_outside
+        source = partial(open_yaml, first, second, options.class_names, allow_outside=outside)
+    else:
+        _check_folder(first, name)
+        _check_folder(second, name)
+        source = partial(open_folders, first, second, options.class_names)
+
+    def load() -> Sequence[dict]:
+        opened = source()
+        MetadataCatalog.get(name).set(thing_classes=opened.class_names)
+        return load_yolo(opened)
+
+    def load_images() -> ImageFiles:
+        return ImageFiles.of(map(os.fsencode, source().images))
+
+    return _with_optional_labels(load, load_images, options), {"evaluator_type": "coco"}
+
+
+def _with_optional_labels(load: Loader, load_images: Loader, options: ReadOptions) -> Loader:
+    """Use only the images of an unlabeled data set whose annotations cannot be read."""
+
+    def load_unlabeled() -> Sequence[dict]:
+        try:
+            return load()
+        except UsageError as error:
+            logger.info("the annotations of unlabeled images are not used: %s", error)
+            return load_images()
+
+    return load if options.labeled else load_unlabeled
+
+
 def _open_folder(name: str, location: str, options: ReadOptions) -> Source:
     _check_folder(location, name)
     return partial(load_folder, location), {}
@@ -169,7 +243,9 @@ def _open_list(name: str, location: str, options: ReadOptions) -> Source:
 
 FORMATS = {
     "coco": DatasetFormat("coco:<annotations.json>:<image folder>", _open_coco),
-    "voc": DatasetFormat("voc:<folder>:<split>", _open_voc),
+    "voc": DatasetFormat("voc:<folder>:<split> or voc:<folder>", _open_voc),
+    "yolo": DatasetFormat("yolo:<data.yaml>:<split> or yolo:<images>:<labels>", _open_yolo),
+    "labelme": DatasetFormat("labelme:<folder>", _open_labelme),
     "folder": DatasetFormat("folder:<image folder>", _open_folder),
     "list": DatasetFormat("list:<index.txt>:<image folder>", _open_list),
 }

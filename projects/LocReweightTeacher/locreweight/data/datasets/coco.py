@@ -7,14 +7,13 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ...errors import UsageError
-from .file_names import check_inside, printable_name
+from .file_names import ImageFinder, printable_name, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def load_coco(
     Raises:
         UsageError: if the file is not a COCO json; names the first problem.
     """
-    content = _read_checked(json_file, image_folder, allow_outside)
+    content = _read_checked(json_file)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     class_index = {category["id"]: i for i, category in enumerate(categories)}
     MetadataCatalog.get(name).set(
@@ -54,15 +53,18 @@ def load_coco(
         annotations[entry["image_id"]].append(_annotation(entry, class_index))
     images = sorted(content["images"], key=lambda image: image["id"])
     _warn_of_unknown_images(json_file, annotations, {image["id"] for image in images})
+    images = _without_companions(json_file, images, annotations)
+    finder = ImageFinder(json_file, image_folder, allow_outside=allow_outside)
+    files = finder.find_all([image["file_name"] for image in images])
     return [
         {
-            "file_name": os.path.join(image_folder, image["file_name"]),
+            "file_name": file,
             "height": image["height"],
             "width": image["width"],
             "image_id": image["id"],
             "annotations": annotations.get(image["id"], []),
         }
-        for image in images
+        for image, file in zip(images, files, strict=True)
     ]
 
 
@@ -76,7 +78,31 @@ def _annotation(entry: dict[str, Any], class_index: dict[int, int]) -> dict[str,
     area = entry.get("area")
     if isinstance(area, int | float) and 0 <= area < float("inf"):
         annotation["area"] = area
+    attributes = entry.get("attributes")  # of CVAT
+    attributes = attributes if isinstance(attributes, dict) else {}
+    rotation = entry.get("rotation", attributes.get("rotation"))
+    if isinstance(rotation, int | float) and rotation % 360:
+        annotation["rotation"] = rotation  # ignored, but reported by tools/check_data.py
     return annotation
+
+
+def _without_companions(json_file: str, images: list[dict], annotations: dict) -> list[dict]:
+    """Leave out images that are no images but metadata of macOS, if they have no annotations."""
+    companions = [
+        image["file_name"]
+        for image in images
+        if os.path.basename(image["file_name"]).startswith("._") and image["id"] not in annotations
+    ]
+    if not companions:
+        return images
+    logger.info(
+        "%s: left out %d files of macOS that are no images, such as %s",
+        json_file,
+        len(companions),
+        printable_name(companions[0]),
+    )
+    left_out = set(companions)
+    return [image for image in images if image["file_name"] not in left_out]
 
 
 def _warn_of_unknown_images(json_file: str, annotations: dict, images: set[int]) -> None:
@@ -95,12 +121,12 @@ def _warn_of_unknown_images(json_file: str, annotations: dict, images: set[int])
 # -- checks ----------------------------------------------------------------------------------------
 
 
-def _read_checked(json_file: str, image_folder: str, allow_outside: bool) -> dict[str, Any]:
+def _read_checked(json_file: str) -> dict[str, Any]:
     def error(problem: str) -> UsageError:
         return UsageError(f"{printable_name(json_file)} is not a COCO annotation file: {problem}")
 
     try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        content = json.loads(read_text(json_file))
     except OSError as reason:
         raise error(f"it cannot be read ({reason.strerror})") from reason
     except RecursionError as reason:
@@ -112,8 +138,6 @@ def _read_checked(json_file: str, image_folder: str, allow_outside: bool) -> dic
     content.setdefault("annotations", [])  # files of unlabeled images have none
     if problem := _problem_of_lists(content) or _problem_of_ids(content):
         raise error(problem)
-    for image in content["images"]:
-        check_inside(image["file_name"], json_file, image_folder, allow_outside=allow_outside)
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,20 +11,42 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ...errors import UsageError
-from .file_names import check_inside, printable_name
+from ...run_files import PANEL_FOLDER, is_run_folder
+from .file_names import (
+    IMAGE_SUFFIXES,
+    ImageFinder,
+    check_inside,
+    describe_missing,
+    is_companion,
+    printable_name,
+    read_text,
+)
 from .packed_records import ImageFiles
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+logger = logging.getLogger(__name__)
+
 _NUM_SAMPLED = 100  # images of a list, of which at least one must exist
 
 
 def load_folder(folder: str) -> ImageFiles:
     """List all images in a folder and its subfolders, sorted by path.
 
+    Hidden files and folders, and the metadata that macOS adds to images, are passed over.
+    The output of trainings is left out: folders of runs, whatever they are called, and the pictures
+    of a run whose ``OUTPUT_DIR`` is the folder itself.
+
     Raises:
         UsageError: if there is no image.
     """
-    images = ImageFiles.of(map(os.fsencode, sorted(_image_paths(folder))))
+    run_folders: list[str] = []
+    images = ImageFiles.of(map(os.fsencode, sorted(image_paths(folder, run_folders))))
+    if run_folders:
+        logger.info(
+            "left out %d folders of runs in the image folder %s, such as %s",
+            len(run_folders),
+            folder,
+            printable_name(min(run_folders)),
+        )
     if not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise UsageError(f"no image ({suffixes}) in the folder {folder}")
@@ -38,6 +61,9 @@ def load_list(list_file: str, folder: str, *, allow_outside: bool = False) -> Im
             have Windows line ends. Everything else belongs to the name, which can be any bytes.
         folder: folder of the images.
         allow_outside: paths may lead out of the folder.
+
+    If no name of a sample exists, as in lists made on Windows, names may differ from those on the
+    disk as described in :class:`.ImageFinder`.
 
     Raises:
         UsageError: if the file cannot be read, is empty, lists an image twice, or if none of a
@@ -59,18 +85,39 @@ def load_list(list_file: str, folder: str, *, allow_outside: bool = False) -> Im
         raise UsageError(f"the list {list_file!r} cannot be read: {error.strerror}") from error
     if not images:
         raise UsageError(f"{list_file} lists no image")
-    _check_some_exist(images, list_file)
+    if not _some_exist(images):
+        images = _find_similar(list_file, folder, allow_outside)
+    if not _some_exist(images):
+        raise UsageError(
+            f"none of {len(_sample(images))} sampled images of {list_file} exists, such as "
+            f"{describe_missing(images[0]['file_name'])}: paths must be relative to the image "
+            "folder"
+        )
     return images
 
 
+def _find_similar(list_file: str, folder: str, allow_outside: bool) -> ImageFiles:
+    finder = ImageFinder(list_file, folder, allow_outside=allow_outside)
+    names = [os.fsdecode(name) for name in _read_names(list_file)]
+    return ImageFiles.of(map(os.fsencode, finder.find_all(names)))
+
+
 def _read_names(list_file: str) -> Iterator[bytes]:
+    for line in _read_lines(list_file):
+        name = line.rstrip(b"\r\n")
+        is_companion_of_macos = name.rpartition(b"/")[2].startswith(b"._") or b"__MACOSX/" in name
+        if name and not name.isspace() and not is_companion_of_macos:
+            yield name
+
+
+def _read_lines(list_file: str) -> Iterator[bytes]:
     with open(list_file, "rb") as lines:
-        for number, line in enumerate(lines):
-            name = line.rstrip(b"\r\n")
-            if number == 0:
-                name = name.removeprefix(codecs.BOM_UTF8)
-            if name and not name.isspace():
-                yield name
+        first = next(lines, b"")
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            yield from map(os.fsencode, read_text(list_file).splitlines())
+            return
+        yield first.removeprefix(codecs.BOM_UTF8)
+        yield from lines
 
 
 def _check_unique(list_file: str, hashes: Iterable[int]) -> None:
@@ -87,21 +134,25 @@ def _check_unique(list_file: str, hashes: Iterable[int]) -> None:
             candidates.add(name)
 
 
-def _check_some_exist(images: ImageFiles, list_file: str) -> None:
-    sample = np.linspace(0, len(images) - 1, min(len(images), _NUM_SAMPLED)).astype(int)
-    if not any(os.path.lexists(images[i]["file_name"]) for i in sample.tolist()):
-        raise UsageError(
-            f"none of {len(sample)} sampled images of {list_file} exists, such as "
-            f"{printable_name(images[0]['file_name'])}: paths must be relative to the image folder"
-        )
+def _sample(images: ImageFiles) -> list[int]:
+    return np.linspace(0, len(images) - 1, min(len(images), _NUM_SAMPLED)).astype(int).tolist()
 
 
-def _image_paths(folder: str) -> Iterator[str]:
+def _some_exist(images: ImageFiles) -> bool:
+    return any(os.path.lexists(images[i]["file_name"]) for i in _sample(images))
+
+
+def image_paths(folder: str, run_folders: list[str] | None = None) -> Iterator[str]:
     """Yield image paths in an order that does not depend on the disk, sorted in each folder.
 
     File types come from the directory listing. Asking the disk for each file would take long with a
     million images, above all over a network.
+
+    Args:
+        folder: the folder to search.
+        run_folders: the folders of runs that were left out are appended here.
     """
+    run_folders = [] if run_folders is None else run_folders
     visited = set()
     pending = [(folder, os.path.realpath(folder))]
     while pending:
@@ -109,8 +160,14 @@ def _image_paths(folder: str) -> Iterator[str]:
         if real in visited:  # links can form cycles
             continue
         visited.add(real)
-        folders, images = _list_folder(parent)
+        folders, images, is_run = _list_folder(parent)
         start = os.path.join(parent, "")
+        if is_run and parent != folder:
+            run_folders.append(parent)
+            continue
+        if is_run:
+            run_folders += [start + name for name, _ in folders if name == PANEL_FOLDER]
+            folders = [entry for entry in folders if entry[0] != PANEL_FOLDER]
         yield from (start + name for name in sorted(images))
         # Depth first, in order of names: this decides which of several paths to a folder is used.
         for name, is_link in sorted(folders, reverse=True):
@@ -118,19 +175,26 @@ def _image_paths(folder: str) -> Iterator[str]:
             pending.append((path, os.path.realpath(path) if is_link else os.path.join(real, name)))
 
 
-def _list_folder(folder: str) -> tuple[list[tuple[str, bool]], list[str]]:
-    """Subfolders, each with whether it is a link, and images; both empty if not permitted."""
-    folders, images = [], []
+def _list_folder(folder: str) -> tuple[list[tuple[str, bool]], list[str], bool]:
+    """Subfolders, each with whether it is a link; images; and whether this is the folder of a run.
+
+    Without permission to list the folder, it counts as empty.
+    """
+    folders, images, others = [], [], set()
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _is_folder(entry):
+                if is_companion(entry.name):
+                    others.add(entry.name)
+                elif _is_folder(entry):
                     folders.append((entry.name, entry.is_symlink()))
                 elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and _is_image(entry):
                     images.append(entry.name)
+                else:
+                    others.add(entry.name)
     except OSError:
-        return [], []
-    return folders, images
+        return [], [], False
+    return folders, images, is_run_folder(others)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -15,6 +15,7 @@ subset of a larger one. Unbiased Teacher's ``COCO_supervision.txt`` can be used 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -91,7 +92,7 @@ def write_split_file(
     ids = [(name, record["image_id"]) for name, records in annotated.items() for record in records]
     if not ids:
         raise UsageError("there are no images to split: set DATASETS.TRAIN")
-    sets = {name: _describe(name, len(records)) for name, records in annotated.items()}
+    sets = {name: _describe(name, records) for name, records in annotated.items()}
     for percent, seed in ((float(p), s) for p in percents for s in seeds):
         for entry in sets.values():
             entry["labeled"].setdefault(str(percent), {})[str(seed)] = []
@@ -104,20 +105,16 @@ def write_split_file(
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
 
 
-def annotation_file(name: str) -> Path:
+def annotation_file(name: str) -> Path | None:
     """The file that defines the images of a data set and, for COCO, their boxes.
 
-    Raises:
-        UsageError: if the data set is neither COCO nor Pascal VOC.
+    None for data sets with an annotation file for each image.
     """
     kind, _, location = name.partition(":")
     if kind == "coco":
         return Path(expand_path(location).rpartition(":")[0])
-    if file := index_file(name):
-        return Path(file)
-    raise UsageError(
-        f"{name} has no annotation file, which DATASETS.SPLIT_FILE needs: use COCO or Pascal VOC"
-    )
+    file = index_file(name)
+    return Path(file) if file else None
 
 
 def split_indices(size: int, labeled_percent: float, seed: int) -> tuple[list[int], list[int]]:
@@ -158,9 +155,35 @@ def _draw_split(size: int, percent: float, seed: int) -> tuple[list[int], list[i
         raise UsageError(f"DATASETS.LABELED_PERCENT: {error}") from error
 
 
-def _describe(name: str, images: int) -> dict[str, Any]:
-    file = annotation_file(name)
-    return {"annotations": file.name, "sha256": sha256_of(file), "images": images, "labeled": {}}
+def _describe(name: str, records: Records) -> dict[str, Any]:
+    source, digest = _annotation_digest(name, records)
+    return {
+        "annotations": Path(source).name,
+        "sha256": digest,
+        "images": len(records),
+        "labeled": {},
+    }
+
+
+def _annotation_digest(name: str, records: Records) -> tuple[str, str]:
+    """What defines the images of a data set, and its SHA-256.
+
+    It is the annotation file, or else what was read of the annotation files of all images.
+
+    Raises:
+        UsageError: if the data set has no annotations.
+    """
+    if file := annotation_file(name):
+        return str(file), sha256_of(file)
+    if not any("annotations" in record for record in records):
+        raise UsageError(
+            f"{name} has no annotations, which DATASETS.SPLIT_FILE needs: use an annotated data set"
+        )
+    digest = hashlib.sha256()
+    for record in records:
+        boxes = [[a["category_id"], *map(float, a["bbox"])] for a in record.get("annotations", [])]
+        digest.update(json.dumps([record["image_id"], boxes]).encode())
+    return name, digest.hexdigest()
 
 
 # -- split files -----------------------------------------------------------------------------------
@@ -208,7 +231,7 @@ def _split_by_ids(
     labeled: Records = []
     rest: Records = []
     for entry, (name, records) in zip(sets, annotated.items(), strict=True):
-        _check_same_annotations(file, entry, name, len(records))
+        _check_same_annotations(file, entry, name, records)
         ids = _select_split(file, entry["labeled"], percent, seed)
         unique = set(ids)
         if len(unique) < len(ids):
@@ -227,9 +250,10 @@ def _split_by_ids(
     return labeled, rest
 
 
-def _check_same_annotations(file: str, entry: dict, name: str, images: int) -> None:
-    source = annotation_file(name)
-    expected, actual = entry["sha256"], sha256_of(source)
+def _check_same_annotations(file: str, entry: dict, name: str, records: Records) -> None:
+    images = len(records)
+    expected = entry["sha256"]
+    source, actual = _annotation_digest(name, records)
     if expected != actual:
         raise UsageError(
             f"DATASETS.SPLIT_FILE {file!r} was made for {entry['annotations']} with the SHA-256 "

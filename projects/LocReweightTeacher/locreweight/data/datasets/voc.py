@@ -1,17 +1,27 @@
-"""Reader of folders in Pascal VOC's layout."""
+"""Reader of Pascal VOC annotations, in VOC's layout or beside the images, as labelImg writes."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from detectron2.structures import BoxMode
 
 from ...errors import UsageError
-from .file_names import check_inside, printable_name
+from .file_names import (
+    IMAGE_SUFFIXES,
+    ImageFinder,
+    check_inside,
+    files_with_suffix,
+    printable_name,
+    read_text,
+)
+from .labels import ClassNames
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +35,8 @@ def load_voc(
     ignored in evaluation. Detectron2's reader does not tell them from other objects.
 
     Args:
-        folder: with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main/<split>.txt``.
+        folder: with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main/<split>.txt``. Images may
+            be of any kind that can be read, not only .jpg.
         split: name of the list of images.
         class_names: in the order of the model's classes.
         allow_outside: the list may name files outside of the folder.
@@ -38,7 +49,13 @@ def load_voc(
         UsageError: for a missing or malformed annotation, a class that is not in ``class_names``,
             or an image that is listed twice.
     """
-    return _read_records(folder, read_split(folder, split, allow_outside), class_names)
+    image_ids = read_split(folder, split, allow_outside)
+    finder = _finder(folder, split, allow_outside)
+    classes = ClassNames(class_names)
+    return [
+        _read_record(os.path.join(folder, "Annotations", f"{i}.xml"), i, i, finder, classes)
+        for i in image_ids
+    ]
 
 
 def load_unlabeled_voc(
@@ -55,12 +72,45 @@ def load_unlabeled_voc(
     Raises:
         UsageError: if the list of images cannot be used.
     """
-    image_ids = read_split(folder, split, allow_outside)
     try:
-        return _read_records(folder, image_ids, class_names)
+        return load_voc(folder, split, class_names, allow_outside=allow_outside)
     except UsageError as error:
+        image_ids = read_split(folder, split, allow_outside)
         logger.info("the annotations of unlabeled images are not used: %s", error)
-        return [{"file_name": _image_file(Path(folder), i), "image_id": i} for i in image_ids]
+        finder = _finder(folder, split, allow_outside)
+        return [{"file_name": finder.find_with_stem(i, i), "image_id": i} for i in image_ids]
+
+
+def load_voc_folder(folder: str, class_names: Sequence[str]) -> tuple[list[dict], list[str]]:
+    """Read the xml files of a folder and its subfolders, each beside its image.
+
+    Images without an xml file are left out, because their objects are not known.
+
+    Args:
+        folder: with images and xml files of the same names. In a folder ``Annotations``, xml files
+            are of the images in the folder ``JPEGImages`` or ``images`` beside it.
+        class_names: in the order of the model's classes. If it is empty, the classes are those of
+            the annotations in alphabetical order.
+
+    Returns:
+        records as of :func:`load_voc`, with the path of the xml file without suffix as
+        ``image_id``; and the class names.
+
+    Raises:
+        UsageError: for a missing or malformed annotation, or a class that is not in
+            ``class_names``.
+    """
+    files = files_with_suffix(folder, ".xml")
+    if not files:
+        raise UsageError(f"there is no xml file in {folder}")
+    classes = ClassNames(class_names)
+    finder = ImageFinder(folder, folder, allow_outside=False)
+    records = []
+    for file in files:
+        image_id = file[: -len(".xml")]
+        stem = _image_stem(folder, image_id)
+        records.append(_read_record(os.path.join(folder, file), image_id, stem, finder, classes))
+    return classes.with_indices(records), classes.names
 
 
 def split_file(folder: str, split: str) -> str:
@@ -76,63 +126,87 @@ def read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
     """
     file = split_file(folder, split)
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(file).splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is no list of images: {error}") from error
     # The list of a class has a flag behind each name: whether the image shows the class.
     image_ids = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
     for image_id in image_ids:
         check_inside(image_id, file, folder, allow_outside=allow_outside)
+    image_ids = [_without_suffix(folder, image_id) for image_id in image_ids]
     repeated = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if repeated:
         raise UsageError(f"{file} lists {printable_name(repeated[0])} more than once")
     return image_ids
 
 
-def _read_records(folder: str, image_ids: list[str], class_names: list[str]) -> list[dict]:
-    class_index = {name: i for i, name in enumerate(class_names)}
-    return [_read_record(Path(folder), image_id, class_index) for image_id in image_ids]
+def _without_suffix(folder: str, image_id: str) -> str:
+    """Some lists name image files instead of images."""
+    stem, suffix = os.path.splitext(image_id)
+    if suffix.lower() not in IMAGE_SUFFIXES:
+        return image_id
+    annotations = Path(folder) / "Annotations"
+    is_file_name = not (annotations / f"{image_id}.xml").exists()
+    return stem if is_file_name and (annotations / f"{stem}.xml").exists() else image_id
 
 
-def _image_file(folder: Path, image_id: str) -> str:
-    return str(folder / "JPEGImages" / f"{image_id}.jpg")
+def _finder(folder: str, split: str, allow_outside: bool) -> ImageFinder:
+    images = str(Path(folder) / "JPEGImages")
+    return ImageFinder(split_file(folder, split), images, allow_outside=allow_outside)
 
 
-def _read_record(folder: Path, image_id: str, class_index: dict[str, int]) -> dict:
-    file = folder / "Annotations" / f"{image_id}.xml"
-    name = printable_name(str(file))
+def _image_stem(folder: str, image_id: str) -> str:
+    """Where the image of an xml file is expected, without suffix, relative to the folder."""
+    parent, name = os.path.split(image_id)
+    if os.path.basename(parent).lower() != "annotations":
+        return image_id
+    for images in ("JPEGImages", "images"):
+        sibling = os.path.join(os.path.dirname(parent), images)
+        if os.path.isdir(os.path.join(folder, sibling)):
+            return os.path.join(sibling, name)
+    return image_id
+
+
+def _read_record(
+    file: str, image_id: str, stem: str, finder: ImageFinder, classes: ClassNames
+) -> dict:
+    """
+    Args:
+        file: the xml file.
+        image_id: of the record.
+        stem: path of the image without suffix, for ``finder``.
+        finder: finds images.
+        classes: classes of the annotations.
+    """
+    name = printable_name(file)
     try:
         root = ElementTree.parse(file).getroot()
         width, height = (int(_text(root, f"size/{side}")) for side in ("width", "height"))
         if min(width, height) < 1:
             raise ValueError(f"its image size is {width} x {height} pixels")
-        return {
-            "file_name": _image_file(folder, image_id),
-            "image_id": image_id,
-            "height": height,
-            "width": width,
-            "annotations": [_annotation(node, class_index) for node in root.findall("object")],
-        }
+        annotations = [_annotation(node, classes) for node in root.findall("object")]
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise UsageError(f"the annotation {name} {reason}") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: the encoding
         raise UsageError(f"the annotation {name} is malformed: {error}") from error
+    return {
+        "file_name": finder.find_with_stem(stem, (root.findtext("filename") or "").strip()),
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
 
 
-def _annotation(node: ElementTree.Element, class_index: dict[str, int]) -> dict:
-    name = _text(node, "name")
-    if name not in class_index:
-        raise ValueError(
-            f"class {name!r} is not in {list(class_index)}; set DATASETS.CLASS_NAMES to the class "
-            "names of the annotations and MODEL.ROI_HEADS.NUM_CLASSES to their number"
-        )
+def _annotation(node: ElementTree.Element, classes: ClassNames) -> dict:
     corners = ("xmin", "ymin", "xmax", "ymax")
+    category_id = classes.index(_text(node, "name"))
     x1, y1, x2, y2 = (float(_text(node, f"bndbox/{corner}")) for corner in corners)
     # Corners are pixel numbers, counted from 1, and both pixels belong to the box. If they are
     # equal, this would give a box of one pixel for what is an annotation mistake: keep it empty.
     return {
-        "category_id": class_index[name],
+        "category_id": category_id,
         "bbox": [x1 - (x2 != x1), y1 - (y2 != y1), x2, y2],
         "bbox_mode": BoxMode.XYXY_ABS,
         "iscrowd": int(node.findtext("difficult", "0") == "1"),

@@ -1,7 +1,4 @@
-"""Faster or more accurate replacements of Detectron2 layers.
-
-They have the same parameters and buffers as the original layers, so checkpoints stay compatible.
-"""
+"""ROIAlign that keeps full-precision boxes under AMP and uses all CPU threads."""
 
 from __future__ import annotations
 
@@ -11,60 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, ROIAlign
+from detectron2.layers import ROIAlign
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 
-class FoldedConv2d(nn.Module):
-    """Convolution that includes the frozen batch norm after it.
-
-    Frozen batch norm is an affine function of each channel with constant coefficients. Applying it
-    to the weights is faster than applying it to each pixel. The result is the same except for
-    rounding.
-    """
-
-    def __init__(self, conv: Conv2d) -> None:
-        """
-        Args:
-            conv: convolution without bias whose ``norm`` is a ``FrozenBatchNorm2d``. Its parameter
-                and its norm are shared.
-        """
-        super().__init__()
-        self.weight = conv.weight
-        self.norm = conv.norm
-        self.activation = conv.activation
-        self.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-        x = F.conv2d(x, self.weight * scale[:, None, None, None], shift, *self.geometry)
-        return x if self.activation is None else self.activation(x)
-
-
-def fold_frozen_batchnorm(backbone: nn.Module) -> None:
-    """Replace convolutions with frozen batch norm by :class:`FoldedConv2d`, in place.
-
-    Only the blocks of ResNets and similar networks (``CNNBlockBase``) are changed. Other modules
-    may hold further references to their layers, such as the lists in Detectron2's ``FPN``.
-    """
-    for block in backbone.modules():
-        if isinstance(block, CNNBlockBase):
-            for name, layer in block.named_children():
-                # Subclasses of Conv2d may do more than convolution, norm and activation.
-                if (
-                    type(layer) is Conv2d
-                    and isinstance(layer.norm, FrozenBatchNorm2d)
-                    and layer.bias is None
-                ):
-                    setattr(block, name, FoldedConv2d(layer))
-
-
 class ParallelROIAlign(ROIAlign):
-    """ROIAlign that keeps full-precision boxes under AMP and uses all CPU threads.
+    """Detectron2's ``ROIAlign`` with full-precision boxes and on all CPU threads.
 
     Torchvision's CPU kernels use one thread. Here each thread runs the same kernel on some of the
     channels, forward and backward. The results are bitwise the same.

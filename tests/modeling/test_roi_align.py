@@ -1,120 +1,12 @@
-"""Replacements of Detectron2 layers: same results, gradients and parameter names."""
-
-import copy
+"""ParallelROIAlign: the same results and gradients as torchvision, on any number of threads."""
 
 import pytest
 import torch
-from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, ROIAlign, get_norm
-from detectron2.modeling import build_backbone
+from detectron2.layers import ROIAlign
 from detectron2.utils.events import EventStorage
 
-from locreweight.modeling.layers import (
-    FoldedConv2d,
-    ParallelROIAlign,
-    fold_frozen_batchnorm,
-    parallelize_roi_align,
-)
-from tests.modeling.tiny_model import labeled_inputs, tiny_config, tiny_model
-
-# Folded frozen batch norm
-
-
-def make_conv(activation=None, **arguments):
-    """A convolution with a frozen batch norm that is not the identity."""
-    generator = torch.Generator().manual_seed(1)
-    norm = FrozenBatchNorm2d(6)
-    for buffer in norm.buffers():
-        buffer.copy_(torch.rand(6, generator=generator) + 0.5)
-    norm.bias -= 1.0
-    return Conv2d(4, 6, 3, norm=norm, activation=activation, bias=False, **arguments)
-
-
-class Block(CNNBlockBase):
-    def __init__(self, conv):
-        super().__init__(conv.in_channels, conv.out_channels, 1)
-        self.conv = conv
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-def output_and_gradients(model, x):
-    x = x.clone().requires_grad_()
-    out = model(x)
-    (out.cos() * torch.arange(out.numel()).view_as(out)).sum().backward()
-    return out, x.grad, *(p.grad for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "arguments", [{}, {"stride": 2, "padding": 1}, {"groups": 2}, {"dilation": 2}], ids=str
-)
-@pytest.mark.parametrize("activation", [None, torch.relu], ids=["linear", "relu"])
-def test_folded_convolution_has_the_same_output_gradients_and_names(activation, arguments):
-    original = make_conv(activation, **arguments).double()
-    folded = FoldedConv2d(copy.deepcopy(original))
-    assert list(folded.state_dict()) == list(original.state_dict())
-    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
-    torch.testing.assert_close(
-        output_and_gradients(folded, x), output_and_gradients(original, x), rtol=1e-10, atol=1e-10
-    )
-
-
-def test_folded_convolution_matches_a_hand_computed_value():
-    """A 1x1 convolution by 3, then (y - 2) / sqrt(4) * 5 + 7."""
-    conv = Conv2d(1, 1, 1, bias=False, norm=FrozenBatchNorm2d(1, eps=0.0))
-    with torch.no_grad():
-        conv.weight.fill_(3.0)
-        for name, value in {
-            "running_mean": 2.0,
-            "running_var": 4.0,
-            "weight": 5.0,
-            "bias": 7.0,
-        }.items():
-            getattr(conv.norm, name).fill_(value)
-    assert FoldedConv2d(conv)(torch.full((1, 1, 1, 1), 10.0)).item() == pytest.approx(77.0)
-
-
-class Subclass(Conv2d):
-    pass
-
-
-@pytest.mark.parametrize(
-    "conv",
-    [
-        *(Conv2d(4, 32, 3, norm=get_norm(norm, 32)) for norm in ("BN", "GN", "")),
-        Conv2d(4, 6, 3, norm=FrozenBatchNorm2d(6)),
-        Subclass(4, 6, 3, norm=FrozenBatchNorm2d(6), bias=False),
-    ],
-    ids=["BN", "GN", "no norm", "with bias", "subclass"],
-)
-def test_other_convolutions_are_not_folded(conv):
-    block = Block(conv)
-    fold_frozen_batchnorm(block)
-    assert block.conv is conv
-
-
-def test_model_with_folded_norms_has_the_same_names_and_features():
-    settings = {"MODEL.RESNETS.NORM": "FrozenBN"}
-    model = tiny_model(settings).eval()
-    assert any(isinstance(module, FoldedConv2d) for module in model.modules())
-    original = build_backbone(tiny_config(settings)).eval()
-    assert list(original.state_dict()) == list(model.backbone.state_dict())
-    original.load_state_dict(model.backbone.state_dict())
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(model.backbone(x), original(x), rtol=1e-4, atol=1e-4)
-
-
-def test_folded_convolution_runs_in_half_precision_under_autocast():
-    folded = FoldedConv2d(make_conv())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = folded(torch.randn(1, 4, 8, 8))
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    assert folded.weight.grad.dtype == torch.float32
-
-
-# ROIAlign
+from locreweight.modeling.roi_align import ParallelROIAlign, parallelize_roi_align
+from tests.modeling.tiny_model import labeled_inputs, tiny_model
 
 
 @pytest.fixture
@@ -177,7 +69,7 @@ def test_parallel_roi_align_gradient_matches_finite_differences(set_threads):
 def test_parallel_roi_align_falls_back_to_the_plain_operator(set_threads, monkeypatch, case):
     set_threads(1 if case == "one thread" else 2)
     monkeypatch.setattr(
-        "locreweight.modeling.layers._map_channels", lambda *_: pytest.fail("parallel")
+        "locreweight.modeling.roi_align._map_channels", lambda *_: pytest.fail("parallel")
     )
     features, rois = torch.randn(2, 4, 8, 8), random_rois(3)
     align = ParallelROIAlign((2, 2), 1.0, 0)

@@ -1,0 +1,97 @@
+"""A complete config for the user's data, for ``tools/check_data.py --write-config``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+
+from ..config import load_config
+from ..data.training_sets import TrainingSets
+from ..errors import UsageError
+from ..file_io import atomic_write_bytes
+
+CONFIGS = Path(__file__).resolve().parents[4] / "configs"
+GPU_BASE = "Base-LocReweight.yaml"  # ResNet-50 with ImageNet weights
+CPU_BASE = "bccd-small.yaml"  # a small detector that is trained from random weights
+
+# Epochs of the labeled images in burn-in and of the unlabeled images after it, and the limits of
+# the numbers of iterations that follow. The upper ones are the paper's for COCO.
+BURN_IN_EPOCHS, MIN_BURN_IN, MAX_BURN_IN = 50, 300, 2000
+UNLABELED_EPOCHS, MIN_MUTUAL, MAX_MUTUAL = 30, 600, 178_000
+EVALUATIONS = 10
+
+
+def write_config(file: Path, cfg: CfgNode, sets: TrainingSets) -> None:
+    """Write a config with data, classes, a detector that fits the machine, and a schedule.
+
+    Args:
+        file: file to write; must not exist.
+        cfg: config that names the data sets.
+        sets: the data sets as training will use them.
+
+    Raises:
+        UsageError: if the file exists or cannot be written.
+    """
+    if file.exists():
+        raise UsageError(f"{file} already exists: remove it, or write to another file")
+    on_gpu = torch.cuda.is_available()
+    base = CONFIGS / (GPU_BASE if on_gpu else CPU_BASE)
+    content = suggest_config(cfg, sets, base, f"output/{file.stem}")
+    text = (
+        f"# Written by tools/check_data.py for {len(sets.labeled)} labeled and "
+        f"{len(sets.unlabeled)} unlabeled images.\n"
+        f"# For {'GPUs' if on_gpu else 'a CPU'}. Iterations follow from the number of images.\n"
+        + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(file, text.encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}") from error
+
+
+def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) -> dict:
+    """Content of the config: differences to a base config.
+
+    Args:
+        cfg: config that names the data sets.
+        sets: the data sets as training will use them.
+        base: the config to derive from.
+        output: ``OUTPUT_DIR``.
+    """
+    solver = load_config(str(base), []).SOLVER
+    burn_in = _clamp(
+        BURN_IN_EPOCHS * len(sets.labeled) // solver.IMS_PER_BATCH, MIN_BURN_IN, MAX_BURN_IN
+    )
+    mutual = _clamp(
+        UNLABELED_EPOCHS * len(sets.unlabeled) // max(1, solver.IMS_PER_BATCH_UNLABELED),
+        MIN_MUTUAL,
+        MAX_MUTUAL,
+    )
+    iterations = burn_in + mutual
+    period = max(1, iterations // EVALUATIONS)
+    data = {key: list(cfg.DATASETS[key]) for key in ("TRAIN", "UNLABELED", "TEST")}
+    data["CLASS_NAMES"] = list(sets.class_names)
+    changed: dict = {"LABELED_PERCENT": cfg.DATASETS.LABELED_PERCENT}
+    changed |= {key: cfg.DATASETS[key] for key in ("EXCLUDE_LABELED", "SPLIT_FILE")}
+    return {
+        "_BASE_": str(base),
+        "MODEL": {"ROI_HEADS": {"NUM_CLASSES": len(sets.class_names)}},
+        "DATASETS": data | changed,
+        "SEMI": {"BURN_IN_ITERS": burn_in},
+        "SOLVER": {
+            "MAX_ITER": iterations,
+            "STEPS": [iterations * 2 // 3, iterations * 8 // 9],
+            "CHECKPOINT_PERIOD": period,
+        },
+        "TEST": {"EVAL_PERIOD": period},
+        "VIS_PERIOD": period,
+        "OUTPUT_DIR": output,
+    }
+
+
+def _clamp(value: int, lowest: int, highest: int) -> int:
+    return min(max(value, lowest), highest)

@@ -1,0 +1,128 @@
+"""Valid annotations that are probably not what they seem."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import check_data
+from locreweight.config import load_config
+from locreweight.data.inspection.findings import Severity
+from tests.checked_data import SIDE, Project
+from tests.tiny_data import edit_json
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+def text_with(project, words):
+    """The only finding that contains these words."""
+    (finding,) = (f for f in project.findings() if words in f.text)
+    return finding
+
+
+def as_corners(content):
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + width, y + height]
+
+
+def test_corners_in_a_file_of_widths(project):
+    content = json.loads(project.json.read_text())
+    boxes = [annotation["bbox"] for annotation in content["annotations"]]
+    leaving = sum(2 * x + w > SIDE + 1 or 2 * y + h > SIDE + 1 for x, y, w, h in boxes)
+    assert leaving / len(boxes) > 0.2
+    edit_json(project.json, as_corners)
+    finding = text_with(project, "seems to hold corners")
+    assert finding.severity is Severity.WARNING
+    assert f"{leaving} of {len(boxes)} boxes" in finding.text and len(finding.files) == leaving
+    assert f"{SIDE} x {SIDE} pixels" in finding.text
+
+
+def test_boxes_of_a_larger_image(project):
+    def edit(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [80, 80, 30, 30]
+
+    edit_json(project.json, edit)
+    assert "images of another size" in text_with(project, "reach beyond").text
+
+
+def test_few_boxes_beyond_the_edge_are_normal(project):
+    edit_json(project.json, lambda c: c["annotations"][0].update(bbox=[90, 90, 20, 20]) or None)
+    assert project.findings() == []
+
+
+def test_fractions_of_the_image_size(project):
+    def edit(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [value / SIDE for value in annotation["bbox"]]
+
+    edit_json(project.json, edit)
+    finding = text_with(project, "fractions of the image size")
+    assert finding.severity is Severity.ERROR and "all 20 boxes" in finding.text
+
+
+def test_boxes_that_vanish_when_images_are_resized(project):
+    for file in project.images.iterdir():
+        with Image.open(file) as image:
+            image.resize((4000, 3000)).save(file)
+
+    def edit(content):
+        for image in content["images"]:
+            image.update(width=4000, height=3000)
+        content["annotations"][0]["bbox"] = [8, 8, 20, 14]
+        for annotation in content["annotations"][1:]:
+            annotation["bbox"] = [100, 100, 2000, 2000]
+
+    edit_json(project.json, edit)
+    project.settings |= {"INPUT.MIN_SIZE_TEST": 96, "INPUT.MAX_SIZE_TEST": 96}
+    finding = text_with(project, "after resizing")
+    # The long side of 4000 pixels becomes 96, so 14 pixels become 0.336.
+    assert "1 of 20 boxes" in finding.text and "14 pixels that becomes 0.34" in finding.text
+
+
+@pytest.mark.parametrize("entry", [{"rotation": 30}, {"attributes": {"rotation": 30.5}}])
+def test_rotated_boxes(project, entry):
+    edit_json(project.json, lambda c: c["annotations"][2].update(entry) or None)
+    assert "1 boxes have a rotation, which is ignored" in text_with(project, "rotation").text
+
+
+@pytest.mark.parametrize("entry", [{"rotation": 0}, {"attributes": {"rotation": 360}}])
+def test_upright_boxes(project, entry):
+    edit_json(project.json, lambda c: c["annotations"][2].update(entry) or None)
+    assert project.findings() == []
+
+
+def test_image_types_that_are_not_read(project):
+    for i in range(3):
+        (project.unlabeled / f"photo{i}.HEIC").write_bytes(b"")
+    (project.unlabeled / "notes.txt").write_text("")
+    finding = text_with(project, "a type that is not read")
+    assert "3 of 7 images" in finding.text and "3 .heic" in finding.text
+    assert len(finding.files) == 3
+
+
+def test_write_config(project, tmp_path, capsys):
+    file = tmp_path / "my.yaml"
+    with pytest.raises(SystemExit) as exit_:
+        check_data.main(["--write-config", str(file), *project.arguments])
+    assert exit_.value.code == 0
+    assert f"python train_net.py --config-file {file}" in capsys.readouterr().out
+    cfg = load_config(str(file), [])
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert list(cfg.DATASETS.CLASS_NAMES) == ["cat", "dog", "owl"]
+    assert list(cfg.DATASETS.UNLABELED) == project.settings["DATASETS.UNLABELED"]
+    assert cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
+    assert list(cfg.SOLVER.STEPS) == sorted(cfg.SOLVER.STEPS)
+    with pytest.raises(SystemExit, match="already exists"):
+        check_data.main(["--write-config", str(file), *project.arguments])
+
+
+def test_no_config_is_written_if_the_data_have_errors(project, tmp_path):
+    edit_json(project.json, lambda c: c["annotations"][0].update(bbox=[9, 9, -5, 5]) or None)
+    with pytest.raises(SystemExit, match="fix the errors above"):
+        check_data.main(["--write-config", str(tmp_path / "my.yaml"), *project.arguments])
+    assert not (tmp_path / "my.yaml").exists()
