@@ -26,7 +26,7 @@ quickstart: setup  ## install everything, then train on a small synthetic data s
 	$(PY) tools/quickstart.py
 
 # Two processes: each takes 1 to 2 GB, and the tests of two processes need cores of their own.
-test: setup-dev  ## run the tests that take a few minutes
+test: setup-dev  ## run all but the slow tests (a few minutes)
 	$(PY) -m pytest -q -n 2 -m "not slow"
 
 test-all: setup-dev  ## run all tests, including slow ones

@@ -135,7 +135,7 @@ SPOILED = {
     "unknown unlabeled set": (set_to("DATASETS.UNLABELED", ["not_here"]), ["not_here"]),
     "unknown test set": (set_to("DATASETS.TEST", ["not_there"]), ["not_there"]),
     "coco without folder": (set_to("DATASETS.TRAIN", ["coco:a.json"]), ["form coco:<annotations"]),
-    "voc without split": (set_to("DATASETS.TRAIN", ["voc:here"]), ["form voc:<folder>:<split>"]),
+    "voc without split": (set_to("DATASETS.TRAIN", ["voc:here"]), ["'here'", "not exist"]),
     "no json": (set_to("DATASETS.TRAIN", ["coco:/no/a.json:/tmp"]), ["'/no/a.json'", "not exist"]),
     "no coco folder": (
         lambda p: p.set("DATASETS.TRAIN", [f"coco:{p.json}:/no/images"]),
@@ -213,9 +213,12 @@ SPOILED = {
         set_to("MODEL.ROI_HEADS.NUM_CLASSES", 5),
         ["labeled", "3 classes", "MODEL.ROI_HEADS.NUM_CLASSES 3"],
     ),
-    "number of test classes": (edit_test(add_class), ["test", "4 classes", "emu"]),
+    "number of test classes": (edit_test(add_class), ["test", "classes", "emu"]),
     "names of test classes": (edit_test(rename_class), ["do not have the same classes", "emu"]),
-    "order of test classes": (edit_test(swap_classes), ["in the same order", "dog, cat, owl"]),
+    "order of test classes": (
+        edit_test(swap_classes),
+        ["in a different order", "'dog', 'cat', 'owl'"],
+    ),
     "class named twice": (repeated_class, ["classes of the same name", "cat"]),
     "test set without classes": (
         lambda p: p.set("DATASETS.TEST", [f"folder:{p.unlabeled}"]),

@@ -155,7 +155,8 @@ def test_dev_adds_what_tests_need(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "script"), [("quickstart", "tools/quickstart.py"), ("test", "-m pytest -q")]
+    ("target", "script"),
+    [("quickstart", "tools/quickstart.py"), ("test", "-m pytest -q -n 2 -m not slow")],
 )
 def test_make_sets_up_and_then_runs(checkout: Checkout, target: str, script: str) -> None:
     result = checkout.make(target)

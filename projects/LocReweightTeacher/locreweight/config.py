@@ -49,8 +49,8 @@ _UNTRUSTED = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS
 # A config file has at most this many values, where each alias counts as the values that it stands
 # for. Detectron2 has about 300 keys.
 _MAX_VALUES = 10_000
-# What a config file raises that is not text, not YAML, asks for Python objects, is no mapping, has
-# another VERSION, or whose _BASE_ is missing or is the file itself.
+# Exceptions that loading an invalid config file raises: it is not text, YAML or a mapping, it
+# contains Python objects, its VERSION differs, or its _BASE_ is missing or is the file itself.
 _UNREADABLE = (
     AssertionError,
     AttributeError,
@@ -79,8 +79,8 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # is fully supervised if this is at least SOLVER.MAX_ITER.
     cfg.SEMI.BURN_IN_ITERS = 2000
     # Keep rate of the EMA teacher: teacher = rate * teacher + (1 - rate) * student. After burn-in
-    # the rate ramps up to this value (locreweight/ema.py). It changes with the batch size when
-    # SOLVER.REFERENCE_WORLD_SIZE is set.
+    # the rate ramps up to this value (locreweight/ema.py). It is adapted to the number
+    # of GPUs if SOLVER.REFERENCE_WORLD_SIZE is set.
     cfg.SEMI.EMA_KEEP_RATE = 0.9996
     # A detection of the teacher becomes a pseudo-label if its class probability exceeds this value.
     cfg.SEMI.PSEUDO_LABEL_THRESHOLD = 0.8
@@ -92,7 +92,8 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # For LocReweight: reweight the classification loss on unlabeled images by the reliability that
     # the teacher gives each proposal (PRC, Eq. 14). False: the detector's classification loss.
     cfg.SEMI.PRC = True
-    # Factor for localization quality where it is used as a weight. The quality lies in (0, 0.5).
+    # Factor on localization quality, in weights and in predictions and metrics. With 1, the
+    # quality lies in (0, 0.5).
     cfg.SEMI.QUALITY_SCALE = 1.0
     # Train the region proposal network on pseudo-labels: objectness loss, and box loss.
     cfg.SEMI.RPN_OBJECTNESS_LOSS = True
@@ -137,9 +138,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
 
 def _add_data_keys(cfg: CfgNode) -> None:
-    # Data sets are given by a name that is registered in Detectron2 or by their location:
-    #   "coco:<annotations.json>:<image folder>"   "voc:<folder>:<split>"   "folder:<image folder>"
-    #   "list:<index.txt>:<image folder>"
+    # Data sets are named by their location, such as "coco:<annotations.json>:<image folder>", or by
+    # a name registered in Detectron2. locreweight/data/datasets/catalog.py lists all formats.
     # DATASETS.TRAIN holds labeled images. DATASETS.UNLABELED needs no annotations; annotations that
     # it has are not used for training.
     cfg.DATASETS.UNLABELED = ()
@@ -150,8 +150,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # File with splits to choose from by LABELED_PERCENT and SPLIT_SEED: written by
     # datasets/make_split.py, or Unbiased Teacher's COCO_supervision.txt. Empty: draw the split.
     cfg.DATASETS.SPLIT_FILE = ""
-    # Class names of "voc:" data sets, in the order of the model's classes. Empty: the 20 VOC
-    # classes.
+    # Class names of data sets that do not list their own ("voc:", "labelme:", "yolo:"), in the
+    # order of the model's classes. Empty: the 20 VOC classes for "voc:<folder>:<split>",
+    # classes.txt for "yolo:<images>:<labels>", otherwise the classes in the annotations.
     cfg.DATASETS.CLASS_NAMES = ()
     # Ground truth of unlabeled images, used only to measure the quality of pseudo-labels: annotated
     # data sets with images that are also in DATASETS.UNLABELED. Not needed for annotated sets in
@@ -188,8 +189,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # AUGMENTATION_POLICY_REGISTRY. Sizes and flips come from Detectron2's INPUT keys.
     cfg.INPUT.AUGMENTATION_POLICY = "SoftTeacherPolicy"
     # Decode large JPEGs of training images at 1/2, 1/4 or 1/8 of their size where the result is
-    # still 1.5 times as wide and high as the largest view. This saves much time on photos, and
-    # changes pixels less than bicubic instead of bilinear resizing. False: decode at full size.
+    # still 1.5 times as wide and high as the largest view. This saves much time on photos.
+    # Pixels change less than they would if resizing were bicubic instead of bilinear. False:
+    # decode at full size.
     cfg.INPUT.REDUCED_DECODING = True
 
 

@@ -236,16 +236,17 @@ def check_same_classes(class_names: dict[str, list[str]]) -> None:
         missing = [name for name in every if name not in names]
         lacks = f"; it lacks {_quoted(missing)}" if missing else ""
         lines.append(f"{dataset}: {_quoted(names)}{lacks}")
-    problem = "do not have the same classes"
-    fix = (
-        "All of them need the same list of classes, also of classes without a box: add the missing "
-        "categories, set DATASETS.CLASS_NAMES for formats without a list of classes, or correct "
-        "names that are spelled differently"
+    problem = (
+        "the data sets do not have the same classes. All of them need the same list of classes, "
+        "also of classes without a box: add the missing categories, set DATASETS.CLASS_NAMES for "
+        "formats without a list of classes, or correct names that are spelled differently"
     )
     if all(set(names) == set(every) for names in lists):
-        problem = "have the same classes in a different order"
-        fix = "Use the same order (COCO: of the category ids) in all of them"
-    raise UsageError(f"the data sets {problem}. {fix}.\n  " + "\n  ".join(lines))
+        problem = (
+            "the data sets have the same classes in a different order. Use the same order (COCO: "
+            "of the category ids) in all of them"
+        )
+    raise UsageError(f"{problem}.\n  " + "\n  ".join(lines))
 
 
 def _quoted(names: Sequence[str]) -> str:

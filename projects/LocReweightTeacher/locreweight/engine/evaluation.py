@@ -64,7 +64,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
         these by name. On other processes, the dictionaries are empty.
 
     Raises:
-        UsageError: if a data set has no box to evaluate on, or its classes are not the model's.
+        UsageError: if a test set has no boxes to evaluate on or other classes than the model.
     """
     write_ground_truth(cfg)
     results = OrderedDict()
@@ -76,6 +76,27 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
             print_csv_format(results[name])
             logger.info("AP of %s: %s", name, _describe_limit(cfg))
     return next(iter(results.values())) if len(results) == 1 else dict(results)
+
+
+def evaluate_teacher_and_student(
+    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, identical: bool
+) -> dict:
+    """Evaluate both models; must be called on all processes.
+
+    Args:
+        cfg: names the test sets.
+        teacher, student: models. Their training or evaluation mode is restored.
+        identical: whether both have the same weights, as in burn-in. Then one evaluation suffices.
+
+    Returns:
+        the teacher's results as returned by :func:`evaluate`, and the student's as ``"student"``.
+    """
+    # The student's detections would overwrite the teacher's, and a disk that fills up during
+    # training would end it.
+    results = evaluate(cfg, teacher, keep_detections=False)
+    if identical:
+        return {**results, "student": results}
+    return {**results, "student": evaluate(cfg, student, keep_detections=False)}
 
 
 def check_evaluation(cfg: CfgNode) -> None:
@@ -157,7 +178,7 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
         self._predictions = {i: self._predictions.get(old, []) for i, old in enumerate(occurring)}
         self._class_names = [self._class_names[i] for i in occurring]
         with tempfile.TemporaryDirectory() as folder:
-            # The list as it was read. Detectron2 does not know byte order marks and flags.
+            # Detectron2 cannot read image lists with byte order marks or flags: write a plain one.
             self._image_set_path = os.path.join(folder, "images.txt")
             Path(self._image_set_path).write_text("".join(f"{i}\n" for i in self._image_ids))
             results = super().evaluate()
@@ -222,12 +243,12 @@ def _write_ground_truth(json_file: str, name: str, records: Sequence[dict]) -> N
         raise UsageError(f"cannot write {json_file}: {error.strerror}") from error
 
 
-def _log_uncounted(cfg: CfgNode, name: str, records: Sequence[dict]) -> None:
-    """Log which boxes do not count in evaluation, and which cannot all be found."""
-    consequence = "Evaluation ignores them: a detection of one is neither right nor wrong"
+def _log_uncounted(cfg: CfgNode, name: str, records: list[dict]) -> None:
+    """Log boxes that evaluation ignores, and images with more boxes than detections."""
+    consequence = "Evaluation ignores them: a detection of one is neither correct nor wrong"
     if crowds := describe_crowds(f"the test set {name}", records, consequence):
         logger.info("%s", crowds)
-    check_boxes(list(records), drop_bad=True)  # logs those without area and outside of their image
+    check_boxes(records, drop_bad=True)  # logs boxes without area or outside of their image
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     numbers = {record["file_name"]: sum(1 for _ in countable_boxes(record)) for record in records}
     above = [file for file, number in numbers.items() if number > limit >= 0]
@@ -277,24 +298,3 @@ def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetE
         logger.warning("no 11-point AP for %s: %s", name, problem)
         return coco
     return DatasetEvaluators([coco, eleven_point])
-
-
-def evaluate_teacher_and_student(
-    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, identical: bool
-) -> dict:
-    """Evaluate both models; must be called on all processes.
-
-    Args:
-        cfg: names the test sets.
-        teacher, student: models. Their training or evaluation mode is restored.
-        identical: whether both have the same weights, as in burn-in. Then one evaluation suffices.
-
-    Returns:
-        the teacher's results as returned by :func:`evaluate`, and the student's as ``"student"``.
-    """
-    # The student's detections would overwrite the teacher's, and a disk that fills up during
-    # training would end it.
-    results = evaluate(cfg, teacher, keep_detections=False)
-    if identical:
-        return {**results, "student": results}
-    return {**results, "student": evaluate(cfg, student, keep_detections=False)}

@@ -133,7 +133,7 @@ class RunFolder:
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Number of completed iterations -> metrics of the evaluation (``bbox/AP``, ...).
 
-        Empty without ``config.yaml``, which is needed to tell the last evaluation.
+        Empty without ``config.yaml``, which is needed to recognize the last evaluation.
         """
         if not self.max_iter:
             return {}
@@ -156,8 +156,8 @@ class RunFolder:
     def summary(self) -> list[SummaryRow]:
         """Return the teacher at the end of burn-in, the final student and the final teacher.
 
-        Models that were not evaluated are left out. A run without mutual learning has one row, its
-        final model.
+        Models that were not evaluated are left out. A run that has not been evaluated after
+        burn-in has one row, its last evaluated model.
         """
         evaluations = self.evaluations
         if not evaluations:

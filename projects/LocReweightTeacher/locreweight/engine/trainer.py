@@ -132,7 +132,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
             "iteration_timer": hooks.IterationTimer(),
             "lr_schedule": hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
             "no_pseudo_label_warning": NoPseudoLabelWarning(cfg.SEMI.PSEUDO_LABEL_THRESHOLD),
-            # Hooks from here on are run again when a run is resumed after a stop.
+            # A requested stop ends the process in this hook. A resumed run first runs the hooks
+            # after it.
             "preemption_checkpoint": PreemptionCheckpoint(
                 self.checkpointer, evaluation if has_test_set else None
             ),

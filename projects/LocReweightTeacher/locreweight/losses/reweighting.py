@@ -96,15 +96,14 @@ def reliability_weighted_cross_entropy(
     return foreground_mean + background_mean
 
 
-def quality_weighted_box_loss(
-    loss: Tensor, quality: Tensor, num_foreground: int | Tensor
-) -> Tensor:
+def quality_weighted_box_loss(loss: Tensor, quality: Tensor, normalizer: int | Tensor) -> Tensor:
     """Compute the unsupervised box loss of LER (Eq. 11).
 
     Args:
         loss: ``(N, 4)`` unreduced box losses of the foreground proposals.
         quality: ``(N,)`` localization quality of the pseudo-label matched to each proposal.
-        num_foreground: number of foreground proposals. The sum is divided by it, at least by 1.
+        normalizer: divisor of the summed loss, at least 1: the number of foreground proposals in
+            Eq. 11, or of all sampled proposals.
 
     Returns:
         Scalar; an exact zero that keeps the graph if there are no foreground proposals.
@@ -115,6 +114,6 @@ def quality_weighted_box_loss(
     if quality.shape != loss.shape[:1]:
         raise ValueError(f"quality is {tuple(quality.shape)}, loss {tuple(loss.shape)}")
     weighted = at_least_float32(loss) * quality.detach()[:, None]
-    if isinstance(num_foreground, Tensor):
-        return weighted.sum() / num_foreground.clamp(min=1)
-    return weighted.sum() / max(num_foreground, 1)
+    if isinstance(normalizer, Tensor):
+        return weighted.sum() / normalizer.clamp(min=1)
+    return weighted.sum() / max(normalizer, 1)

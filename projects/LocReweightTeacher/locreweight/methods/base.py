@@ -92,7 +92,7 @@ class SampledProposals:
         """
         values = []
         for x in self.instances:
-            # In an image without pseudo-labels, proposals have no gt_* field but gt_classes.
+            # In an image without pseudo-labels, gt_classes is the only gt_* field of the proposals.
             values.append((x.get(name) if x.has(name) else zeros_like(x.gt_classes)).float())
         return cat(values)
 

@@ -15,7 +15,7 @@ from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod
 
 @METHOD_REGISTRY.register()
 class LocReweight(SemiSupervisedMethod):
-    """LER and PRC. Without either it is the paper's baseline (Table 3, row 1)."""
+    """LER and PRC. With both turned off, this is the paper's baseline (Table 3, row 1)."""
 
     @configurable
     def __init__(self, *, ler: bool, prc: bool, **kwargs: object) -> None:
@@ -48,7 +48,7 @@ class LocReweight(SemiSupervisedMethod):
         return proposals.matched_gt_field("gt_localization_quality")
 
     def classification_loss(self, proposals: SampledProposals) -> Tensor:
-        """PRC: weight proposals by how reliable they are to the teacher (Eq. 14)."""
+        """PRC: weight proposals by the reliability that the teacher gives them (Eq. 14)."""
         if not self.prc:
             return super().classification_loss(proposals)
         reliability = self.reliability(proposals)
