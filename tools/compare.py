@@ -11,10 +11,11 @@ After each run, the folder --output gets results.csv (all runs), table.md (means
 deviations) and curves.png.
 
 A seed sets the initial weights, the order of images, and which images are labeled, so that all
-methods with one seed use the same split. KEY VALUE pairs apply to all runs; they can stand anywhere
-but directly after --config-file, --methods and --seeds. With DATASETS.SPLIT_SEED all seeds use one split. Keys that a method sets or
-that differ between the config files cannot be given: the runs would no longer be what their row in
-the table says.
+methods with one seed use the same split. With DATASETS.SPLIT_SEED all seeds use one split.
+
+KEY VALUE pairs apply to all runs. They can stand anywhere but directly after --config-file,
+--methods and --seeds. Keys that a method sets or that differ between the config files cannot be
+given: the runs would no longer match their row in the table.
 """
 
 from __future__ import annotations
