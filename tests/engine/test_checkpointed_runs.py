@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,6 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 
 import train_net
-from locreweight.engine import evaluation
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.hooks import ResumableBestCheckpointer
 from locreweight.engine.writers import LenientWriter
@@ -155,7 +155,7 @@ def test_disk_that_is_full_from_the_start_is_an_error(datasets, tmp_path, monkey
     def fail(*_, **__):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(evaluation, "convert_to_coco_json", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     # A new path, so that no other test has written its ground truth.
     kind, json_file, images = datasets["DATASETS.TEST"][0].split(":")
     (tmp_path / "images").symlink_to(images)
