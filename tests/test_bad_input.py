@@ -269,7 +269,7 @@ def test_training_does_not_start(project, case):
 
 def test_unchanged_project_is_valid(project, monkeypatch):
     reached = []
-    monkeypatch.setattr("locreweight.engine.trainer.build_model", reached.append)
+    monkeypatch.setattr("locreweight.engine.trainer.build_detector", reached.append)
     with pytest.raises(AttributeError):  # there is no model to go on with
         SemiSupervisedTrainer(project.config())
     assert reached
@@ -295,7 +295,7 @@ def test_many_faults_are_counted_and_some_named(project, count):
         (["DATASETS.TRIAN", "()"], ["DATASETS.TRIAN", "did you mean DATASETS.TRAIN"]),
         (["SOLVER.BASE_LR.X", "1"], ["SOLVER.BASE_LR.X", "did you mean SOLVER.BASE_LR"]),
         (["QQQQQ", "1"], ["unknown config key QQQQQ"]),
-        (["SEMI.LER"], ["KEY VALUE pairs", "SEMI.LER"]),
+        (["SEMI.LER"], ["in pairs, KEY VALUE", "SEMI.LER"]),
         (["SEMI.EMA_KEEP_RATE", "much"], ["SEMI.EMA_KEEP_RATE", "much", "float", "str"]),
         (["SOLVER.MAX_ITER", "1.5"], ["SOLVER.MAX_ITER", "1.5"]),
         (["DATASETS.LABELED_PERCENT", "10"], ["DATASETS.LABELED_PERCENT", "(10.0, not 10)"]),
@@ -445,7 +445,7 @@ class TestCommandLine:
         earlier["model_0000009.pth"] = "weights"
         for name, text in earlier.items():
             (output / name).write_text(text)
-        result = self.run(*project.options)
+        result = self.run(*project.options, "--resume")
         assert result.returncode == 1
         assert "1 of 4 images are missing" in result.stderr.splitlines()[-1]
         assert {name: (output / name).read_text() for name in earlier} == earlier
