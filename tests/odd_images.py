@@ -172,7 +172,7 @@ VALID: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
     "10x20000": ("a.png", _sized(20000, 10), 0),
     "name with spaces": (" a  b .png", _saved("PNG"), 0),
     "name not in ASCII": ("Öl-画像.png", _saved("PNG"), 0),
-    "name with dots": ("..a..b...png", _saved("PNG"), 0),
+    "name with dots": ("a..b...png", _saved("PNG"), 0),
     "name with a backslash": ("a\\b.png", _saved("PNG"), 0),
     "name with a newline": ("a\nb.png", _saved("PNG"), 0),
     "name not in UTF-8": ("a\udcffb.png", _saved("PNG"), 0),

@@ -447,5 +447,5 @@ class TestCommandLine:
             (output / name).write_text(text)
         result = self.run(*project.options, "--resume")
         assert result.returncode == 1
-        assert "1 of 4 images are missing" in result.stderr.splitlines()[-1]
+        assert "holds a run with model_0000009.pth" in result.stderr.splitlines()[-1]
         assert {name: (output / name).read_text() for name in earlier} == earlier

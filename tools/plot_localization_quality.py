@@ -38,9 +38,7 @@ from locreweight.visualization.figures import plot_localization
 def figure_file(text: str) -> Path:
     """Parse the file name of a figure."""
     if Path(text).suffix.lower()[1:] not in Figure().canvas.get_supported_filetypes():
-        raise argparse.ArgumentTypeError(
-            f"{text} is no name of a figure: name a .png, .svg or .pdf"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is not a figure file: use a .png, .svg or .pdf")
     return Path(text)
 
 

@@ -17,7 +17,7 @@ from locreweight.engine import trainer as trainer_module
 from locreweight.engine.hooks import ResumableBestCheckpointer
 from locreweight.engine.writers import LenientWriter
 from locreweight.errors import UsageError
-from tests.checkpoint.test_files import full_disk, truncated_to
+from tests.checkpoint.test_files import full_disk, truncate_to
 from tests.engine.tiny_training import (
     build_trainer,
     copy_of,
@@ -179,7 +179,7 @@ def copied_run(undisturbed, tmp_path):
 
 def test_command_line_resumes_from_the_checkpoint_before_a_damaged_one(copied_run, datasets):
     for name in ("model_final.pth", "model_0000003.pth", "model_0000002.pth"):
-        truncated_to(0.5)(copied_run / name)
+        truncate_to(0.5)(copied_run / name)
     cfg = training_config(datasets, copied_run, EACH_ITERATION | {"SOLVER.MAX_ITER": 3})
     with restored_loggers_and_signals():
         train_net.main(arguments_of(cfg, copied_run, "--resume"))

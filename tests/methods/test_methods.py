@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
+import locreweight
 from locreweight import methods
 from locreweight.errors import UsageError
 from locreweight.losses import reweighting
@@ -397,13 +400,23 @@ def test_unbiased_teacher_has_no_box_loss():
     assert losses.keys() == {"loss_cls"}
 
 
-def test_documented_example_of_a_new_method_works():
-    """The example in the package's docstring, as a file of the package."""
-    example = inspect.getdoc(methods).split(".. code-block:: python\n")[1]
+def example_in_docstring():
+    return textwrap.dedent(inspect.getdoc(methods).split(".. code-block:: python\n")[1])
+
+
+def example_in_readme():
+    readme = (Path(locreweight.__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n([^`]*METHOD_REGISTRY.*?)```", readme, re.DOTALL)
+    return block
+
+
+@pytest.mark.parametrize("example", [example_in_docstring, example_in_readme])
+def test_documented_example_of_a_new_method_works(example):
+    """Run the example as a module of the package."""
     package = methods.__name__
     names = {"__name__": f"{package}.score_weighted", "__package__": package}
     try:
-        exec(textwrap.dedent(example), names)
+        exec(example(), names)
         method = make_method("ScoreWeighted")
     finally:
         METHOD_REGISTRY._obj_map.pop("ScoreWeighted", None)

@@ -83,7 +83,7 @@ def test_compare_detections_rejects_images_of_another_dataset(run, call, tmp_pat
 @pytest.mark.parametrize("name", ["views", "views.foo"])
 def test_unknown_picture_format_is_an_error(call, tool, name):
     code, printed = call(tool, "--config-file", "a", "--weights", "b", "--output", name)
-    assert code == 2 and f"{name} is no name of a" in printed.err
+    assert code == 2 and f"{name} is not a" in printed.err
 
 
 def test_export_pseudo_labels_writes_a_coco_dataset(run, call, tmp_path):
