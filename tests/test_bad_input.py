@@ -445,7 +445,7 @@ class TestCommandLine:
         earlier["model_0000009.pth"] = "weights"
         for name, text in earlier.items():
             (output / name).write_text(text)
-        result = self.run(*project.options, "--resume")
+        result = self.run(*project.options)
         assert result.returncode == 1
         assert "holds a run with model_0000009.pth" in result.stderr.splitlines()[-1]
         assert {name: (output / name).read_text() for name in earlier} == earlier
