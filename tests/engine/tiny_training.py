@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import _cached_log_stream, setup_logger
 
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, preemption
@@ -105,6 +105,7 @@ def build_trainer(
 def restored_loggers_and_signals() -> Iterator[None]:
     """Restore loggers and signal handlers, which the command line changes for the process."""
     setup_logger.cache_clear()  # it adds handlers only once for each folder
+    _cached_log_stream.cache_clear()  # the file may have been moved
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "locreweight")]
     before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
     handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
