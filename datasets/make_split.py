@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Write down which images are labeled, so that others can use the very same ones.
+"""Write the labeled images of splits to a file, so that others can use the same splits.
 
     python datasets/make_split.py --config-file configs/coco/standard-10.yaml \\
         --percent 1 5 10 --seeds 1 2 3 4 5 --output datasets/splits/coco.json
 
-Draws from all images of the config's DATASETS.TRAIN, those without a box included, as training
-itself does: a run with DATASETS.SPLIT_FILE datasets/splits/coco.json has the same labeled images as
-one without it, but stops if the annotations are not those that the file was made for.
+Splits are drawn from all images of DATASETS.TRAIN, including images without boxes, in the same way
+as in training: DATASETS.SPLIT_FILE datasets/splits/coco.json gives the same labeled images as no
+file, but is an error if the annotations differ from those that the file was made for.
 """
 
 from __future__ import annotations
@@ -28,15 +28,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ConfigArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="names the data")
-    parser.add_argument("--percent", type=float, nargs="+", default=[1.0, 5.0, 10.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="config with DATASETS.TRAIN"
+    )
+    parser.add_argument(
+        "--percent",
+        type=float,
+        nargs="+",
+        default=[1.0, 5.0, 10.0],
+        help="percentages of labeled images (1 5 10)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds (1 2 3 4 5)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="json file to write"
+    )
     args = parser.parse_args(arguments)
     try:
-        others = ("DATASETS.TEST", "DATASETS.UNLABELED", "DATASETS.UNLABELED_TRUTH")
-        none = [part for key in others for part in (key, "()")]
-        cfg = load_config(args.config_file, [*args.opts, *none])
+        unused = ("DATASETS.TEST", "DATASETS.UNLABELED", "DATASETS.UNLABELED_TRUTH")
+        empty = [part for key in unused for part in (key, "()")]
+        cfg = load_config(args.config_file, [*args.opts, *empty])
         register_datasets(cfg)
         annotated = {name: DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN}
         write_split_file(args.output, annotated, args.percent, args.seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +229,20 @@ def test_suggested_class_names_cover_labeled_and_test_images(project):
             "DATASETS.CLASS_NAMES": '("ant","bee","cow",)',
             "MODEL.ROI_HEADS.NUM_CLASSES": "3",
         }
+
+
+def test_suggested_class_names_of_unusual_image_lists(project):
+    """The list has a byte order mark, and the names of its images have spaces."""
+    name = voc_set(project, "voc", ("ant", "bee"))
+    folder = Path(name.split(":")[1])
+    for file in [*folder.glob("Annotations/*"), *folder.glob("JPEGImages/*")]:
+        file.rename(file.with_name(f"photo {file.name}"))
+    (folder / "ImageSets/Main/trainval.txt").write_text(
+        "".join(f"photo {i:04d}\n" for i in range(3)), encoding="utf-8-sig"
+    )
+    project.settings |= {"DATASETS.TRAIN": [name], "DATASETS.TEST": []}
+    (error,) = (f for f in project.findings() if f.severity is Severity.ERROR)
+    assert error.fixes["DATASETS.CLASS_NAMES"] == '("ant","bee",)'
 
 
 def test_class_names_that_differ_only_in_case_have_no_fix(project):

@@ -18,10 +18,10 @@ SMALL = {"labeled": 4, "unlabeled": 6, "val": 5, "size": 96, "seed": 3}
 
 
 def load_script():
-    """The script as a module, though ``datasets`` is no package."""
+    """Import the script, which is not in a package."""
     spec = importlib.util.spec_from_file_location("make_synthetic", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks there
+    sys.modules[spec.name] = module  # needed by dataclasses
     spec.loader.exec_module(module)
     return module
 
@@ -31,16 +31,16 @@ STYLE = maker.SceneStyle()
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file under the folder: relative path -> bytes."""
+    """All files in a folder: relative path -> content."""
     return {
         str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
     }
 
 
 def inside(outline: np.ndarray, low: float, high: float, per_pixel: int) -> np.ndarray:
-    """Bool grid over ``[low, high]`` in x and y: which cells' middles are in the polygon.
+    """Bool grid over ``[low, high]`` in x and y: whether the center of a cell is in the polygon.
 
-    Counts the edges that a ray to the right crosses, so it shares nothing with opencv's filling.
+    Counts the edges that a ray to the right crosses, independently of OpenCV.
     """
     steps = low + (np.arange(round((high - low) * per_pixel)) + 0.5) / per_pixel
     x, y = steps[None, :], steps[:, None]
@@ -52,7 +52,7 @@ def inside(outline: np.ndarray, low: float, high: float, per_pixel: int) -> np.n
 
 
 def tight_xyxy(mask: np.ndarray, per_pixel: int) -> np.ndarray:
-    """``(4,)`` xyxy in pixels around a mask's cells."""
+    """``(4,)`` xyxy box in pixels around a mask."""
     y, x = np.nonzero(mask)
     return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / per_pixel
 
@@ -91,25 +91,25 @@ def test_coco_json_is_complete_and_matches_the_images(dataset, split):
         assert annotation["category_id"] in coco.cats
 
 
-def test_json_holds_the_boxes_of_the_drawn_scene(dataset):
+def test_json_has_the_boxes_of_the_drawn_pieces(dataset):
     coco = COCO(str(dataset / "val.json"))
     for image in coco.imgs.values():
         _, pieces = maker.make_image(SMALL["seed"], "val", image["id"] - 1, 96)
-        things = [(piece.category, piece.box) for piece in pieces if piece.category]
-        truth = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
-        assert [(a["category_id"], a["bbox"]) for a in truth] == things
+        objects = [(piece.category, piece.box) for piece in pieces if piece.category]
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
+        assert [(a["category_id"], a["bbox"]) for a in annotations] == objects
 
 
 def test_boxes_are_tight_on_the_shapes():
     for piece in (piece for pieces in scenes(12) for piece in pieces if piece.category):
         x, y, w, h = piece.box
         expected = tight_xyxy(inside(piece.outline, 0, 96, per_pixel=8), per_pixel=8)
-        # A cell of either grid: the drawing has 4 a pixel, the reference 8.
+        # One cell of each grid: 1/4 pixel in the drawing, 1/8 in the reference.
         np.testing.assert_allclose([x, y, x + w, y + h], expected, atol=0.25 + 0.125)
 
 
-def test_boxes_are_where_the_pixels_change():
-    """One square alone, drawn without any blur, noise or texture, found again in the image."""
+def test_boxes_match_the_rendered_pixels():
+    """A single square without blur, noise and texture is found in the image."""
     plain = {name: (0.0, 0.0) for name in ("relief", "texture", "noise")}
     style = replace(STYLE, **plain, gain=(1.0, 1.0), blur=(0.01, 0.01), classes=("square",))
     for seed in range(5):
@@ -119,7 +119,7 @@ def test_boxes_are_where_the_pixels_change():
         image = maker.render([piece], rng, 96, style).astype(int)
         changed = tight_xyxy(np.abs(image - image[0, 0]).sum(axis=2) > 0, per_pixel=1)
         x, y, w, h = piece.box
-        # Whole pixels that the square touches.
+        # all pixels that the square touches
         box = [np.floor(x), np.floor(y), np.ceil(x + w), np.ceil(y + h)]
         np.testing.assert_array_equal(changed, box)
 
@@ -127,7 +127,7 @@ def test_boxes_are_where_the_pixels_change():
 def test_visibility_of_objects():
     shares = []
     for pieces in scenes(12):
-        covered = np.zeros((4 * 192, 4 * 192), bool)  # from -48 to 144: whole shapes
+        covered = np.zeros((4 * 192, 4 * 192), bool)  # from -48 to 144, so that shapes are complete
         covered[: 4 * 48], covered[4 * 144 :] = True, True
         covered[:, : 4 * 48], covered[:, 4 * 144 :] = True, True
         for piece in pieces:
@@ -135,7 +135,7 @@ def test_visibility_of_objects():
             if piece.category:
                 shares.append((mask & ~covered).sum() / mask.sum())
             covered |= mask
-    assert min(shares) > STYLE.min_visibility - 0.03  # the two drawings differ along the edges
+    assert min(shares) > STYLE.min_visibility - 0.03  # the two masks differ along edges
     assert np.mean(np.array(shares) < 0.95) > 0.2
     assert np.mean(np.array(shares) > 0.95) > 0.2
 
@@ -147,10 +147,10 @@ def test_invisible_object_is_left_out():
 
 
 def test_sizes_and_class_balance():
-    things = [piece for pieces in scenes(200) for piece in pieces if piece.category]
-    count = np.bincount([piece.category for piece in things], minlength=len(STYLE.classes) + 1)[1:]
+    objects = [piece for pieces in scenes(200) for piece in pieces if piece.category]
+    count = np.bincount([piece.category for piece in objects], minlength=len(STYLE.classes) + 1)[1:]
     assert count.min() > 0.75 * count.mean() and count.max() < 1.25 * count.mean()
-    whole = np.array([np.ptp(piece.outline, axis=0).max() for piece in things]) / 96
+    whole = np.array([np.ptp(piece.outline, axis=0).max() for piece in objects]) / 96
     assert STYLE.extent[0] - 1e-9 <= whole.min() < 1.1 * STYLE.extent[0]
     assert 0.9 * STYLE.extent[1] < whole.max() <= STYLE.extent[1] + 1e-9
     assert any(piece.category == 0 for piece in scenes(1)[0])
@@ -177,14 +177,14 @@ def test_larger_set_contains_the_smaller(dataset, tmp_path):
             assert longer[key][: len(shorter[key])] == shorter[key]
 
 
-def test_no_image_is_in_two_places(dataset):
+def test_all_images_differ(dataset):
     pictures = [data for name, data in contents(dataset).items() if name.endswith(".jpg")]
     assert len(set(pictures)) == len(pictures) == 15
 
 
 def test_existing_set_is_kept(dataset, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*")}
-    monkeypatch.setattr(maker, "write_split", None)  # would fail if it were called
+    monkeypatch.setattr(maker, "write_split", None)  # calling it would fail
     maker.make_dataset(dataset, **SMALL)
     assert before == {path: path.stat().st_mtime_ns for path in dataset.rglob("*")}
 
@@ -217,7 +217,7 @@ def test_other_set_needs_force(tiny, change, monkeypatch):
 def test_other_folders_are_never_replaced(tmp_path, force):
     (tmp_path / "thesis.tex").write_text("years of work")
     for output in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(FileExistsError, match="not a synthetic set"):
+        with pytest.raises(FileExistsError, match="not a synthetic data set"):
             maker.make_dataset(output, 1, 1, 1, 64, 0, force=force)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments
 from locreweight.engine.inference import (
     INPUT_HELP,
     detect_in_files,
@@ -24,7 +24,6 @@ from locreweight.engine.inference import (
     find_inputs,
 )
 from locreweight.engine.prediction import (
-    add_checkpoint_arguments,
     common_folder,
     pseudo_label_dataset,
     unlabeled_files,

@@ -22,14 +22,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments
 from locreweight.engine.localization_analysis import (
     annotated_records,
     calibration,
     correlations,
     localize,
 )
-from locreweight.engine.prediction import add_checkpoint_arguments
 from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
 from locreweight.visualization.figures import plot_localization

@@ -19,9 +19,9 @@ import json
 import sys
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments
 from locreweight.engine.inference import INPUT_HELP, exit_if_unreadable, find_inputs
-from locreweight.engine.prediction import add_checkpoint_arguments, predict_files
+from locreweight.engine.prediction import predict_files
 from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
 

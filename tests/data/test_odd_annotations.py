@@ -204,7 +204,7 @@ ERRORS = {
     ),
     "voc: listed twice": (in_voc(LIST, "0001\n0002\n0001\n"), "lists 0001 more than once"),
     "voc: empty list": (in_voc(LIST, "\n"), "has no images"),
-    "voc: a list of bytes": (in_voc(LIST, b"\xff\xfe\x00"), "trainval.txt is no list of images"),
+    "voc: a list of bytes": (in_voc(LIST, b"\xff\xfe\x00"), "trainval.txt is not a list of images"),
     "voc: empty annotation": (in_voc(XML, ""), r"0001\.xml is malformed"),
     "voc: entities without end": (
         in_voc(XML, laughs(12)),

@@ -1,4 +1,4 @@
-"""Argument parser for command lines with ``KEY VALUE`` pairs of the config."""
+"""Argument parser with ``KEY VALUE`` pairs of the config, and arguments that tools share."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ class ConfigArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         parsed.opts = pairs
         return parsed
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of tools that load one checkpoint."""
+    parser.add_argument("--weights", required=True, help="a checkpoint or an OUTPUT_DIR")
+    parser.add_argument(
+        "--config-file", default="", help="for checkpoints that do not contain their config"
+    )
+    parser.add_argument(
+        "--device", default="", help="cuda or cpu. Default: a GPU if there is one, else the CPU"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=0, help="images per batch. Default: 8 on a GPU, 1 on the CPU"
+    )

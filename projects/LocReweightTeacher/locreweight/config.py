@@ -19,7 +19,8 @@ from .errors import UsageError
 from .installed_detectron2 import check_compiled_kernels
 from .modeling.building import check_anchors
 
-METHODS_FOLDER = Path(__file__).parents[3] / "configs" / "methods"
+CONFIGS_FOLDER = Path(__file__).resolve().parents[3] / "configs"
+METHODS_FOLDER = CONFIGS_FOLDER / "methods"
 
 # Former key -> today's key.
 _RENAMED_KEYS = {

@@ -121,6 +121,22 @@ def test_write_config(project, tmp_path, capsys):
         check_data.main(["--write-config", str(file), *project.arguments])
 
 
+def test_written_config_keeps_settings_of_the_data(project, tmp_path):
+    file = tmp_path / "my.yaml"
+    project.settings |= {
+        "DATASETS.LABELED_PERCENT": 50.0,
+        "DATASETS.SPLIT_SEED": 7,
+        "DATASETS.CHECKS.DECODE_IMAGES": False,
+    }
+    with pytest.raises(SystemExit) as exit_:
+        check_data.main(["--write-config", str(file), *project.arguments])
+    assert exit_.value.code == 0
+    cfg = load_config(str(file), [])
+    assert cfg.DATASETS.LABELED_PERCENT == 50.0
+    assert cfg.DATASETS.SPLIT_SEED == 7
+    assert cfg.DATASETS.CHECKS.DECODE_IMAGES is False
+
+
 def test_no_config_is_written_if_the_data_have_errors(project, tmp_path):
     edit_json(project.json, lambda c: c["annotations"][0].update(bbox=[9, 9, -5, 5]) or None)
     with pytest.raises(SystemExit, match="fix the errors above"):

@@ -30,7 +30,7 @@ from .safe_loading import read_weights, short_reason
 
 logger = logging.getLogger(__name__)
 
-FINAL = "model_final"  # Detectron2's name for the last checkpoint of a training
+FINAL = "model_final"  # Detectron2's name for the last checkpoint of a training run
 CONFIG_FIELD = "config"
 CLASSES_FIELD = "class_names"
 
@@ -94,7 +94,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             earlier checkpoints stay, and training continues.
 
         Raises:
-            UsageError: if the last checkpoint of a training cannot be written.
+            UsageError: if the last checkpoint of a training run cannot be written.
         """
         if not self.save_dir or not self.save_to_disk:
             return False

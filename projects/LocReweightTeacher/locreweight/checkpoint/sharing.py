@@ -36,7 +36,7 @@ def shareable_config(cfg: CfgNode, name: str) -> CfgNode:
     """Config for publishing.
 
     Args:
-        cfg: config of the training.
+        cfg: config of the training run.
         name: name of the published model.
     """
     shared = CfgNode(shareable(cfg))

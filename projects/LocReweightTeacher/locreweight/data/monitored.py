@@ -35,11 +35,11 @@ class MonitoredSample:
 
     Attributes:
         views: weak and strong view.
-        truth: ground truth in the frame of the weak view; None if it is not known.
+        ground_truth: in the frame of the weak view; None if it is not known.
     """
 
     views: UnlabeledSample
-    truth: Instances | None
+    ground_truth: Instances | None
 
 
 class MonitoredImages:
@@ -65,15 +65,15 @@ class MonitoredImages:
         assert isinstance(views, UnlabeledSample)
         record = self._records[views.file_name]
         weak = views.weak
-        truth = (
+        ground_truth = (
             ground_truth_in_view(record, weak.matrix, weak.image_size)
             if has_annotations(record)
             else None
         )
-        return MonitoredSample(views, truth)
+        return MonitoredSample(views, ground_truth)
 
     @property
-    def truth_is_known(self) -> bool:
+    def has_ground_truth(self) -> bool:
         """Whether the ground truth is known, of all images or of none."""
         return all(has_annotations(record) for record in self._records.values())
 
@@ -95,13 +95,13 @@ def ground_truth_in_view(
     annotations = record["annotations"]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     original = torch.tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4))
-    truth = Instances(
+    ground_truth = Instances(
         image_size,
         gt_boxes=Boxes(warp_boxes(original, matrix, image_size)),
         gt_classes=torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64),
         gt_crowd=torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool),
     )
-    return truth[truth.gt_boxes.nonempty(threshold=1.0)]
+    return ground_truth[ground_truth.gt_boxes.nonempty(threshold=1.0)]
 
 
 def has_annotations(record: dict) -> bool:
@@ -135,17 +135,17 @@ def choose_monitored(
     if not count or not unlabeled:
         return []
     real_path = RealPathCache()
-    truth = {
+    annotated = {
         real_path(record["file_name"]): record
-        for record in [*set_aside, *_annotated(cfg, others, class_names)]
+        for record in [*set_aside, *_annotated_records(cfg, others, class_names)]
     }
     order = np.random.RandomState(cfg.DATASETS.SPLIT_SEED).permutation(len(unlabeled))
-    with_truth = (
-        truth[path] | record
+    with_ground_truth = (
+        annotated[path] | record
         for record in (unlabeled[index] for index in order)
-        if (path := real_path(record["file_name"])) in truth
+        if (path := real_path(record["file_name"])) in annotated
     )
-    if truth and (chosen := list(islice(with_truth, count))):
+    if annotated and (chosen := list(islice(with_ground_truth, count))):
         return check_boxes(chosen, drop_bad=True)
     if cfg.DATASETS.UNLABELED_TRUTH:
         raise UsageError(
@@ -155,7 +155,7 @@ def choose_monitored(
     return [unlabeled[index] for index in order[:count]]
 
 
-def _annotated(
+def _annotated_records(
     cfg: CfgNode, others: Mapping[str, Sequence[dict]], class_names: list[str]
 ) -> Iterator[dict]:
     for name, records in others.items():

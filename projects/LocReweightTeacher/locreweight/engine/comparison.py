@@ -1,4 +1,4 @@
-"""Plan, check and run the trainings of a comparison: each config, method and seed combined."""
+"""Plan, check and run the training runs of a comparison: each config, method and seed combined."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def last_line(file: Path) -> str:
 
 
 def _check_run(run: Run) -> None:
-    """Run the checks of a training that need only its config.
+    """Run the checks of a training run that need only its config.
 
     Raises:
         UsageError: names the run.

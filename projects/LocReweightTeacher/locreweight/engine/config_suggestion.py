@@ -8,12 +8,11 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
-from ..config import load_config
+from ..config import CONFIGS_FOLDER, load_config
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
 
-CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 GPU_BASE = "Base-LocReweight.yaml"  # ResNet-50 with ImageNet weights
 CPU_BASE = "bccd-small.yaml"  # a small detector that is trained from random weights
 
@@ -38,7 +37,7 @@ def write_config(file: Path, cfg: CfgNode, sets: TrainingSets) -> None:
     if file.exists():
         raise UsageError(f"{file} already exists: remove it, or write to another file")
     on_gpu = torch.cuda.is_available()
-    base = CONFIGS / (GPU_BASE if on_gpu else CPU_BASE)
+    base = CONFIGS_FOLDER / (GPU_BASE if on_gpu else CPU_BASE)
     content = suggest_config(cfg, sets, base, f"output/{file.stem}")
     text = (
         f"# Written by tools/check_data.py for {len(sets.labeled)} labeled and "
@@ -62,7 +61,8 @@ def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) ->
         base: the config to derive from.
         output: ``OUTPUT_DIR``.
     """
-    solver = load_config(str(base), []).SOLVER
+    base_cfg = load_config(str(base), [])
+    solver = base_cfg.SOLVER
     burn_in = _clamp(
         BURN_IN_EPOCHS * len(sets.labeled) // solver.IMS_PER_BATCH, MIN_BURN_IN, MAX_BURN_IN
     )
@@ -74,13 +74,12 @@ def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) ->
     iterations = burn_in + mutual
     period = max(1, iterations // EVALUATIONS)
     data = {key: list(cfg.DATASETS[key]) for key in ("TRAIN", "UNLABELED", "TEST")}
+    data |= _differences(cfg.DATASETS, base_cfg.DATASETS)
     data["CLASS_NAMES"] = list(sets.class_names)
-    changed: dict = {"LABELED_PERCENT": cfg.DATASETS.LABELED_PERCENT}
-    changed |= {key: cfg.DATASETS[key] for key in ("EXCLUDE_LABELED", "SPLIT_FILE")}
     return {
         "_BASE_": str(base),
         "MODEL": {"ROI_HEADS": {"NUM_CLASSES": len(sets.class_names)}},
-        "DATASETS": data | changed,
+        "DATASETS": data,
         "SEMI": {"BURN_IN_ITERS": burn_in},
         "SOLVER": {
             "MAX_ITER": iterations,
@@ -91,6 +90,18 @@ def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) ->
         "VIS_PERIOD": period,
         "OUTPUT_DIR": output,
     }
+
+
+def _differences(node: CfgNode, base: CfgNode) -> dict:
+    """Keys whose values differ from those of a base config, without empty sections."""
+    differences: dict = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            if inner := _differences(value, base[key]):
+                differences[key] = inner
+        elif value != base[key]:
+            differences[key] = list(value) if isinstance(value, tuple) else value
+    return differences
 
 
 def _clamp(value: int, lowest: int, highest: int) -> int:

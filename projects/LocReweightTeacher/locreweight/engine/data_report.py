@@ -1,4 +1,4 @@
-"""Report on the data and settings of a training, for ``tools/check_data.py``."""
+"""Report on the data and settings of a training run, for ``tools/check_data.py``."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class DataReport:
 def check_data(
     load: Callable[[list[str]], CfgNode], options: Sequence[str], num_gpus: int
 ) -> DataReport:
-    """Check all data sets and settings of a training.
+    """Check all data sets and settings of a training run.
 
     Args:
         load: creates the config from ``KEY VALUE`` pairs.

@@ -20,7 +20,7 @@ from ..modeling import build_detector
 GIB = 2**30
 _DIVISIBILITY = 32  # images are padded to multiples of this
 _LARGEST_MEASURED = 512  # pixels, side of the larger of the two measured images
-# Peak memory of a training divided by the counted memory: 1.54 for the quickstart and 1.63 for
+# Peak memory of a training run divided by the counted memory: 1.54 for the quickstart and 1.63 for
 # bccd-small, on CPU. Temporary buffers and losses of the allocator are not counted.
 _PEAK_OVER_COUNTED = 1.6
 

@@ -1,4 +1,4 @@
-"""The ``OUTPUT_DIR`` of a training: reserving it, and never mixing two runs in it."""
+"""The ``OUTPUT_DIR`` of a training run: reserving it, and never mixing two runs in it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _locks: dict[Path, TextIO] = {}  # folder -> its locked file, open until the pro
 def prepare_output_dir(
     folder: Path, *, resume: bool, overwrite: bool, used_files: Sequence[str] = ()
 ) -> Path | None:
-    """Reserve an output folder for a training; call it on all processes before they write to it.
+    """Reserve an output folder for a run; call it on all processes before they write to it.
 
     Args:
         folder: ``OUTPUT_DIR``; created if missing.

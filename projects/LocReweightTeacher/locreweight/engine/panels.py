@@ -67,7 +67,7 @@ class PseudoLabelPanels(HookBase):
 
     Pictures ("panels") are written to ``OUTPUT_DIR/panels/iter_*.jpg``, their first row also to
     TensorBoard. Precision, recall and IoU are logged as ``pseudo_truth/...``. The hook changes
-    neither the training nor its random state.
+    neither training nor its random state.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class PseudoLabelPanels(HookBase):
             pseudo_labels = detections[detections.scores > self._threshold]
             if len(cells) < PANEL_IMAGES:
                 cells.append(draw_pseudo_labels(sample, pseudo_labels, self._style))
-            if sample.truth is not None:
-                matches.append(match(pseudo_labels, sample.truth))
+            if sample.ground_truth is not None:
+                matches.append(match(pseudo_labels, sample.ground_truth))
         caption = f"pseudo-labels after {iteration} iterations"
         panel = draw_panel(cells, caption, self._style)
         file = self._folder / f"iter_{iteration:07d}.jpg"
         try:
             save_picture(panel, file)
-        except OSError as error:  # a full disk must not end the training
+        except OSError as error:  # a full disk must not end training
             logger.error("cannot write %s, training continues without it: %s", file, error)
         # TensorBoard stores PNG. Encoding all rows would take longer than drawing them.
         first_row = draw_panel(cells[:IMAGES_PER_ROW], caption, self._style)
@@ -147,7 +147,7 @@ class PseudoLabelPanels(HookBase):
     def _detect(self) -> Iterator[tuple[MonitoredSample, Instances]]:
         """Yield each sample with the teacher's detections in its weak view, on the CPU."""
         # Without ground truth, only the images in the panel are needed.
-        count = len(self._monitored) if self._monitored.truth_is_known else PANEL_IMAGES
+        count = len(self._monitored) if self._monitored.has_ground_truth else PANEL_IMAGES
         count = min(count, len(self._monitored))
         for start in range(0, count, _BATCH_SIZE):
             samples = [self._monitored[i] for i in range(start, min(start + _BATCH_SIZE, count))]
@@ -199,8 +199,8 @@ def draw_pseudo_labels(
     colors = quality_colors(detections.localization_quality, style.highest_quality)
     texts = detection_labels(detections, style.class_names)
     weak = [Layer(detections.pred_boxes.tensor, colors, texts)]
-    if sample.truth is not None:
-        boxes = sample.truth.gt_boxes.tensor
+    if sample.ground_truth is not None:
+        boxes = sample.ground_truth.gt_boxes.tensor
         weak.insert(0, Layer(boxes, [GROUND_TRUTH_COLOR] * len(boxes)))
     # Projected as for the student. All detections given are above the threshold.
     labels = to_pseudo_labels(detections, score_threshold=-math.inf)

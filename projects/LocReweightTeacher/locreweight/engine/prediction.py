@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,20 +20,6 @@ from .predictor import Predictor
 
 _SMALLEST_SIDE = 480  # smaller images are enlarged so that labels are readable
 _DEFAULT_FPS = 25.0  # for videos without a frame rate
-
-
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of tools that load one checkpoint."""
-    parser.add_argument("--weights", required=True, help="a checkpoint or an OUTPUT_DIR")
-    parser.add_argument(
-        "--config-file", default="", help="for checkpoints that do not contain their config"
-    )
-    parser.add_argument(
-        "--device", default="", help="cuda or cpu. Default: a GPU if there is one, else the CPU"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=0, help="images per batch. Default: 8 on a GPU, 1 on the CPU"
-    )
 
 
 @dataclass

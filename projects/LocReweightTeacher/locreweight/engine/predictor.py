@@ -31,7 +31,7 @@ class Predictor:
     """A trained model with its config and class names.
 
     Attributes:
-        cfg: the effective config of the training, with the current ``MODEL.DEVICE``.
+        cfg: the effective config of the training run, with the current ``MODEL.DEVICE``.
         model: in evaluation mode.
         class_names: in the order of the model's classes.
         has_localization_quality: whether the model was trained to predict localization quality,
@@ -82,7 +82,7 @@ class Predictor:
 def load_predictor(
     weights: str, config_file: str = "", options: Sequence[str] = (), device: str = ""
 ) -> Predictor:
-    """Load the detector of a checkpoint; in checkpoints of a training, this is the teacher.
+    """Load the detector of a checkpoint; in checkpoints of a training run, this is the teacher.
 
     Args:
         weights: a checkpoint, or an ``OUTPUT_DIR`` for its last checkpoint.

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import yaml
 from tabulate import tabulate
 
-from ..config import load_config
+from ..config import CONFIGS_FOLDER, load_config
 from ..errors import UsageError
-from ..run_files import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE
-from .panels import PANEL_FOLDER
+from ..run_files import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE, PANEL_FOLDER
 from .run_record import RunRecord, read_run_records
 
-BASE_CONFIG = Path(__file__).resolve().parents[4] / "configs/Base-LocReweight.yaml"
+BASE_CONFIG = CONFIGS_FOLDER / "Base-LocReweight.yaml"
 ATTEMPTS_FILE = "attempts.json"  # in OUTPUT_DIR
 SUMMARY_METRICS = ("AP", "AP50", "AP75")
 

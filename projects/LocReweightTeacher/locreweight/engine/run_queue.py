@@ -35,7 +35,7 @@ _POLL_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a comparison.
+    """One training run of a comparison.
 
     Attributes:
         config: config file.

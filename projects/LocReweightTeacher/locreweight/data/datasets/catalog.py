@@ -39,7 +39,7 @@ from .coco import load_coco
 from .image_folders import load_folder, load_list
 from .labelme import load_labelme
 from .packed_records import ImageFiles
-from .voc import load_unlabeled_voc, load_voc, load_voc_folder, split_file
+from .voc import load_voc, load_voc_folder, load_voc_images, split_file
 from .yolo import YAML_SUFFIXES, load_yolo, open_folders, open_yaml
 
 logger = logging.getLogger(__name__)
@@ -157,9 +157,10 @@ def _open_voc(name: str, location: str, options: ReadOptions) -> Source:
             )
     _check_folder(folder, name)
     _check_file(split_file(folder, split), name)
-    read = load_voc if options.labeled else load_unlabeled_voc
-    load = partial(read, folder, split, class_names, allow_outside=options.allow_outside)
-    return load, {
+    outside = options.allow_outside
+    load = partial(load_voc, folder, split, class_names, allow_outside=outside)
+    load_images = partial(load_voc_images, folder, split, allow_outside=outside)
+    return _with_optional_labels(load, load_images, options), {
         "thing_classes": class_names,
         "dirname": folder,
         "split": split,

@@ -65,7 +65,7 @@ def _is_encodable(name: str) -> bool:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file or folder, by its name alone, is no data: hidden, or metadata of macOS.
+    """Whether the name alone shows that a file or folder is not data: hidden, or metadata of macOS.
 
     macOS puts a file ``._a.jpg`` beside each ``a.jpg`` on foreign disks, and these into the folder
     ``__MACOSX`` of archives. They have the suffix of an image but are none.

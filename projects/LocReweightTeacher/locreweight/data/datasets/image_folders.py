@@ -31,9 +31,9 @@ _NUM_SAMPLED = 100  # images of a list, of which at least one must exist
 def load_folder(folder: str) -> ImageFiles:
     """List all images in a folder and its subfolders, sorted by path.
 
-    Hidden files and folders, and the metadata that macOS adds to images, are passed over.
-    The output of trainings is left out: folders of runs, whatever they are called, and the pictures
-    of a run whose ``OUTPUT_DIR`` is the folder itself.
+    Hidden files and folders, and the metadata that macOS adds to images, are left out.
+    The output of training runs is left out: folders of runs, whatever they are called, and the
+    pictures of a run whose ``OUTPUT_DIR`` is the folder itself.
 
     Raises:
         UsageError: if there is no image.

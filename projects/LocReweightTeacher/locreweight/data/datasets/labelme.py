@@ -33,7 +33,7 @@ def load_labelme(folder: str, class_names: Sequence[str]) -> tuple[list[dict], l
 
     Rectangles, polygons, circles and masks become boxes; shapes of the same label and group are one
     object. Points and lines are left out. Images without a json are left out, because their objects
-    are not known; other json files are passed over.
+    are not known; other json files are ignored.
 
     Args:
         folder: with images and json files.

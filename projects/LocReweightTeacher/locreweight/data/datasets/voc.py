@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
@@ -22,8 +21,6 @@ from .file_names import (
     read_text,
 )
 from .labels import ClassNames
-
-logger = logging.getLogger(__name__)
 
 
 def load_voc(
@@ -52,33 +49,26 @@ def load_voc(
     image_ids = read_split(folder, split, allow_outside)
     finder = _finder(folder, split, allow_outside)
     classes = ClassNames(class_names)
-    return [
-        _read_record(os.path.join(folder, "Annotations", f"{i}.xml"), i, i, finder, classes)
-        for i in image_ids
-    ]
+    return [_read_record(_annotation_file(folder, i), i, i, finder, classes) for i in image_ids]
 
 
-def load_unlabeled_voc(
-    folder: str, split: str, class_names: list[str], *, allow_outside: bool = False
-) -> list[dict]:
-    """Read the images of a split to train on without labels; annotations are optional.
-
-    Annotations serve only to measure pseudo-labels. If one is missing or has an unknown class, all
-    records have only ``file_name`` and ``image_id``.
+def load_voc_images(folder: str, split: str, *, allow_outside: bool = False) -> list[dict]:
+    """Read the images of a split without their annotations, which need not exist.
 
     Args:
-        folder, split, class_names, allow_outside: as for :func:`load_voc`.
+        folder, split, allow_outside: as for :func:`load_voc`.
+
+    Returns:
+        records with ``file_name`` and ``image_id`` only.
 
     Raises:
         UsageError: if the list of images cannot be used.
     """
-    try:
-        return load_voc(folder, split, class_names, allow_outside=allow_outside)
-    except UsageError as error:
-        image_ids = read_split(folder, split, allow_outside)
-        logger.info("the annotations of unlabeled images are not used: %s", error)
-        finder = _finder(folder, split, allow_outside)
-        return [{"file_name": finder.find_with_stem(i, i), "image_id": i} for i in image_ids]
+    finder = _finder(folder, split, allow_outside)
+    return [
+        {"file_name": finder.find_with_stem(i, i), "image_id": i}
+        for i in read_split(folder, split, allow_outside)
+    ]
 
 
 def load_voc_folder(folder: str, class_names: Sequence[str]) -> tuple[list[dict], list[str]]:
@@ -113,6 +103,25 @@ def load_voc_folder(folder: str, class_names: Sequence[str]) -> tuple[list[dict]
     return classes.with_indices(records), classes.names
 
 
+def used_class_names(folder: str, split: str, *, allow_outside: bool = False) -> list[str]:
+    """Class names in the annotations of a split, sorted. Malformed annotations are left out.
+
+    Args:
+        folder, split, allow_outside: as for :func:`load_voc`.
+
+    Raises:
+        UsageError: if the list of images cannot be used.
+    """
+    names: set[str] = set()
+    for image_id in read_split(folder, split, allow_outside):
+        try:
+            root = ElementTree.parse(_annotation_file(folder, image_id)).getroot()
+        except (OSError, ValueError, LookupError, ElementTree.ParseError):
+            continue
+        names.update((node.text or "").strip() for node in root.findall("object/name"))
+    return sorted(names)
+
+
 def split_file(folder: str, split: str) -> str:
     """Path of the list of a split's images."""
     return str(Path(folder) / "ImageSets" / "Main" / f"{split}.txt")
@@ -122,13 +131,13 @@ def read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
     """Read the image ids of a split.
 
     Raises:
-        UsageError: if the list is no text, or lists an image twice.
+        UsageError: if the list is not text, or lists an image twice.
     """
     file = split_file(folder, split)
     try:
         lines = read_text(file).splitlines()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is no list of images: {error}") from error
+        raise UsageError(f"{file} is not a list of images: {error}") from error
     # The list of a class has a flag behind each name: whether the image shows the class.
     image_ids = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
     for image_id in image_ids:
@@ -148,6 +157,10 @@ def _without_suffix(folder: str, image_id: str) -> str:
     annotations = Path(folder) / "Annotations"
     is_file_name = not (annotations / f"{image_id}.xml").exists()
     return stem if is_file_name and (annotations / f"{stem}.xml").exists() else image_id
+
+
+def _annotation_file(folder: str, image_id: str) -> str:
+    return os.path.join(folder, "Annotations", f"{image_id}.xml")
 
 
 def _finder(folder: str, split: str, allow_outside: bool) -> ImageFinder:

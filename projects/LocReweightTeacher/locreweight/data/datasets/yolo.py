@@ -237,7 +237,7 @@ def _listed_images(list_file: str, folder: str, allow_outside: bool) -> list[str
     try:
         names = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{list_file} is no list of images: {error}") from error
+        raise UsageError(f"{list_file} is not a list of images: {error}") from error
     names = [name for name in names if not is_companion(os.path.basename(name))]
     own = os.path.dirname(list_file)
     is_own = any(os.path.lexists(os.path.join(own, name)) for name in names[:100])

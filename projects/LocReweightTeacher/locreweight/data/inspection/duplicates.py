@@ -50,11 +50,13 @@ def copy_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding]
         ("unlabeled", "labeled", Severity.WARNING, "training would use them twice"),
     ):
         copies = copies_between(images[of], images[purpose])
-        findings += _copy_findings(copies, f"{purpose} images are also {of} images", severity, why)
+        findings += _describe_copies(
+            copies, f"{purpose} images are also {of} images", severity, why
+        )
     for purpose, group in images.items():
         why = "training and evaluation count each copy"
         text = f"{purpose} images occur more than once"
-        findings += _copy_findings(copies_within(group), text, Severity.WARNING, why)
+        findings += _describe_copies(copies_within(group), text, Severity.WARNING, why)
     return findings
 
 
@@ -78,7 +80,7 @@ def _repeated_entries(
     return [Finding(Severity.WARNING, text, repeated)]
 
 
-def _copy_findings(copies: list[Copy], what: str, severity: Severity, why: str) -> list[Finding]:
+def _describe_copies(copies: list[Copy], what: str, severity: Severity, why: str) -> list[Finding]:
     findings = []
     for exact, how in ((True, "the same file content"), (False, "they look the same")):
         matching = [copy for copy in copies if copy.exact == exact]

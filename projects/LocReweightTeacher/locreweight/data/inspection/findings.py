@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UsageError
 from ..datasets.catalog import expand_path
-from ..datasets.voc import split_file
+from ..datasets.voc import split_file, used_class_names
 from ..training_sets import register_datasets
 
 
@@ -94,7 +93,7 @@ def _config_with(cfg: CfgNode, key: str, name: str) -> CfgNode:
 
 def _unreadable_set(cfg: CfgNode, sets: DataSets, name: str, problem: str) -> Finding:
     """Explain why a data set cannot be read; unknown class names get a suggested fix."""
-    used_names = _class_names_in(name)
+    used_names = _class_names_in(cfg, name)
     expected = list(cfg.DATASETS.CLASS_NAMES) or MetadataCatalog.get(name).get("thing_classes", [])
     if set(used_names) <= set(expected):
         return Finding(Severity.ERROR, problem)
@@ -117,7 +116,9 @@ def _unreadable_set(cfg: CfgNode, sets: DataSets, name: str, problem: str) -> Fi
 
 def _suggest_class_names(cfg: CfgNode, sets: DataSets) -> tuple[list[str], str]:
     """Class names with which all labeled and test sets could be read, or why there are none."""
-    used = {c for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) for c in _class_names_in(name)}
+    used = {
+        c for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) for c in _class_names_in(cfg, name)
+    }
     names = sorted(used)
     similar = [c for c in names if sum(c.casefold() == other.casefold() for other in names) > 1]
     if similar:
@@ -134,18 +135,14 @@ def _suggest_class_names(cfg: CfgNode, sets: DataSets) -> tuple[list[str], str]:
     return names, ""
 
 
-def _class_names_in(name: str) -> list[str]:
+def _class_names_in(cfg: CfgNode, name: str) -> list[str]:
     """Class names in the annotations of a ``voc:`` data set; empty for other formats."""
     kind, _, location = name.partition(":")
     folder, _, split = expand_path(location).rpartition(":")
-    index = Path(split_file(folder, split))
-    if kind != "voc" or not index.is_file():
+    if kind != "voc" or not os.path.isfile(split_file(folder, split)):
         return []
-    names: set[str] = set()
-    for line in filter(str.strip, index.read_text(errors="replace").splitlines()):
-        try:
-            root = ElementTree.parse(Path(folder, "Annotations", f"{line.split()[0]}.xml"))
-        except (OSError, ValueError, LookupError, ElementTree.ParseError):
-            continue  # reported by another finding
-        names.update((node.text or "").strip() for node in root.findall("object/name"))
-    return sorted(names)
+    try:
+        allow_outside = cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS
+        return used_class_names(folder, split, allow_outside=allow_outside)
+    except UsageError:  # reported by another finding
+        return []
