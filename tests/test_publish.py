@@ -24,7 +24,7 @@ from locreweight.checkpoint.safe_loading import read_safetensors
 from locreweight.checkpoint.zoo import VARIABLE
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from locreweight.file_io import sha256_of
 from locreweight.publish import PublishOptions, read_trained_model
@@ -135,7 +135,7 @@ def test_model_zoo_get_builds_the_published_model(run, served):
 
 
 def test_load_predictor_takes_the_address_of_a_model(run, served):
-    detector = load_predictor("locreweight://tiny/v1", device="cpu")
+    detector = Predictor("locreweight://tiny/v1", device="cpu")
     assert detector.class_names == ["cat", "dog", "owl"] and detector.has_localization_quality
     assert same(detector.model.state_dict(), copy_of(run[1].teacher))
 

@@ -12,7 +12,7 @@ from locreweight.checkpoint.checkpointer import TeacherCheckpointer
 from locreweight.checkpoint.loading import read_description
 from locreweight.config import load_config
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.predictor import load_predictor, load_student
+from locreweight.engine.predictor import Predictor, load_student
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import plain_config, tiny_config
@@ -41,7 +41,7 @@ def images(tmp_path):
 
 
 def test_load_predictor_uses_config_and_class_names_of_the_checkpoint(trained, folder):
-    detector = load_predictor(str(folder / "model_final.pth"), device="cpu")
+    detector = Predictor(str(folder / "model_final.pth"), device="cpu")
     assert detector.class_names == list(CLASSES)
     expected = trained.cfg.clone()
     expected.defrost()
@@ -65,18 +65,18 @@ def test_checkpoint_with_a_description_can_be_resumed(trained, datasets, folder)
 
 
 def test_load_predictor_takes_the_last_checkpoint_of_a_folder(trained, folder):
-    assert load_predictor(str(folder), device="cpu").cfg.MODEL.WEIGHTS.endswith("model_final.pth")
+    assert Predictor(str(folder), device="cpu").cfg.MODEL.WEIGHTS.endswith("model_final.pth")
 
 
 def test_options_override_the_config_of_the_checkpoint(trained, folder):
-    detector = load_predictor(str(folder), options=["TEST.DETECTIONS_PER_IMAGE", "3"])
+    detector = Predictor(str(folder), options=["TEST.DETECTIONS_PER_IMAGE", "3"])
     assert detector.model.roi_heads.box_predictor.test_topk_per_image == 3
     with pytest.raises(UsageError, match=r"unknown config key TEST\.NO"):
-        load_predictor(str(folder), options=["TEST.NO", "3"])
+        Predictor(str(folder), options=["TEST.NO", "3"])
 
 
 def test_detect_gives_the_same_as_default_predictor(trained, folder, images):
-    detector = load_predictor(str(folder), device="cpu")
+    detector = Predictor(str(folder), device="cpu")
     cfg = trained.cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""
@@ -91,7 +91,7 @@ def test_detect_gives_the_same_as_default_predictor(trained, folder, images):
 
 
 def test_detect_takes_images_of_different_sizes(trained, folder, images):
-    detector = load_predictor(str(folder), device="cpu")
+    detector = Predictor(str(folder), device="cpu")
     detections = detector.detect(images)
     assert [d.image_size for d in detections] == [image.shape[:2] for image in images]
 
@@ -111,13 +111,13 @@ def older(tmp_path):
 def test_load_predictor_uses_the_config_beside_an_older_checkpoint(older, datasets):
     settings = {"DATASETS.TEST": datasets["DATASETS.TEST"]}
     older.with_name("config.yaml").write_text(tiny_config(settings).dump())
-    assert load_predictor(str(older), device="cpu").class_names == list(CLASSES)
+    assert Predictor(str(older), device="cpu").class_names == list(CLASSES)
 
 
 def test_classes_are_numbered_if_their_names_are_not_known(older):
     settings = {"DATASETS.TEST": ["coco:gone.json:gone"]}
     older.with_name("config.yaml").write_text(tiny_config(settings).dump())
-    names = load_predictor(str(older), device="cpu").class_names
+    names = Predictor(str(older), device="cpu").class_names
     assert names == ["class 0", "class 1", "class 2"]
 
 
@@ -125,7 +125,7 @@ def test_config_file_has_precedence_over_the_config_beside_the_checkpoint(older,
     older.with_name("config.yaml").write_text("not: a config")
     file = tmp_path / "given.yaml"
     file.write_text(tiny_config({"SEMI.PSEUDO_LABEL_THRESHOLD": 0.42}).dump())
-    detector = load_predictor(str(older), config_file=str(file), device="cpu")
+    detector = Predictor(str(older), config_file=str(file), device="cpu")
     assert detector.cfg == load_config(
         str(file), ["MODEL.WEIGHTS", str(older), "MODEL.DEVICE", "cpu"]
     )
@@ -133,29 +133,29 @@ def test_config_file_has_precedence_over_the_config_beside_the_checkpoint(older,
 
 def test_load_predictor_without_a_config_names_the_option(older):
     with pytest.raises(UsageError, match="--config-file"):
-        load_predictor(str(older))
+        Predictor(str(older))
 
 
 def test_plain_detector_has_no_localization_quality(tmp_path):
     plain = build_model(plain_config(tiny_config()))
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     (tmp_path / "config.yaml").write_text(tiny_config().dump())
-    assert not load_predictor(str(tmp_path / "plain.pth"), device="cpu").has_localization_quality
+    assert not Predictor(str(tmp_path / "plain.pth"), device="cpu").has_localization_quality
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
 def test_load_predictor_rejects_files_that_are_not_checkpoints(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UsageError, match=r"a\.pth is not a checkpoint") as caught:
-        load_predictor(str(tmp_path / "a.pth"))
+        Predictor(str(tmp_path / "a.pth"))
     assert "\n" not in str(caught.value)
 
 
 def test_load_predictor_rejects_missing_files(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
-        load_predictor(str(tmp_path / "none.pth"))
+        Predictor(str(tmp_path / "none.pth"))
     with pytest.raises(UsageError, match="has no checkpoint"):
-        load_predictor(str(tmp_path))
+        Predictor(str(tmp_path))
 
 
 # --- the student ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import plot_localization_quality
 import show_views
 from locreweight.data.datasets.catalog import load_coco
 from locreweight.engine.prediction import coco_entries
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from tests.modeling.tiny_model import TINY, as_options
 
 BASE = Path(__file__).parents[2] / "configs/Base-LocReweight.yaml"
@@ -96,7 +96,7 @@ def test_export_pseudo_labels_writes_a_coco_dataset(run, call, tmp_path):
     assert name == f"coco:{file}:{run.unlabeled}"
     records = load_coco("exported", str(file), str(run.unlabeled))
     assert len(records) == 5 and all(Path(r["file_name"]).is_file() for r in records)
-    detector = load_predictor(str(run.output), device="cpu")
+    detector = Predictor(str(run.output), device="cpu")
     threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
     annotations = json.loads(file.read_text())["annotations"]
     assert annotations and all(a["score"] > threshold for a in annotations)
@@ -117,7 +117,7 @@ def test_exported_boxes_are_those_of_the_detections(run, call, tmp_path):
     image = run.test_images / "0000.png"
     arguments = ["--weights", run.output, "--json", tmp_path / "a.json", "--input", image]
     call(export_pseudo_labels, *arguments, "--threshold", 0, "--device", "cpu")
-    detector = load_predictor(str(run.output), device="cpu")
+    detector = Predictor(str(run.output), device="cpu")
     with Image.open(image) as pixels:
         (detections,) = detector.detect([np.asarray(pixels.convert("RGB"))])
     annotations = json.loads((tmp_path / "a.json").read_text())["annotations"]

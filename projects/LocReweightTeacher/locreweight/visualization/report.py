@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ..engine.localization_analysis import annotated_records, correlations, localize
-from ..engine.predictor import Predictor, load_predictor
+from ..engine.predictor import Predictor
 from ..engine.run_folder import SUMMARY_METRICS, RunFolder, differing_keys, open_runs
 from ..errors import UsageError
 from .detections import RankedImage, draw_comparison, rank_images
@@ -129,7 +129,7 @@ def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetection
     if not run.has_checkpoint:
         return TestDetections(missing="the run has no checkpoint yet")
     try:
-        detector = load_predictor(str(run.path), device=device)
+        detector = Predictor(run.path, device=device)
         records = annotated_records(detector, "", count)
         ranked = rank_images(detector, records, SCORE_THRESHOLD)
         data = localize(detector, records)
