@@ -22,7 +22,7 @@ from locreweight.command_line import (
 )
 from locreweight.engine.detection_files import CocoDataset, common_folder
 from locreweight.engine.inference import INPUT_HELP, exit_if_unreadable, find_inputs
-from locreweight.engine.prediction import predict_files, unlabeled_files
+from locreweight.engine.prediction import predict_files, training_files
 from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 
@@ -44,7 +44,7 @@ def main() -> None:
         detector.threshold = (
             detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD if args.threshold is None else args.threshold
         )
-        files = find_inputs(args.input) if args.input else unlabeled_files(detector)
+        files = find_inputs(args.input) if args.input else training_files(detector).unlabeled
         files = [file for file in files if not file.is_video][: args.count]
         if not files:
             raise UsageError(f"there is no image in {' '.join(args.input)}")

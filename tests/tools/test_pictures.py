@@ -15,7 +15,8 @@ import export_pseudo_labels
 import plot_localization_quality
 import show_views
 from locreweight.data.datasets.catalog import load_coco
-from locreweight.engine.prediction import coco_entries
+from locreweight.engine.detection_files import coco_entries
+from locreweight.engine.detections import Detections
 from locreweight.engine.predictor import Predictor
 from tests.modeling.tiny_model import TINY, as_options
 
@@ -105,10 +106,11 @@ def test_export_pseudo_labels_writes_a_coco_dataset(run, call, tmp_path):
 
 @pytest.mark.parametrize(("has_localization_quality", "expected"), [(True, 0.25), (False, None)])
 def test_localization_quality_is_null_for_plain_detectors(has_localization_quality, expected):
-    detections = Instances((8, 8), pred_boxes=Boxes(torch.tensor([[1.0, 2, 5, 6]])))
-    detections.pred_classes, detections.scores = torch.tensor([0]), torch.tensor([0.9])
-    detections.localization_quality = torch.tensor([0.25])
-    (entry,) = coco_entries(detections, has_localization_quality=has_localization_quality)
+    instances = Instances((8, 8), pred_boxes=Boxes(torch.tensor([[1.0, 2, 5, 6]])))
+    instances.pred_classes, instances.scores = torch.tensor([0]), torch.tensor([0.9])
+    instances.localization_quality = torch.tensor([0.25])
+    image = np.zeros((8, 8, 3), np.uint8)
+    (entry,) = coco_entries(Detections(image, instances, ["cat"], has_localization_quality))
     assert entry["localization_quality"] == expected
     assert (entry["category_id"], entry["bbox"]) == (1, [1.0, 2.0, 4.0, 4.0])
 

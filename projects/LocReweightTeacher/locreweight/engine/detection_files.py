@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,7 +81,7 @@ class CropWriter:
         for i, (label, crop) in enumerate(
             zip(detections.names, detections.crops(), strict=True), 1
         ):
-            folder = self._folder / re.sub(r"[/\\\0]|^\.+$", "_", label) / name.parent
+            folder = self._folder / label.replace("/", "_") / name.parent
             save_picture(crop, folder / f"{name.stem}-{i}{name.suffix}")
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ INPUT_HELP = "images, folders of them, patterns ('data/*.jpg'), or - for paths o
 
 
 DEFAULT_FRAME_RATE = 25.0  # frames per second, for videos and cameras that do not report it
+MAX_FRAME_RATE = 1000.0  # some network cameras report the 90000 ticks of their clock instead
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def detect_in_files(
     """
     images = [file for file in files if not file.is_video]
     if images:
-        yield from detector.detect_each(_read_images(images, unreadable), batch)
+        yield from detector.detect_each(read_images(images, unreadable), batch)
     for file in (file for file in files if file.is_video):
         yield from detector.detect_each(_read_video(file, unreadable, max_frames), batch)
 
@@ -139,7 +140,7 @@ def exit_if_unreadable(unreadable: Sequence[str], count: int) -> None:
         sys.exit(f"error: {len(unreadable)} of {count} inputs could not be read")
 
 
-def _read_images(
+def read_images(
     files: Iterable[InputFile], unreadable: list[str]
 ) -> Iterator[tuple[Frame, np.ndarray]]:
     for file in tqdm(files, desc="images", disable=None):
@@ -157,7 +158,9 @@ def _read_video(
         total = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
         if max_frames:
             total = min(total or max_frames, max_frames)
-        rate = video.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAME_RATE
+        rate = video.get(cv2.CAP_PROP_FPS)
+        if not 0 < rate <= MAX_FRAME_RATE:
+            rate = DEFAULT_FRAME_RATE
         frames = tqdm(_frames(video), desc=file.name.name, total=total, disable=None)
         count = 0
         for count, image in enumerate(islice(frames, max_frames), start=1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,16 +76,28 @@ def predict_files(
     return summary
 
 
-def unlabeled_files(detector: Predictor) -> list[InputFile]:
-    """Return the unlabeled images of the detector's config.
+@dataclass(frozen=True)
+class TrainingFiles:
+    """Image files of a training. The ``name`` of each is relative to their common folder."""
+
+    labeled: list[InputFile]
+    unlabeled: list[InputFile]
+
+
+def training_files(detector: Predictor) -> TrainingFiles:
+    """Return the image files of the detector's config.
 
     Raises:
         UsageError: if a dataset does not exist, or the config has no unlabeled images.
     """
     register_datasets(detector.cfg)
-    records = load_training_sets(detector.cfg).unlabeled
-    if not records:
+    sets = load_training_sets(detector.cfg)
+    if not sets.unlabeled:
         raise UsageError("the checkpoint's config has no unlabeled images: give --input")
+    return TrainingFiles(_input_files(sets.labeled), _input_files(sets.unlabeled))
+
+
+def _input_files(records: Iterable[dict]) -> list[InputFile]:
     files = [Path(record["file_name"]).absolute() for record in records]
     root = common_folder(files)
     return [InputFile(file, file.relative_to(root)) for file in files]

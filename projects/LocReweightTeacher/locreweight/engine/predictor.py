@@ -234,8 +234,12 @@ def load_student(cfg: CfgNode, weights: str, *, last: bool = False) -> SemiSuper
 
 
 def _checkpoint_file(weights: str, *, last: bool) -> str:
-    folder = Path(weights)
-    return str(choose_checkpoint(folder, last=last)) if folder.is_dir() else weights
+    path = Path(weights)
+    if path.is_dir():
+        return str(choose_checkpoint(path, last=last))
+    if "://" not in weights and not path.exists():
+        raise UsageError(f"the checkpoint or OUTPUT_DIR {weights!r} does not exist")
+    return weights
 
 
 def _file_name(image: ImageSource) -> str:
