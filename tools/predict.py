@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 
 from locreweight.command_line import (
+    THRESHOLD_HELP,
     ConfigArgumentParser,
     add_checkpoint_arguments,
     positive,
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save-coco", type=Path, metavar="FILE", help="COCO annotations")
     parser.add_argument("--save-yolo", type=Path, metavar="FOLDER", help="YOLO labels")
     parser.add_argument("--save-crops", type=Path, metavar="FOLDER", help="objects, cut out")
-    parser.add_argument("--threshold", type=score, default=0.5, help="minimum score")
+    parser.add_argument("--threshold", type=score, help=THRESHOLD_HELP)
     parser.add_argument(
         "--classes", nargs="+", default=[], metavar="NAME", help="classes to keep. Default: all"
     )
@@ -71,6 +72,15 @@ def parse_arguments() -> argparse.Namespace:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in OUTPUTS)
         parser.error(f"nothing to write: use at least one of {flags}")
     return args
+
+
+def describe_threshold(detector: Predictor, given: float | None) -> str:
+    """What is kept, and why."""
+    reason = ""
+    if given is None:
+        known = detector.score_threshold is not None
+        reason = ", the best F1 on the test set" if known else "; its best threshold is not known"
+    return f"objects with a score above {detector.threshold:.2g}{reason}"
 
 
 def main() -> None:
@@ -90,7 +100,7 @@ def main() -> None:
             last=args.last,
             threshold=args.threshold,
         )
-        print(f"{detector.cfg.MODEL.WEIGHTS}: objects with a score above {detector.threshold:g}")
+        print(f"{detector.cfg.MODEL.WEIGHTS}: {describe_threshold(detector, args.threshold)}")
         if note := detector.threshold_note:
             print(f"note: {note}")
         writers: list[DetectionWriter] = []

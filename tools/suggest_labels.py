@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 
 from locreweight.command_line import (
+    THRESHOLD_HELP,
     ConfigArgumentParser,
     add_checkpoint_arguments,
     positive,
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         default=TaskFormat.COCO,
         help="format",
     )
-    parser.add_argument("--threshold", type=score, default=0.5, help="pseudo-labels: minimum score")
+    parser.add_argument("--threshold", type=score, help=f"of the pseudo-labels: {THRESHOLD_HELP}")
     parser.add_argument(
         "--pool", type=positive, help="choose among so many images, drawn at random. Default: all"
     )

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 import locreweight
-from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+from locreweight.checkpoint.checkpointer import CheckpointDescription, TeacherCheckpointer
 from locreweight.checkpoint.loading import read_description
 from locreweight.config import load_config
 from locreweight.engine import load_for_evaluation
@@ -180,6 +180,17 @@ def test_call_gives_the_detections_above_the_threshold(detector, images, monkeyp
 def test_other_images_are_an_error(detector, image, words):
     with pytest.raises(UsageError, match=words):
         detector(image)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "expected"), [(0.3, None, 0.3), (None, None, 0.5), (0.3, 0, 0)]
+)
+def test_threshold_with_the_best_f1_is_the_default(older, stored, given, expected):
+    content = torch.load(older, weights_only=True)
+    description = CheckpointDescription(tiny_config().dump(), list(CLASSES), stored)
+    torch.save(content | description.to_fields(), older)
+    detector = Predictor(older, device="cpu", threshold=given)
+    assert (detector.score_threshold, detector.threshold) == (stored, expected)
 
 
 def test_note_on_the_threshold_of_the_model(detector, folder):

@@ -56,6 +56,12 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         return parsed
 
 
+THRESHOLD_HELP = (
+    "minimum score. Default: the one with the best F1 on the test set of the training; 0.5 if that "
+    "is not known"
+)
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1, for ``argparse``."""
     return _number_in(int, text, lambda value: value >= 1, "an integer of at least 1")

@@ -51,13 +51,17 @@ class Predictor:
         class_names: in the order of the model's classes.
         has_localization_quality: whether the model was trained to predict localization quality,
             which a plain Detectron2 detector was not.
-        threshold: objects above this score are returned by a call.
+        score_threshold: the score threshold with the best F1 on the test set of the training; None
+            if it is not known.
+        threshold: objects above this score are returned by a call. Default: ``score_threshold``, or
+            0.5 if it is not known.
     """
 
     cfg: CfgNode
     model: SemiSupervisedRCNN
     class_names: list[str]
     has_localization_quality: bool
+    score_threshold: float | None
     threshold: float
 
     def __init__(
@@ -68,7 +72,7 @@ class Predictor:
         device: str = "",
         *,
         last: bool = False,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
     ) -> None:
         """Load the detector of a checkpoint; in checkpoints of a training run, this is the teacher.
 
@@ -79,7 +83,7 @@ class Predictor:
             options: ``KEY VALUE`` pairs that override the config.
             device: such as "cuda" or "cpu"; empty for a GPU if there is one.
             last: load the last checkpoint of an ``OUTPUT_DIR`` instead of the best one.
-            threshold: objects above this score are returned by a call.
+            threshold: sets the attribute ``threshold``.
 
         Raises:
             UsageError: if the file does not exist, holds no detector, or a config file is required.
@@ -99,7 +103,10 @@ class Predictor:
         self.has_localization_quality = contents is not CheckpointContents.PLAIN_DETECTOR
         names = description.class_names if description else class_names_of_data(cfg)
         self.class_names = names or [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
-        self.threshold = threshold
+        self.score_threshold = description.score_threshold if description else None
+        if threshold is None:
+            threshold = self.score_threshold
+        self.threshold = DEFAULT_THRESHOLD if threshold is None else threshold
 
     @property
     def default_batch_size(self) -> int:
