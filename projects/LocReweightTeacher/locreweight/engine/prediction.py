@@ -94,10 +94,11 @@ def training_files(detector: Predictor) -> TrainingFiles:
     sets = load_training_sets(detector.cfg)
     if not sets.unlabeled:
         raise UsageError("the checkpoint's config has no unlabeled images: give --input")
-    return TrainingFiles(_input_files(sets.labeled), _input_files(sets.unlabeled))
+    return TrainingFiles(input_files(sets.labeled), input_files(sets.unlabeled))
 
 
-def _input_files(records: Iterable[dict]) -> list[InputFile]:
+def input_files(records: Iterable[dict]) -> list[InputFile]:
+    """Return the image files of dataset records, with names relative to their common folder."""
     files = [Path(record["file_name"]).absolute() for record in records]
     root = common_folder(files)
     return [InputFile(file, file.relative_to(root)) for file in files]
