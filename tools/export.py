@@ -38,7 +38,7 @@ def check_onnx_is_installed() -> None:
         raise UsageError(f"--onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def load_detector(weights: str, config_file: str, *, last: bool) -> Predictor:
+def load_detector(weights: str, config_file: str, *, last: bool = False) -> Predictor:
     """Load a detector of this project on the CPU."""
     detector = Predictor(weights, config_file, device="cpu", last=last)
     if not detector.has_localization_quality:
