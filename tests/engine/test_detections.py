@@ -23,6 +23,7 @@ from locreweight.engine.detection_files import (
 )
 from locreweight.engine.detections import Detections
 from locreweight.engine.inference import Frame, InputFile
+from locreweight.errors import UsageError
 
 CLASSES = ["cat", "dog"]
 BOXES = [[0.0, 0.0, 10.0, 20.0], [4.5, 3.25, 30.0, 15.75], [39.5, 0.0, 40.0, 20.0]]
@@ -143,6 +144,12 @@ def test_coco_file_can_be_read_again(tmp_path, images):
 def test_yolo_files_can_be_read_again(tmp_path, images):
     write(YoloLabels(tmp_path / "labels", CLASSES), images)
     check(read(f"yolo:{tmp_path}/images:{tmp_path}/labels"))
+
+
+def test_two_images_do_not_share_a_yolo_file(tmp_path):
+    files = [InputFile(Path(name), Path(name)) for name in ("a.jpg", "a.png")]
+    with pytest.raises(UsageError, match=r"a\.jpg and a\.png"):
+        write(YoloLabels(tmp_path, CLASSES), [(Frame(file), detections_of()) for file in files])
 
 
 def test_label_studio_tasks(tmp_path, images):

@@ -162,12 +162,18 @@ class YoloLabels:
             class_names: in the order of their numbers.
         """
         self._folder = folder
+        self._written: dict[Path, InputFile] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
 
     def add(self, frame: Frame, detections: Detections) -> None:
         height, width = detections.image.shape[:2]
         file = self._folder / frame.file.name.with_suffix(".txt")
+        other = self._written.setdefault(file, frame.file)
+        if other != frame.file:
+            raise UsageError(
+                f"{other} and {frame.file} would have the same YOLO label file: rename one of them"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         corners = detections.boxes / [width, height, width, height]
         boxes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
