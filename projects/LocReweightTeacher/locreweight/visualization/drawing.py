@@ -96,8 +96,10 @@ class Layer:
             class_names: names of ``gt_classes`` for labels; None for no labels.
         """
         boxes = ground_truth.gt_boxes.tensor
-        labels = class_names and [[class_names[i]] for i in ground_truth.gt_classes.tolist()]
-        return cls(boxes, [WHITE] * len(boxes), labels or None, dashed=True)
+        labels = None
+        if class_names:
+            labels = [[class_names[label]] for label in ground_truth.gt_classes.tolist()]
+        return cls(boxes, [WHITE] * len(boxes), labels, dashed=True)
 
 
 def draw(image: np.ndarray, layers: Sequence[Layer], side: int = 480) -> np.ndarray:
@@ -122,7 +124,8 @@ def draw(image: np.ndarray, layers: Sequence[Layer], side: int = 480) -> np.ndar
     for layer in layers:
         width = layer.line_width or max(2, side // 320)
         boxes = np.clip(layer.boxes.detach().cpu().float().numpy() * scale, 0, limit)
-        for i in np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1)):
+        visible = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        for i in np.flatnonzero(visible).tolist():
             corners = boxes[i].round().astype(int).tolist()
             _draw_box(picture, corners, layer.colors[i], width, dashed=layer.dashed)
             if layer.labels is not None:

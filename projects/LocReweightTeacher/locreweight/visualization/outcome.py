@@ -27,8 +27,9 @@ def describe_run(run: RunFolder) -> str:
         return f"{progress}, the teacher has an AP of {teacher:.1f} and the student {student:.1f}."
     before = _ap(evaluations[run.burn_in])
     return (
-        f"{progress}, the teacher has an AP of {teacher:.1f} ({teacher - before:+.1f} since burn-in "
-        f"on labeled images only ended at iteration {run.burn_in}) and the student {student:.1f}. "
+        f"{progress}, the teacher has an AP of {teacher:.1f} and the student {student:.1f}. At the "
+        f"end of burn-in, iteration {run.burn_in}, the AP was {before:.1f}: a change of "
+        f"{teacher - before:+.1f}. "
         "How much of the change comes from the unlabeled images shows in a comparison with "
         "--method supervised at the same number of iterations."
     )
@@ -40,9 +41,7 @@ def describe_comparison(groups: Sequence[RunGroup]) -> str:
         return "The runs have different test sets, so their results cannot be compared."
     final = {group.name: ap for group in groups if not math.isnan(ap := _final_ap(group))}
     if len(final) < 2:
-        return (
-            "Fewer than two of the runs are evaluated to the end, so there is nothing to compare."
-        )
+        return "There is nothing to compare yet: fewer than two are evaluated to the end."
     best = max(final, key=final.__getitem__)
     worst = min(final, key=final.__getitem__)
     text = f"{best} has the highest final AP, {final[best]:.1f}, and {worst} the lowest, "
