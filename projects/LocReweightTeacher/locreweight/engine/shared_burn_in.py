@@ -78,7 +78,7 @@ class SharedBurnIn:
     def must_wait(self, run: Run, active: Collection[Run]) -> bool:
         """Whether a run has to wait for a burn-in that one of the active runs is training."""
         source = self._source.get(run)
-        if source not in active or run.folder.has_checkpoint:
+        if source is None or source not in active or run.folder.has_checkpoint:
             return False
         self.keep_checkpoints()
         return not self._kept_checkpoint(source).exists()
