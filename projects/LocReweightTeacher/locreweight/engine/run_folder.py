@@ -345,11 +345,15 @@ def mean_summary(runs: Sequence[RunFolder]) -> list[list[str]]:
         for model, iteration in rows[0]:
             if all((model, iteration) in other for other in rows):
                 columns = zip(*(other[model, iteration] for other in rows), strict=True)
-                spreads = [f"{mean(v):.2f} ± {stdev(v):.2f}" for v in columns]
-                shown = ["" if text.startswith("nan") else text for text in spreads]
                 name = f"{group.name}, {len(rows)} seeds"
-                table.append([name, model, str(iteration), *shown])
+                table.append([name, model, str(iteration), *map(_spread, columns)])
     return table
+
+
+def _spread(values: Sequence[float]) -> str:
+    if any(map(math.isnan, values)):
+        return ""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 def format_metric(value: float) -> str:
