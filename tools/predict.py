@@ -42,7 +42,14 @@ from locreweight.engine.detection_files import (
     YoloLabels,
     common_folder,
 )
-from locreweight.engine.inference import INPUT_HELP, STREAM_HELP, exit_if_unreadable, find_inputs
+from locreweight.engine.inference import (
+    INPUT_HELP,
+    STREAM_HELP,
+    add_drawing_arguments,
+    drawing_style,
+    exit_if_unreadable,
+    find_inputs,
+)
 from locreweight.engine.prediction import predict_files
 from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
@@ -67,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--frames", type=positive, help="maximum number of frames of each video. Default: all"
     )
+    add_drawing_arguments(parser)
     args = parser.parse_args()
     if not any(getattr(args, name) for name in OUTPUTS):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in OUTPUTS)
@@ -105,7 +113,7 @@ def main() -> None:
             print(f"note: {note}")
         writers: list[DetectionWriter] = []
         if args.output:
-            writers.append(PictureWriter(args.output))
+            writers.append(PictureWriter(args.output, drawing_style(args)))
         if args.save_json:
             writers.append(CocoResults(args.save_json))
         if args.save_coco:

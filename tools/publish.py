@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.command_line import HelpFormatter, non_negative
+from locreweight.command_line import HelpFormatter
 from locreweight.errors import UsageError
 from locreweight.publish import PublishOptions, publish, read_trained_model
 from locreweight.visualization.model_card import PICTURE
@@ -43,7 +43,7 @@ def main() -> None:
         "--pkl", action="store_true", help="also export the weights for plain Detectron2"
     )
     parser.add_argument(
-        "--pictures", type=non_negative, default=6, help="number of images in the model card"
+        "--pictures", type=int, default=6, help="number of images in the model card"
     )
     parser.add_argument(
         "--images", default="", help="folder of these images. Default: the test set"

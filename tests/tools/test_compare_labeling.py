@@ -26,7 +26,7 @@ def plan(run, tmp_path):
     config = tmp_path / "tiny.yaml"
     config.write_text("VERSION: 2\n")
     options = tuple(as_options(settings))
-    plan = LabelingPlan(config, tmp_path / "out", percent=25, add=25, options=options)
+    plan = LabelingPlan(config, tmp_path / "out", percent=25.0, add=25.0, options=options)
     plan.first(1).output.parent.mkdir(parents=True)
     plan.first(1).output.symlink_to(run.output)
     return plan

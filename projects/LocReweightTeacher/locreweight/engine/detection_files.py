@@ -13,7 +13,7 @@ from xml.sax.saxutils import quoteattr
 import cv2
 
 from ..errors import UsageError
-from ..visualization.drawing import save_picture
+from ..visualization.drawing import DEFAULT_STYLE, DrawingStyle, save_picture
 from .detections import Detections
 from .inference import Frame, InputFile
 
@@ -31,18 +31,19 @@ class DetectionWriter(Protocol):
 class PictureWriter:
     """Writes images and videos with the detections drawn."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, style: DrawingStyle = DEFAULT_STYLE) -> None:
         """
         Args:
             folder: pictures are written to the ``name`` of each input in this folder.
+            style: labels and line width.
         """
-        self._folder = folder
+        self._folder, self._style = folder, style
         self._video: cv2.VideoWriter | None = None
         self._file: InputFile | None = None  # that the video is of
 
     def add(self, frame: Frame, detections: Detections) -> None:
         if frame.index is None:
-            detections.save(self._folder / frame.file.name)
+            detections.save(self._folder / frame.file.name, self._style)
             return
         height, width = detections.image.shape[:2]
         if frame.file != self._file:
@@ -50,7 +51,7 @@ class PictureWriter:
             self._file = frame.file
             self._video = self._open(self._folder / frame.file.name, frame.rate, (width, height))
         assert self._video is not None
-        self._video.write(detections.draw(max(height, width))[:, :, ::-1])
+        self._video.write(detections.draw(max(height, width), self._style)[:, :, ::-1])
 
     def close(self) -> None:
         if self._video is not None:

@@ -13,7 +13,7 @@ import torch
 from detectron2.structures import Instances
 from PIL import Image
 
-from ..visualization.drawing import draw_detections, save_picture
+from ..visualization.drawing import DEFAULT_STYLE, DrawingStyle, draw_detections, save_picture
 
 SMALLEST_SIDE = 480  # smaller images are enlarged so that labels are readable
 
@@ -86,12 +86,13 @@ class Detections:
             keep &= torch.tensor([name in classes for name in self.names], dtype=torch.bool)
         return replace(self, instances=self.instances[keep])
 
-    def draw(self, side: int = 0) -> np.ndarray:
+    def draw(self, side: int = 0, style: DrawingStyle = DEFAULT_STYLE) -> np.ndarray:
         """Draw the objects with class, score and localization quality.
 
         Args:
             side: longer side of the picture in pixels. 0 for the size of the image, enlarged to
                 480 if it is smaller.
+            style: labels and line width.
 
         Returns:
             ``(H, W, 3)`` uint8 RGB.
@@ -102,11 +103,12 @@ class Detections:
             self.class_names,
             side or max(SMALLEST_SIDE, *self.image.shape[:2]),
             quality=self.has_localization_quality,
+            style=style,
         )
 
-    def save(self, file: str | Path) -> None:
+    def save(self, file: str | Path, style: DrawingStyle = DEFAULT_STYLE) -> None:
         """Draw the objects and write the picture; its folder is created."""
-        save_picture(self.draw(), Path(file))
+        save_picture(self.draw(style=style), Path(file))
 
     def crops(self) -> list[np.ndarray]:
         """Return the part of the image inside each box, rounded outwards to whole pixels."""

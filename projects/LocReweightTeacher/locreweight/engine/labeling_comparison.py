@@ -74,7 +74,7 @@ class LabelingPlan:
             method=find_method_file(self.method) if self.method else None,
             seed=seed,
             output=self.output / name / f"seed-{seed}",
-            options=(*self.options, "DATASETS.LABELED_PERCENT", str(percent), *options),
+            options=(*self.options, "DATASETS.LABELED_PERCENT", str(float(percent)), *options),
             num_gpus=self.num_gpus,
         )
 
