@@ -29,6 +29,14 @@ from .run_queue import Run
 METRIC = "bbox/AP"
 
 
+class LabelingRun(Run):
+    """A run that is called after its labels in messages."""
+
+    @property
+    def row(self) -> str:
+        return f"{self.output.parent.name} labels"
+
+
 @dataclass(frozen=True)
 class LabelingPlan:
     """What is compared.
@@ -69,7 +77,7 @@ class LabelingPlan:
         return self.output / "splits" / f"seed-{seed}.json"
 
     def _run(self, name: str, seed: int, percent: float, options: tuple[str, ...] = ()) -> Run:
-        return Run(
+        return LabelingRun(
             config=self.config,
             method=find_method_file(self.method) if self.method else None,
             seed=seed,
