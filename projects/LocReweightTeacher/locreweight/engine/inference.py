@@ -174,6 +174,12 @@ def exit_if_unreadable(unreadable: Sequence[str], count: int) -> None:
 def read_images(
     files: Iterable[InputFile], unreadable: list[str]
 ) -> Iterator[tuple[Frame, np.ndarray]]:
+    """Yield images ``(H, W, 3)`` uint8 RGB, with a progress bar on terminals.
+
+    Args:
+        files: image files.
+        unreadable: a message is appended for each file that cannot be read; it is skipped.
+    """
     for file in tqdm(files, desc="images", disable=None):
         try:
             yield Frame(file), read_rgb(str(file.path))
