@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 PANEL_IMAGES = 6
 IMAGES_PER_ROW = 2
-BEFORE_AFTER_IMAGES = 2
+BEFORE_AFTER_IMAGES = 4
 _SIDE = 300  # pixels of a view's longer side
-_LARGE_SIDE = 480  # the same, for the pictures before and after mutual learning
+_LARGE_SIDE = 400  # the same, for the pictures before and after mutual learning
 _BATCH_SIZE = 8
 
 
@@ -146,7 +146,8 @@ class PseudoLabelPanels(HookBase):
         caption = f"pseudo-labels after {iteration} iterations"
         self._save(draw_panel(cells, caption, self._style), f"iter_{iteration:07d}.jpg")
         if is_end:
-            self._save(grid([[picture] for picture in large]), f"teacher_{iteration:07d}.jpg")
+            rows = [large[i : i + IMAGES_PER_ROW] for i in range(0, len(large), IMAGES_PER_ROW)]
+            self._save(grid(rows), f"teacher_{iteration:07d}.jpg")
         # TensorBoard stores PNG. Encoding all rows would take longer than drawing them.
         first_row = draw_panel(cells[:IMAGES_PER_ROW], caption, self._style)
         self.trainer.storage.put_image("pseudo_labels", first_row.transpose(2, 0, 1))

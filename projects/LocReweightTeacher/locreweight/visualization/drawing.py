@@ -123,6 +123,7 @@ def draw(image: np.ndarray, layers: Sequence[Layer], side: int = 480) -> np.ndar
     labeled = []
     for layer in layers:
         width = layer.line_width or max(2, side // 320)
+        width = max(1, width - 1) if layer.dashed else width  # dark gaps make them look wider
         boxes = np.clip(layer.boxes.detach().cpu().float().numpy() * scale, 0, limit)
         visible = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         for i in np.flatnonzero(visible).tolist():
