@@ -11,12 +11,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from locreweight.data.loader import Batch
-from locreweight.data.transforms.views import UnlabeledSample, View
+from locreweight.data.transforms.views import UnlabeledSample, View, project_to_strong_view
 from locreweight.ema import update_teacher
 from locreweight.engine.training_step import (
     StepSettings,
     predict_student_rois,
-    project_to_strong_view,
     training_step,
 )
 from locreweight.losses.reweighting import proposal_reliability

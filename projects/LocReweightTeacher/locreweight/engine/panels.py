@@ -17,6 +17,7 @@ from detectron2.structures import Instances
 from ..data.mapper import ViewMapper
 from ..data.monitored import MonitoredImages, MonitoredSample
 from ..data.training_sets import TrainingSets
+from ..data.transforms.views import project_to_strong_view
 from ..methods.base import to_pseudo_labels
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from ..run_files import PANEL_FOLDER
@@ -33,7 +34,6 @@ from ..visualization.drawing import (
     save_picture,
 )
 from .matching import Match, agreement, agreement_by_quality, join, match
-from .training_step import project_to_strong_view
 
 logger = logging.getLogger(__name__)
 

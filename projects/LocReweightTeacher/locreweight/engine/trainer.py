@@ -233,6 +233,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
             "burn_in": self.cfg.SEMI.BURN_IN_ITERS,
             **self.optimizer.state_dict(),
             "skipped_steps": self._skipped.state_dict(),
+            "method": {self.cfg.SEMI.METHOD: self.settings.method.state_dict()},
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -245,6 +246,9 @@ class SemiSupervisedTrainer(ResumableTrainer):
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict)
         self._skipped.load_state_dict(state_dict["skipped_steps"])
+        # Checkpoints of version 0.1.0 have no such state, and those of another method another one.
+        if state := state_dict.get("method", {}).get(self.cfg.SEMI.METHOD):
+            self.settings.method.load_state_dict(state)
 
     # -- train ------------------------------------------------------------------------------------
 
@@ -277,7 +281,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
         self._statistics.backup()
         result, report = self._compute_losses(batch, data_time)
-        reports = comm.all_gather(report)
+        gathered = comm.all_gather((report, result.observation if result else None))
+        reports, observations = map(list, zip(*gathered, strict=True))
         self.stop_agreed = any(report.stop for report in reports)
         self.unreadable.update([report.unread for report in reports], read=len(batch.unlabeled))
         if result is None or any(report.failure for report in reports):
@@ -285,6 +290,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
             self._deferred_metrics.add(self.iter, reports)
         else:
             self._update(result, reports)
+            if result.observation is not None:
+                self.settings.method.update_state(observations)
         self.storage.put_scalar("data/unreadable", self.unreadable.files, smoothing_hint=False)
         if self._metrics_are_due():
             self._log_deferred_metrics()

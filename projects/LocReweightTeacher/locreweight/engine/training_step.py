@@ -15,14 +15,13 @@ from dataclasses import dataclass
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import cat
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import Batch
-from ..data.transforms.views import UnlabeledSample, View
-from ..geometry import between_views, warp_boxes
-from ..methods import SampledProposals, SemiSupervisedMethod, build_method
+from ..data.transforms.views import UnlabeledSample, project_boxes, project_to_strong_view
+from ..methods import LabelingInputs, SampledProposals, SemiSupervisedMethod, build_method
 from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import BoxPredictions
 
@@ -69,10 +68,12 @@ class StepResult:
     Attributes:
         losses: weighted scalar losses by name. Their sum is minimized.
         metrics: scalars to log, by name; NaN if there was nothing to measure.
+        observation: what the method's state learns from this step; None without such a state.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    observation: object = None
 
     @property
     def total(self) -> Tensor:
@@ -98,7 +99,9 @@ def training_step(
 
     # Teacher: weak views -> pseudo-labels, in the frame of the strong views.
     teacher_output = teacher.detect([{"image": sample.weak.image} for sample in samples])
-    selected = method.select_pseudo_labels(teacher, teacher_output)
+    inputs = LabelingInputs(teacher, teacher_output, samples)
+    selected = method.select_pseudo_labels(inputs)
+    observation = method.observe(inputs, selected)
     pseudo_labels = [
         project_to_strong_view(labels, sample)
         for labels, sample in zip(selected, samples, strict=True)
@@ -126,16 +129,7 @@ def training_step(
     )
     for name, loss in (output.rpn_losses | method.losses(proposals)).items():
         losses[name + UNLABELED_SUFFIX] = settings.weight_of(name) * loss
-    return StepResult(losses, _metrics(teacher_output, pseudo_labels, proposals))
-
-
-def project_to_strong_view(pseudo_labels: Instances, sample: UnlabeledSample) -> Instances:
-    """Project pseudo-labels from the weak to the strong view, and drop those outside of it."""
-    projected = Instances(sample.strong.image_size, **pseudo_labels.get_fields())
-    projected.gt_boxes = Boxes(
-        project_boxes(pseudo_labels.gt_boxes.tensor, sample.weak, sample.strong)
-    )
-    return projected[projected.gt_boxes.nonempty(threshold=1.0).nonzero().squeeze(1)]
+    return StepResult(losses, _metrics(teacher_output, pseudo_labels, proposals), observation)
 
 
 def predict_student_rois(
@@ -160,11 +154,6 @@ def predict_student_rois(
         for x, sample in zip(proposals, samples, strict=True)
     ]
     return teacher.predict_rois(teacher_output, boxes)
-
-
-def project_boxes(boxes: Tensor, source: View, target: View) -> Tensor:
-    """Project ``(N, 4)`` boxes from one view of an image to another, clipped to its size."""
-    return warp_boxes(boxes, between_views(source.matrix, target.matrix), target.image_size)
 
 
 def _unwrap(student: nn.Module) -> SemiSupervisedRCNN:

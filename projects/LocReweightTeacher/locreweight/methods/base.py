@@ -19,6 +19,7 @@ from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, zeros_like
 
+from ..data.transforms.views import UnlabeledSample
 from ..errors import get_registered
 from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import (
@@ -38,6 +39,21 @@ def build_method(cfg: CfgNode) -> SemiSupervisedMethod:
         UsageError: if no method of this name is registered.
     """
     return get_registered(METHOD_REGISTRY, "SEMI.METHOD", cfg.SEMI.METHOD)(cfg)
+
+
+@dataclass(frozen=True)
+class LabelingInputs:
+    """What pseudo-labels are made from.
+
+    Attributes:
+        teacher: the model that made the output, in evaluation mode.
+        output: its features and detections in N weak views.
+        samples: the N images: file names, and views with their matrices.
+    """
+
+    teacher: SemiSupervisedRCNN
+    output: TeacherOutput
+    samples: list[UnlabeledSample]
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,8 @@ class SemiSupervisedMethod:
     override the parts in which they differ, and register themselves in ``METHOD_REGISTRY``.
 
     :func:`locreweight.engine.training_step.training_step` calls, in each iteration after burn-in,
-    :meth:`select_pseudo_labels`, :meth:`rpn_labels` for each image, and :meth:`losses`.
+    :meth:`select_pseudo_labels`, :meth:`observe`, :meth:`rpn_labels` for each image, and
+    :meth:`losses`. The trainer then calls :meth:`update_state`.
 
     Attributes:
         frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
@@ -128,14 +145,8 @@ class SemiSupervisedMethod:
     def from_config(cls, cfg: CfgNode) -> dict:
         return {"pseudo_label_threshold": cfg.SEMI.PSEUDO_LABEL_THRESHOLD}
 
-    def select_pseudo_labels(
-        self, teacher: SemiSupervisedRCNN, teacher_output: TeacherOutput
-    ) -> list[Instances]:
-        """Select pseudo-labels from the teacher's detections (Sec. 3.1).
-
-        Args:
-            teacher: the model that made the detections, in evaluation mode.
-            teacher_output: its features and detections in N weak views.
+    def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
+        """Select pseudo-labels from the teacher's detections in N weak views (Sec. 3.1).
 
         Returns:
             N ``Instances`` in the frame of the weak view, with ``gt_boxes``, ``gt_classes``,
@@ -143,7 +154,7 @@ class SemiSupervisedMethod:
             :meth:`SampledProposals.matched_gt_field` makes them available to the losses.
         """
         threshold = self.pseudo_label_threshold
-        return [to_pseudo_labels(x, threshold) for x in teacher_output.detections]
+        return [to_pseudo_labels(x, threshold) for x in inputs.output.detections]
 
     def rpn_labels(self, pseudo_labels: Instances) -> Instances:
         """Return the pseudo-labels of one image that the RPN is trained on. Default: all."""
@@ -165,6 +176,36 @@ class SemiSupervisedMethod:
         if box_loss is not None:
             losses["loss_box_reg"] = box_loss
         return losses
+
+    # State over iterations, the same in all processes and saved in checkpoints. Default: none.
+
+    def observe(self, inputs: LabelingInputs, pseudo_labels: list[Instances]) -> object | None:
+        """Return what the state is to learn from this process's part of a step.
+
+        Args:
+            inputs: as for :meth:`select_pseudo_labels`.
+            pseudo_labels: its return value, in the frame of the weak views.
+
+        Returns:
+            a picklable object with tensors on the CPU only, because it is sent to all processes;
+            None if there is nothing to learn.
+        """
+        return None
+
+    def update_state(self, observations: list) -> None:
+        """Update the state at the end of a step.
+
+        Args:
+            observations: what :meth:`observe` returned in each process, in the order of the
+                processes. Not called in burn-in or in a step that failed in any process.
+        """
+
+    def state_dict(self) -> dict:
+        """Return the state as nested dicts and lists of numbers, strings and tensors."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore a state returned by :meth:`state_dict`."""
 
 
 def to_pseudo_labels(detections: Instances, score_threshold: float) -> Instances:
