@@ -34,6 +34,7 @@ from .base import (
     LabelingInputs,
     SampledProposals,
     SemiSupervisedMethod,
+    StudentImage,
     build_method,
 )
 
@@ -45,5 +46,6 @@ __all__ = [
     "LabelingInputs",
     "SampledProposals",
     "SemiSupervisedMethod",
+    "StudentImage",
     "build_method",
 ]

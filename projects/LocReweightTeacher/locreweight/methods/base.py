@@ -21,7 +21,7 @@ from torch import Tensor, zeros_like
 
 from ..data.transforms.views import UnlabeledSample
 from ..errors import get_registered
-from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
+from ..modeling.meta_arch import BackboneMixing, SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import (
     BoxPredictions,
     ForegroundBoxes,
@@ -57,16 +57,37 @@ class LabelingInputs:
 
 
 @dataclass(frozen=True)
+class StudentImage:
+    """An unlabeled image as the student sees it.
+
+    Attributes:
+        image: ``(3, H, W)`` pixel values in [0, 255], channels in the order of ``INPUT.FORMAT``.
+        pseudo_labels: with ``gt_boxes`` (xyxy, absolute pixels of the image), ``gt_classes`` and
+            further ``gt_*`` fields, the same ones in all images.
+        sample: the views whose strong view this is; None for an image mixed from several.
+        loss_weight: factor on the RPN's losses in this image, before the mean over images. A method
+            that uses it applies :attr:`SampledProposals.image_weight` to the losses of the ROI
+            head.
+    """
+
+    image: Tensor
+    pseudo_labels: Instances
+    sample: UnlabeledSample | None
+    loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class SampledProposals:
-    """The student's sampled proposals in the strong views of the unlabeled images.
+    """The student's sampled proposals in the unlabeled images.
 
     Attributes:
         instances: one ``Instances`` per image with ``proposal_boxes`` (xyxy, absolute pixels,
-            strong view), ``gt_classes``, and the ``gt_*`` fields of the matched pseudo-labels.
+            student's image), ``gt_classes``, and the ``gt_*`` fields of the matched pseudo-labels.
         predictions: the student's predictions for all proposals.
         box_predictor: the student's output layers.
         predict_rois: returns the teacher's predictions for the same proposals, projected to the
             weak view. Called at most once, and only if the method uses them.
+        loss_weights: :attr:`StudentImage.loss_weight` of each image.
         metrics: scalars to log, by name. Methods may add to them.
     """
 
@@ -74,6 +95,7 @@ class SampledProposals:
     predictions: BoxPredictions
     box_predictor: LocalizationAwareOutputLayers
     predict_rois: Callable[[], BoxPredictions]
+    loss_weights: list[float] = field(default_factory=list)
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -95,6 +117,12 @@ class SampledProposals:
     def teacher_predictions(self) -> BoxPredictions:
         """The teacher's predictions for the proposals, in the same order."""
         return self.predict_rois()
+
+    @property
+    def image_weight(self) -> Tensor:
+        """``(R,)`` loss weight of the image that each proposal is in."""
+        pairs = zip(self.instances, self.loss_weights, strict=True)
+        return cat([x.proposal_boxes.tensor.new_full((len(x),), weight) for x, weight in pairs])
 
     def smooth_l1_box_loss(self) -> Tensor:
         """``(F, 4)`` unreduced smooth L1 loss of the foreground proposals."""
@@ -126,8 +154,9 @@ class SemiSupervisedMethod:
     override the parts in which they differ, and register themselves in ``METHOD_REGISTRY``.
 
     :func:`locreweight.engine.training_step.training_step` calls, in each iteration after burn-in,
-    :meth:`select_pseudo_labels`, :meth:`observe`, :meth:`rpn_labels` for each image, and
-    :meth:`losses`. The trainer then calls :meth:`update_state`.
+    :meth:`select_pseudo_labels`, :meth:`observe`, :meth:`compose`, :meth:`rpn_labels` for each
+    image, :meth:`backbone_mixing`, and :meth:`losses`. The trainer then calls
+    :meth:`update_state`.
 
     Attributes:
         frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
@@ -156,9 +185,30 @@ class SemiSupervisedMethod:
         threshold = self.pseudo_label_threshold
         return [to_pseudo_labels(x, threshold) for x in inputs.output.detections]
 
+    def compose(self, images: list[StudentImage], labeled: list[dict]) -> list[StudentImage]:
+        """Compose the student's unlabeled images, for example by mixing. Default: unchanged.
+
+        Args:
+            images: the strong views, with the pseudo-labels projected to them.
+            labeled: the labeled images of this process in Detectron2's format; their ``instances``
+                are on the CPU.
+
+        Returns:
+            at least one image. Those that are still strong views are in the same places.
+        """
+        return images
+
     def rpn_labels(self, pseudo_labels: Instances) -> Instances:
         """Return the pseudo-labels of one image that the RPN is trained on. Default: all."""
         return pseudo_labels
+
+    def backbone_mixing(self, num_images: int) -> BackboneMixing | None:
+        """Return how the student's unlabeled images are mixed around the backbone. Default: not.
+
+        Args:
+            num_images: number of images that :meth:`compose` returned.
+        """
+        return None
 
     def classification_loss(self, proposals: SampledProposals) -> Tensor:
         """Return the unsupervised classification loss, a scalar. Default: unweighted."""
@@ -170,7 +220,10 @@ class SemiSupervisedMethod:
         return proposals.smooth_l1_box_loss().sum() / proposals.foreground.normalizer
 
     def losses(self, proposals: SampledProposals) -> dict[str, Tensor]:
-        """Return the unsupervised losses of the ROI head by name, not yet multiplied by beta."""
+        """Return the unsupervised losses by name, not yet multiplied by beta.
+
+        A subclass may add losses of other names, which are multiplied by beta too.
+        """
         losses = {"loss_cls": self.classification_loss(proposals)}
         box_loss = self.box_loss(proposals)
         if box_loss is not None:
