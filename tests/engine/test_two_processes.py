@@ -118,6 +118,14 @@ def test_state_of_the_method_is_that_of_one_process(ranks, one_process):
     assert files == one_process[2]
 
 
+def test_both_processes_have_the_same_cached_images(ranks):
+    """Two new ones of each process in each step, of which the cache holds the last eight."""
+    first, second = (rank["cache"] for rank in ranks)
+    assert len(first) == len(second) == 8
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert same(ranks[0]["cache_student"], ranks[1]["cache_student"])
+
+
 def test_logged_metrics_are_means_over_both_processes(ranks):
     """NaN is ignored, and the highest score is a maximum."""
     logged, first, second = (

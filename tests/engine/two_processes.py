@@ -63,6 +63,25 @@ RANK_WITHOUT_LABELS = 1
 NAN_LOSS, NAN_GRADIENT = (0, 3), (1, 5)
 
 
+MIXPL = {
+    "SEMI.METHOD": "MixPL",
+    "SEMI.BURN_IN_ITERS": 0,
+    "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
+    "SOLVER.MAX_ITER": 4,
+}
+
+
+def train_with_cache(datasets: dict, folder: Path) -> dict:
+    """Train with cached images; returns the cache and the student."""
+    cfg = training_config(datasets, folder, MIXPL)
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED)
+    trainer = SemiSupervisedTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return {"cache": trainer.settings.method.cache, "cache_student": copy_of(trainer.student)}
+
+
 def train(datasets: dict, folder: Path) -> None:
     """Train, evaluate on a test set that the teacher solves, and save this process's state."""
     rank = comm.get_rank()
@@ -89,6 +108,7 @@ def train(datasets: dict, folder: Path) -> None:
 
     trainer_module.training_step = step
     trainer.train()
+    trainer_module.training_step = training_step
 
     solved = folder / "solved.json"
     if comm.is_main_process():
@@ -114,4 +134,5 @@ def train(datasets: dict, folder: Path) -> None:
         "teachers": recorder.teachers,
         "labeled": [record["file_name"] for record in trainer.sets.labeled],
     }
+    state |= train_with_cache(datasets, folder / "mixpl")
     torch.save(state, folder / f"rank_{rank}.pt")

@@ -370,7 +370,11 @@ def make_method(name, **settings):
 
 
 @pytest.mark.parametrize(
-    "name", ["LocReweight", "ShuffledLocReweight", "Stac", "UnbiasedTeacher", "SoftTeacher"]
+    "name",
+    [
+        *("LocReweight", "ShuffledLocReweight", "Stac", "UnbiasedTeacher", "SoftTeacher"),
+        *("Mum", "InstantTeaching", "MixPL"),
+    ],
 )
 def test_build_method_reads_the_config(name):
     parts = {"SEMI.LER": True, "SEMI.PRC": False}

@@ -73,8 +73,9 @@ def add_locreweight_config(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
     # Semi-supervised method (locreweight/methods/): "LocReweight", its control
-    # "ShuffledLocReweight", or a published method: "Stac", "UnbiasedTeacher", "SoftTeacher". It
-    # decides which detections become pseudo-labels and which losses they are used in.
+    # "ShuffledLocReweight", or a published method: "Stac", "UnbiasedTeacher", "SoftTeacher", "Mum",
+    # "InstantTeaching", "MixPL". It decides which detections become pseudo-labels, what the student
+    # sees and which losses are used.
     cfg.SEMI.METHOD = "LocReweight"
     # Number of iterations on labeled images only, before the teacher makes pseudo-labels. Training
     # is fully supervised if this is at least SOLVER.MAX_ITER.
@@ -186,8 +187,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.TEST.MONITORED_IMAGES = 200
 
     # How training images are augmented (locreweight/data/transforms/policies.py):
-    # "SoftTeacherPolicy", "UnbiasedTeacherPolicy", "StacPolicy", or a name that you registered in
-    # AUGMENTATION_POLICY_REGISTRY. Sizes and flips come from Detectron2's INPUT keys.
+    # "SoftTeacherPolicy", "UnbiasedTeacherPolicy", "StacPolicy", "InstantTeachingPolicy", or a name
+    # that you registered in AUGMENTATION_POLICY_REGISTRY. Sizes and flips come from Detectron2's
+    # INPUT keys.
     cfg.INPUT.AUGMENTATION_POLICY = "SoftTeacherPolicy"
     # Decode large JPEGs of training images at 1/2, 1/4 or 1/8 of their size where the result is
     # still 1.5 times as wide and high as the largest view. This saves much time on photos.

@@ -63,7 +63,7 @@ class StudentImage:
     Attributes:
         image: ``(3, H, W)`` pixel values in [0, 255], channels in the order of ``INPUT.FORMAT``.
         pseudo_labels: with ``gt_boxes`` (xyxy, absolute pixels of the image), ``gt_classes`` and
-            further ``gt_*`` fields, the same ones in all images.
+            further ``gt_*`` fields.
         sample: the views whose strong view this is; None for an image mixed from several.
         loss_weight: factor on the RPN's losses in this image, before the mean over images. A method
             that uses it applies :attr:`SampledProposals.image_weight` to the losses of the ROI

@@ -191,6 +191,41 @@ class GaussianBlur(T.Augmentation):
         return T.PILColorTransform(lambda img: img.filter(ImageFilter.GaussianBlur(sigma)))
 
 
+class PhotometricOperations(T.Augmentation):
+    """Apply each of five groups of color operations with a probability (Instant-Teaching)."""
+
+    def __init__(self, prob: float = 0.2) -> None:
+        """
+        Args:
+            prob: probability of each group.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        contrast, brightness = np.random.uniform(0.1, 0.3, size=2)
+        channels = np.random.uniform(-10, 10, size=3)
+        hsv = np.random.uniform(-1, 1, size=3) * (20, 30, 20)
+        quality = np.random.randint(85, 96)
+        order = np.random.permutation(3)
+        groups: list[list[Callable[[np.ndarray], np.ndarray]]] = [
+            [lambda img: _to_uint8((1 + contrast) * img + 255 * brightness)],
+            [lambda img: _to_uint8(img + channels), lambda img: color_ops.shift_hsv(img, *hsv)],
+            [lambda img: color_ops.jpeg(img, quality)],
+            [lambda img: np.ascontiguousarray(img[:, :, order])],
+            [lambda img: cv2.blur(img, (3, 3)), lambda img: cv2.medianBlur(img, 3)],
+        ]
+        drawn = [group[np.random.randint(len(group))] for group in groups]
+        used = np.random.uniform(size=len(groups)) < self.prob
+        return T.TransformList(
+            [T.ColorTransform(op) for op, use in zip(drawn, used, strict=True) if use]
+        )
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+
 class EraseTransform(T.Transform):
     """Fill rectangles of the image with a color. Coordinates do not change."""
 
@@ -253,3 +288,25 @@ class RandomErasing(T.Augmentation):
         x = np.random.randint(0, width - patch_width + 1)
         y = np.random.randint(0, height - patch_height + 1)
         return x, y, x + patch_width, y + patch_height
+
+
+class Cutout(T.Augmentation):
+    """Fill squares around random pixels with black (DeVries and Taylor, 2017)."""
+
+    def __init__(self, holes: int = 8, side: int = 8) -> None:
+        """
+        Args:
+            holes: number of squares, which may overlap.
+            side: of a square, in pixels. Squares are cut off at the border.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        height, width = image.shape[:2]
+        patches = []
+        for _ in range(self.holes):
+            x = np.random.randint(width) - self.side // 2
+            y = np.random.randint(height) - self.side // 2
+            patches.append((max(x, 0), max(y, 0), x + self.side, y + self.side))
+        return EraseTransform(patches, (0.0, 0.0, 0.0))
