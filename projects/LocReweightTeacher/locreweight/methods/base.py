@@ -250,7 +250,8 @@ class SemiSupervisedMethod:
 
         Args:
             observations: what :meth:`observe` returned in each process, in the order of the
-                processes. Not called in burn-in or in a step that failed in any process.
+                processes and without None; at least one. The state of a step that failed in any
+                process is not updated.
         """
 
     def state_dict(self) -> dict:
