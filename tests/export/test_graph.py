@@ -24,21 +24,25 @@ from locreweight.export.graph import (
 )
 from locreweight.losses.localization import localization_quality
 from tests.export.decisive_model import SETTINGS, decisive_model
-from tests.modeling.tiny_model import random_image, tiny_config
+from tests.modeling.tiny_model import TIMM_BACKBONES, random_image, tiny_config
 
 ROOT = Path(__file__).parents[2]
 BCCD = Path(os.environ.get("LOCREWEIGHT_BCCD") or ROOT.parent / "shared/data/bccd")
 SIZES = [(64, 64), (96, 160), (131, 77)]  # the last is not a multiple of the stride
 
 
-@pytest.fixture(scope="module", params=["corners", "xywh, class-agnostic"])
+@pytest.fixture(
+    scope="module", params=["corners", "xywh, class-agnostic", "timm_efficientnet", "timm_convnext"]
+)
 def settings(request):
     plain = {
         "MODEL.ROI_BOX_HEAD.CORNER_CODING": False,
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
         "MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT": 0.5,
     }
-    return SETTINGS | (plain if "xywh" in request.param else {})
+    if "xywh" in request.param:
+        return SETTINGS | plain
+    return SETTINGS | TIMM_BACKBONES.get(request.param, {})
 
 
 @pytest.fixture(scope="module")

@@ -82,8 +82,8 @@ def _from_hub(name: str) -> str:
     repository, _, revision = (settings.hf_hub_id or "").partition("@")
     if not repository or settings.custom_load:
         raise UsageError(
-            f"timm publishes no PyTorch weights for MODEL.TIMM.NAME {name}: use another tag, or set "
-            "MODEL.TIMM.PRETRAINED to a file"
+            f"timm publishes no PyTorch weights for MODEL.TIMM.NAME {name}: use another tag, or "
+            "set MODEL.TIMM.PRETRAINED to a file"
         )
     files = (settings.hf_hub_filename,) if settings.hf_hub_filename else _HUB_FILES
     # The cache first: asking the server whether the file is the newest fails without network.
@@ -161,7 +161,7 @@ def read_timm_weights(file: str, *, trusted: bool = False) -> dict[str, Tensor]:
     """Read a file of weights in timm's names, or of torchvision's MobileNetV2.
 
     Args:
-        file: a file of ``torch.save`` or safetensors: the weights, or a training checkpoint of timm.
+        file: of ``torch.save`` or safetensors: the weights, or a training checkpoint of timm.
         trusted: as in :func:`.safe_loading.read_weights`.
 
     Raises:

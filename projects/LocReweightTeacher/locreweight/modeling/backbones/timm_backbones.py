@@ -1,8 +1,8 @@
 """Backbones from timm (https://github.com/huggingface/pytorch-image-models) with a feature pyramid.
 
 Models are built with random weights; :mod:`locreweight.checkpoint.timm_weights` loads pretrained
-ones. ``locreweight/export/stock.py`` copies this file into exported detectors, so it imports nothing
-else of this package. timm is imported where it is used, because its import takes a second.
+ones. ``locreweight/export/stock.py`` copies this file into exported detectors, so it imports
+nothing else of this package. timm is imported where it is used, because that takes a second.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def pretrained_settings(name: str) -> Any:
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
     if tag and tag not in tags:
         raise UsageError(
-            f"MODEL.TIMM.NAME {name!r}: timm {timm.__version__} has no weights with the tag {tag!r} "
-            f"for this model; tags: {', '.join(tags) or 'none'}"
+            f"MODEL.TIMM.NAME {name!r}: timm {timm.__version__} has no weights {tag!r} for this "
+            f"model; it has {', '.join(tags) or 'none'}"
         )
     return timm.get_pretrained_cfg(name)
 
