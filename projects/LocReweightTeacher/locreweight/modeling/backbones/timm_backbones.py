@@ -37,10 +37,10 @@ class TimmBackbone(Backbone):
         net: the timm model, built with ``features_only=True``.
     """
 
-    def __init__(self, net: nn.Module, names: list[str]) -> None:
+    def __init__(self, net: Any, names: list[str]) -> None:
         """
         Args:
-            net: returns a list of ``(N, C, H, W)`` feature maps, or ``(N, H, W, C)`` if its
+            net: the timm model. It returns a list of ``(N, C, H, W)`` feature maps, or ``(N, H, W, C)`` if its
                 ``output_fmt`` says so.
             names: names of its feature maps that are used.
         """
@@ -222,12 +222,12 @@ def model_arguments(cfg: CfgNode) -> dict[str, Any]:
 # -- parts of the model ----------------------------------------------------------------------------
 
 
-def stage_names(net: nn.Module) -> list[str]:
+def stage_names(net: Any) -> list[str]:
     """Names of the feature maps of a timm model: ``res2`` for stride 4, ``res3`` for stride 8."""
     return [f"res{int(math.log2(stride))}" for stride in net.feature_info.reduction()]
 
 
-def _build_net(cfg: CfgNode, **arguments: Any) -> nn.Module:
+def _build_net(cfg: CfgNode, **arguments: Any) -> Any:
     import timm
 
     settings = cfg.MODEL.TIMM
@@ -283,7 +283,7 @@ def _freeze_norms(module: nn.Module) -> nn.Module:
     return module
 
 
-def _freeze_stages(net: nn.Module, cfg: CfgNode) -> None:
+def _freeze_stages(net: Any, cfg: CfgNode) -> None:
     """Freeze parameters and batch norms up to a stage, as ``MODEL.BACKBONE.FREEZE_AT`` says.
 
     As in Detectron2's ResNets, 1 stands for the layers before the stage of stride 4, 2 for that
