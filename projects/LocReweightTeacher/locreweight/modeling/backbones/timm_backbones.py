@@ -40,8 +40,8 @@ class TimmBackbone(Backbone):
     def __init__(self, net: Any, names: list[str]) -> None:
         """
         Args:
-            net: the timm model. It returns a list of ``(N, C, H, W)`` feature maps, or ``(N, H, W, C)`` if its
-                ``output_fmt`` says so.
+            net: the timm model. It returns a list of feature maps: ``(N, C, H, W)``, or
+                ``(N, H, W, C)`` if its ``output_fmt`` says so.
             names: names of its feature maps that are used.
         """
         super().__init__()
