@@ -75,9 +75,9 @@ def exported(tmp_path_factory):
     for name, corners, backbone in (
         ("corners", True, "resnet"),
         ("centers.v1", False, "resnet"),
-        ("timm", True, "timm_efficientnet"),
-        ("timm_centers", False, "timm_convnext"),
-        ("timm_vit", True, "timm_vit"),
+        ("efficientnet", True, "timm_efficientnet"),
+        ("convnext", False, "timm_convnext"),
+        ("vit", True, "timm_vit"),
     ):
         settings = SETTINGS | {"MODEL.ROI_BOX_HEAD.CORNER_CODING": corners} | BACKBONES[backbone]
         models[name] = decisive_model(settings)
@@ -117,9 +117,9 @@ def detect(model):
     [
         ("corners", ["corners.pkl", "corners.py"]),
         ("centers.v1", ["centers.v1.pkl", "centers.v1.yaml"]),
-        ("timm", ["timm.pkl", "timm.py"]),
-        ("timm_centers", ["timm_centers.pkl", "timm_centers.py"]),
-        ("timm_vit", ["timm_vit.pkl", "timm_vit.py"]),
+        ("efficientnet", ["efficientnet.pkl", "efficientnet.py"]),
+        ("convnext", ["convnext.pkl", "convnext.py"]),
+        ("vit", ["vit.pkl", "vit.py"]),
     ],
 )
 def test_plain_detectron2_detects_the_same(exported, name, expected):

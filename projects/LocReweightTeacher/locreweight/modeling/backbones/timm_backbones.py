@@ -92,7 +92,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) 
         )
     net = _build_net(cfg)
     names = stage_names(net)
-    if not set(wanted) <= set(names):
+    if not wanted or not set(wanted) <= set(names):
         raise UsageError(
             f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} has the feature maps {', '.join(names)}, but "
             f"MODEL.FPN.IN_FEATURES is {wanted}: choose among these maps, or another model"
