@@ -15,7 +15,6 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import train_net
-from benchmarks.linear_probe import compare
 from locreweight.config import load_config
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from tests.engine.tiny_training import restored_loggers_and_signals
@@ -24,10 +23,6 @@ from tests.modeling.tiny_model import TINY, as_options
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/bccd.yaml"
 BCCD = Path(os.environ.get("LOCREWEIGHT_BCCD") or ROOT.parent / "shared/data/bccd")
-MOBILENET = Path(
-    os.environ.get("LOCREWEIGHT_MOBILENET_V2")
-    or ROOT.parent / "shared/weights/mobilenet_v2_imagenet.pth"
-)
 WITHOUT_AREA = {"BloodImage_00338.jpg", "BloodImage_00343.jpg"}
 
 pytestmark = pytest.mark.skipif(
@@ -101,16 +96,3 @@ def test_training_with_a_tenth_of_the_labels(small_test_set, tmp_path):
         assert name in metrics
     assert metrics["pseudo_labels/per_image"] > 0
     assert "20 labeled and 185 unlabeled images" in (tmp_path / "output/log.txt").read_text()
-
-
-@pytest.mark.skipif(not MOBILENET.is_file(), reason=f"{MOBILENET} does not exist")
-def test_pretrained_features_separate_blood_cells_better_than_random_ones():
-    settings = {
-        "MODEL.TIMM.PRETRAINED": MOBILENET,
-        "DATASETS.TRAIN": [f"voc:{BCCD}:train"],
-        "DATASETS.TEST": [f"voc:{BCCD}:test"],
-        "DATASETS.CLASS_NAMES": ["RBC", "WBC", "Platelets"],
-    }
-    cfg = load_config(str(ROOT / "configs/detectors/cpu-mobilenetv2.yaml"), as_options(settings))
-    (*_, pretrained), (*_, random) = compare(cfg, per_class=30)
-    assert float(pretrained) > 95 > float(random)
