@@ -30,7 +30,7 @@ def test_probe_separates_what_is_separable():
     half = slice(None, 30), slice(30, None)
     train, test = ((features[part], classes[part]) for part in half)
     assert probe_accuracy(*train, *test, ridge=0.01) == 100.0
-    # Mean over classes: of five crops of class 0 and one of class 1, the latter is wrong.
+    # Mean over classes: of five crops of class 0 and one of class 2, the latter is wrong.
     picked = torch.tensor([0, 3, 6, 9, 12, 13])
     labels = torch.tensor([0, 0, 0, 0, 0, 2])
     assert probe_accuracy(*train, test[0][picked], labels, ridge=0.01) == 50.0
