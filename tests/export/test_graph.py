@@ -14,6 +14,7 @@ from locreweight.errors import UsageError
 from locreweight.export.graph import (
     OUTPUTS,
     compare_with_model,
+    export_graphs,
     graph_metadata,
     graph_outputs,
     largest_differences,
@@ -102,6 +103,17 @@ def test_graph_has_the_same_outputs_as_detectron2_inference(model, graph):
     assert log_variance.abs().max() <= limit
     if limit < 1:
         assert log_variance.abs().max() == limit
+
+
+@torch.no_grad()
+def test_plain_transformers(tmp_path):
+    """ONNX has no operator that interpolates their position embeddings."""
+    model = decisive_model(TIMM_BACKBONES["timm_vit"])
+    images = [random_image(size).float() for size in SIZES]
+    (line,) = export_graphs(model, images, {}, torchscript=tmp_path / "model.pt")
+    assert "on 3 images of 3 sizes" in line
+    with pytest.raises(UsageError, match="position embeddings.*use TorchScript"):
+        write_onnx(model, images[0], tmp_path / "model.onnx", {})
 
 
 @torch.no_grad()

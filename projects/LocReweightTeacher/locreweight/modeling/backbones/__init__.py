@@ -4,6 +4,7 @@ from .timm_backbones import (
     TimmBackbone,
     build_timm_fpn_backbone,
     build_timm_simple_pyramid_backbone,
+    interpolates_position_embeddings,
     set_timm_input,
     uses_timm,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "TimmBackbone",
     "build_timm_fpn_backbone",
     "build_timm_simple_pyramid_backbone",
+    "interpolates_position_embeddings",
     "set_timm_input",
     "uses_timm",
 ]

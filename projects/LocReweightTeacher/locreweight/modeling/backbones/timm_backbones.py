@@ -144,6 +144,12 @@ def build_timm_simple_pyramid_backbone(
     )
 
 
+def interpolates_position_embeddings(model: nn.Module) -> bool:
+    """Whether a detector has a transformer that interpolates position embeddings to the image."""
+    nets = [module.net for module in model.modules() if isinstance(module, TimmBackbone)]
+    return any(getattr(getattr(n, "model", None), "pos_embed", None) is not None for n in nets)
+
+
 # -- config ----------------------------------------------------------------------------------------
 
 
