@@ -85,7 +85,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def _used_files(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     """Local files that training reads after the config."""
-    files = [args.config_file, cfg.MODEL.WEIGHTS, cfg.DATASETS.SPLIT_FILE]
+    files = [args.config_file, cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED]
+    files.append(cfg.DATASETS.SPLIT_FILE)
     return [file for file in files if file and "://" not in file]
 
 

@@ -20,6 +20,7 @@ from tests.engine.tiny_training import (
     same,
     training_config,
 )
+from tests.modeling.tiny_model import TIMM_BACKBONES
 from tests.soak import metrics_of
 
 BURN_IN, MAX_ITER = 3, 8
@@ -41,8 +42,9 @@ def _metrics_every_third_iteration(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def settings(datasets):
-    return SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]}
+def settings(datasets, request):
+    backbone = getattr(request, "param", {})
+    return SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]} | backbone
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,14 @@ STOPS = pytest.mark.parametrize(
     [(2, 0), (BURN_IN, 1), (5, 2), (7, 0)],
     ids=["in_burn_in", "at_end_of_burn_in", "after_burn_in", "before_last_iteration"],
 )
+# Drop path draws random numbers.
+WITH_TIMM = TIMM_BACKBONES["timm_efficientnet"] | {
+    "MODEL.TIMM.DROP_PATH": 0.3,
+    "SOLVER.BACKBONE_LR_FACTOR": 0.5,
+}
 
 
+@pytest.mark.parametrize("settings", [{}, WITH_TIMM], ids=["resnet", "timm"], indirect=True)
 @STOPS
 def test_resumed_run_equals_uninterrupted_run(
     uninterrupted, stopped_after, make_trainer, settings, iterations, workers, tmp_path

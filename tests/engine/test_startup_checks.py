@@ -14,8 +14,10 @@ from locreweight.engine.startup_checks import log_effective_values
 from locreweight.errors import UsageError
 from tests.checked_data import Project
 from tests.engine.tiny_training import TRAINING
-from tests.modeling.tiny_model import tiny_config
+from tests.modeling.tiny_model import TIMM_BACKBONES, tiny_config
 from tests.tiny_data import edit_json
+
+EFFICIENTNET = TIMM_BACKBONES["timm_efficientnet"]
 
 # --- device ---------------------------------------------------------------------------------------
 
@@ -100,6 +102,9 @@ def test_burn_in_without_end_gives_a_warning(log_of, burn_in):
         ({}, ""),
         ({"MODEL.BACKBONE.FREEZE_AT": 2}, "set MODEL.BACKBONE.FREEZE_AT 0. "),
         ({"MODEL.RESNETS.NORM": "FrozenBN"}, "set MODEL.RESNETS.NORM BN. "),
+        (EFFICIENTNET, ""),
+        (EFFICIENTNET | {"MODEL.TIMM.NORM": "FrozenBN"}, "set MODEL.TIMM.NORM BN. "),
+        (EFFICIENTNET | {"MODEL.TIMM.NORM": "FrozenBN", "MODEL.TIMM.PRETRAINED": "hub"}, ""),
     ],
 )
 def test_frozen_random_backbone_gives_a_warning(log_of, settings, fix):

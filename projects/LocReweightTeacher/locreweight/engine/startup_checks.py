@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from torch import distributed
 
 from ..checkpoint.loading import check_weights_exist
+from ..checkpoint.timm_weights import find_pretrained, starts_from_timm_weights
 from ..config import scale_to_world_size
 from ..data.inspection.annotations import collected_warnings
 from ..data.inspection.findings import Finding, Severity
@@ -21,6 +22,7 @@ from ..data.training_sets import TrainingSets, load_training_sets, register_data
 from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
 from ..errors import UsageError
 from ..modeling import build_detector
+from ..modeling.backbones import uses_timm
 from .optimizer import amp_dtype
 from .training_step import StepSettings
 
@@ -115,13 +117,14 @@ def untrained_random_layers(cfg: CfgNode) -> dict[str, str]:
     Returns:
         config keys to set and their values; empty if all layers are trained or pretrained.
     """
-    if cfg.MODEL.WEIGHTS:
+    if cfg.MODEL.WEIGHTS or starts_from_timm_weights(cfg):
         return {}
     fixes = {}
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         fixes["MODEL.BACKBONE.FREEZE_AT"] = "0"
-    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
-        fixes["MODEL.RESNETS.NORM"] = "BN"
+    section = "TIMM" if uses_timm(cfg) else "RESNETS"
+    if cfg.MODEL[section].NORM == "FrozenBN":
+        fixes[f"MODEL.{section}.NORM"] = "BN"
     return fixes
 
 
@@ -133,6 +136,7 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
     checks: list[Callable[[], object]] = [
         partial(scale_to_world_size, cfg, num_gpus),
         partial(check_weights_exist, cfg.MODEL.WEIGHTS),
+        partial(find_pretrained, cfg),
         partial(_build_on_cpu, cfg),
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),

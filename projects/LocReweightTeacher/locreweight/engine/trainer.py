@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -21,7 +22,9 @@ from ..checkpoint.checkpointer import (
     CheckpointDescription,
     TeacherCheckpointer,
 )
+from ..checkpoint.files import list_checkpoints
 from ..checkpoint.loading import check_weights_exist
+from ..checkpoint.timm_weights import find_pretrained, load_pretrained
 from ..config import check_supported, scale_to_world_size
 from ..data.loader import Batch, StreamDataset, TwoStreamBatchSampler, build_loader
 from ..data.mapper import ViewMapper
@@ -82,6 +85,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         super().__init__(seed, start_iter=0, max_iter=cfg.SOLVER.MAX_ITER)
         check_weights_exist(cfg.MODEL.WEIGHTS)
+        if not list_checkpoints(Path(cfg.OUTPUT_DIR)):  # a resumed run does not need them
+            find_pretrained(cfg)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
         self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
@@ -204,6 +209,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         else:
             if resume:
                 self._warn_of_weights_of_run()
+            load_pretrained(self.cfg, self.teacher)
             for module in (self.student, self.pseudo_labeler):
                 module.load_state_dict(self.teacher.state_dict())
         starts = comm.all_gather(self.start_iter)
