@@ -6,9 +6,10 @@
 
 The TorchScript and ONNX graphs take an image and return boxes, scores, classes, localization
 quality and log-variances; locreweight/export/graph.py documents them. A json beside each has the
-class names and the size that images must be resized to. Both are compared with the model on the
-given images. ``--detectron2`` writes weights and a config that Detectron2 reads without this
-package. ``--timm`` writes the backbone, if it is from timm, as weights in timm's names.
+class names, the score threshold with the best F1 on the test set, and the size that images must be
+resized to. Both are compared with the model on the given images. ``--detectron2`` writes weights
+and a config that Detectron2 reads without this package. ``--timm`` writes the backbone, if it is
+from timm, as weights in timm's names.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def main() -> None:
             lines = export_graphs(
                 detector.model,
                 load_images(detector, files),
-                graph_metadata(detector.cfg, detector.class_names),
+                graph_metadata(detector.cfg, detector.class_names, detector.score_threshold),
                 torchscript=args.torchscript,
                 onnx=args.onnx,
             )

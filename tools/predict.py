@@ -20,7 +20,13 @@ import sys
 from pathlib import Path
 
 from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments
-from locreweight.engine.inference import INPUT_HELP, exit_if_unreadable, find_inputs
+from locreweight.engine.inference import (
+    INPUT_HELP,
+    add_drawing_arguments,
+    drawing_style,
+    exit_if_unreadable,
+    find_inputs,
+)
 from locreweight.engine.prediction import predict_files
 from locreweight.engine.predictor import load_predictor
 from locreweight.errors import UsageError
@@ -36,12 +42,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all detections to this file")
     parser.add_argument("--threshold", type=float, default=0.5, help="minimum score. Default: 0.5")
     parser.add_argument("--count", type=int, help="maximum number of files")
+    add_drawing_arguments(parser)
     args = parser.parse_args()
     try:
         files = find_inputs(args.input, args.output)[: args.count]
         detector = load_predictor(args.weights, args.config_file, args.opts, args.device)
         batch = args.batch or detector.default_batch_size
-        results, unreadable = predict_files(detector, files, args.output, args.threshold, batch)
+        results, unreadable = predict_files(
+            detector, files, args.output, args.threshold, batch, drawing_style(args)
+        )
     except UsageError as error:
         sys.exit(f"error: {error}")
     if args.json:

@@ -3,8 +3,9 @@
 
     python tools/report.py output/quickstart [output/another ...]
 
-The report shows results, curves, pictures, the config and how to reproduce the run. It is one file
-that needs neither a server nor a network. It can also be written during training.
+The report shows results, also by class, curves, pictures, the config and how to reproduce the run.
+It is one file that needs neither a server nor a network. It can also be written during training.
+A folder that compare.py has written stands for all its runs; details are those of the first seed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="OUTPUT_DIR of each run")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="OUTPUT_DIR of each run, or folder of a comparison"
+    )
     parser.add_argument(
         "--output", type=Path, help="HTML file. Default: report.html in the first OUTPUT_DIR"
     )

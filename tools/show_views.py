@@ -4,11 +4,11 @@
     python tools/show_views.py --config-file configs/quickstart.yaml --output views.jpg
 
 Each row is one image: the weak view (for the teacher) and the strong view (for the student). Both
-show the ground truth in green and the student's proposals. Proposals are predicted in the strong
-view and projected to the weak view, with the same color and number in both. A box must enclose the
-same image content in both views; if it does not, an augmentation or its matrix is wrong. Without
---weights the student is initialized randomly and proposals are arbitrary, but they must enclose the
-same content, too.
+show the ground truth, dashed and with class names, and the student's proposals. Proposals are
+predicted in the strong view and projected to the weak view, with the same color and number in both.
+A box must enclose the same image content in both views; if it does not, an augmentation or its
+matrix is wrong. Without --weights the student is initialized randomly and proposals are arbitrary,
+but they must enclose the same content, too.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def graphs(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graphs")
     example = random_image((80, 112), seed=9).float()
     write_torchscript(model, example, folder / "model.pt")
-    metadata = graph_metadata(tiny_config(SETTINGS), ["cat", "dog", "owl"])
+    metadata = graph_metadata(tiny_config(SETTINGS), ["cat", "dog", "owl"], 0.4)
     write_onnx(model, example, folder / "model.onnx", metadata)
     return folder
 
@@ -139,6 +139,7 @@ def test_onnx_file_has_metadata_and_standard_operators(graphs):
     properties = {p.key: json.loads(p.value) for p in session.metadata_props}
     assert properties == {
         "class_names": ["cat", "dog", "owl"],
+        "score_threshold": 0.4,
         "format": "BGR",
         "shortest_side": 96,
         "longest_side": 160,

@@ -153,3 +153,26 @@ def test_video_with_detections(run, predict_call, tmp_path):
 def test_error_is_one_line(predict_call):
     code, _ = predict_call("--input", "none.jpg")
     assert code == "error: the input 'none.jpg' does not exist"
+
+
+@pytest.mark.parametrize("width", ["0", "-1", "wide", "1000"])
+def test_invalid_line_width_is_an_error(call, width):
+    code, printed = call(
+        predict, "--weights", "a", "--input", "b", "--output", "c", f"--line-width={width}"
+    )
+    assert code == 2 and "is not a width from 1 to 100 pixels" in printed.err
+
+
+def test_labels_and_line_width_change_the_pictures(run, call, tmp_path):
+    contents = set()
+    for name, flags in {
+        "score": [],
+        "class": ["--labels", "class"],
+        "none": ["--labels", "none"],
+        "wide": ["--labels", "none", "--line-width", 6],
+    }.items():
+        image = run.test_images / "0000.png"
+        arguments = ["--weights", run.output, "--input", image, "--output", tmp_path / name]
+        assert call(predict, *arguments, "--threshold", 0, "--device", "cpu", *flags)[0] == 0
+        contents.add((tmp_path / name / "0000.png").read_bytes())
+    assert len(contents) == 4

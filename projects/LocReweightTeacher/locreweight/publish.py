@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import Tensor
 
-from .checkpoint.checkpointer import FINAL, CheckpointDescription
+from .checkpoint.checkpointer import FINAL, THRESHOLD_FIELD, CheckpointDescription
 from .checkpoint.files import last_checkpoint
 from .checkpoint.safe_loading import SAFETENSORS_SUFFIX, read_weights, write_safetensors
 from .checkpoint.sharing import shareable, shareable_command, shareable_config
@@ -73,6 +73,7 @@ class TrainedModel:
         metrics: results of the evaluation after these iterations, in percent.
         command: command line of the training.
         versions: package -> version of the training.
+        score_threshold: the score threshold with the best F1 on the test set; None if not known.
     """
 
     checkpoint: Path
@@ -83,6 +84,7 @@ class TrainedModel:
     metrics: dict[str, float]
     command: str
     versions: dict[str, str]
+    score_threshold: float | None = None
 
 
 def publish(trained: TrainedModel, zoo: Path, options: PublishOptions) -> ZooEntry:
@@ -148,6 +150,7 @@ def _write_entry(
         corner_coding=shared.MODEL.ROI_BOX_HEAD.CORNER_CODING,
         config=shared.dump(),
         class_names=trained.class_names,
+        score_threshold=trained.score_threshold,
     )
     # safetensors creates files that only the owner can read.
     shutil.copymode(folder / CONFIG, weights)
@@ -236,6 +239,7 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
         metrics=_metrics_of(run, iterations, cfg.SOLVER.MAX_ITER),
         command=command,
         versions=versions,
+        score_threshold=content.get(THRESHOLD_FIELD),
     )
 
 

@@ -18,6 +18,7 @@ from ..data.datasets.file_names import is_companion
 from ..data.datasets.image_folders import IMAGE_SUFFIXES
 from ..data.image_io import UnreadableImage, read_rgb
 from ..errors import UsageError
+from ..visualization.drawing import DrawingStyle, LabelDetail
 from .predictor import Predictor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"}
@@ -90,6 +91,36 @@ def picture_file(name: str) -> Path:
     if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{name} is not a picture file: use a .jpg or .png")
     return Path(name)
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--labels`` and ``--line-width``, which :func:`drawing_style` reads."""
+    parser.add_argument(
+        "--labels",
+        choices=[detail.value for detail in LabelDetail],
+        default=LabelDetail.SCORE.value,
+        help="what is written at each box: nothing, its class, or class, score and localization "
+        "quality q. Where the longest texts have no room, shorter ones are written. Default: score",
+    )
+    parser.add_argument(
+        "--line-width",
+        type=_line_width,
+        default=0,
+        metavar="PIXELS",
+        help="width of the boxes. Default: 2, more in pictures of over 960 pixels",
+    )
+
+
+def drawing_style(args: argparse.Namespace) -> DrawingStyle:
+    """Return the style of the arguments of :func:`add_drawing_arguments`."""
+    return DrawingStyle(LabelDetail(args.labels), args.line_width)
+
+
+def _line_width(text: str) -> int:
+    """Argument type for line widths, for ``argparse``."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width from 1 to 100 pixels")
+    return int(text)
 
 
 def detect_in_files(

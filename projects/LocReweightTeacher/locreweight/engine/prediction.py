@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..data.training_sets import load_training_sets, register_datasets
 from ..errors import UsageError
-from ..visualization.drawing import draw_detections, save_picture
+from ..visualization.drawing import DEFAULT_STYLE, DrawingStyle, draw_detections, save_picture
 from .inference import ImageDetections, InputFile, detect_in_files
 from .predictor import Predictor
 
@@ -71,7 +71,12 @@ def coco_entries(detections: Instances, *, has_localization_quality: bool) -> It
 
 
 def predict_files(
-    detector: Predictor, files: list[InputFile], output: Path, threshold: float, batch: int
+    detector: Predictor,
+    files: list[InputFile],
+    output: Path,
+    threshold: float,
+    batch: int,
+    style: DrawingStyle = DEFAULT_STYLE,
 ) -> tuple[CocoResults, list[str]]:
     """Detect objects in images and videos, draw them and collect them.
 
@@ -81,6 +86,7 @@ def predict_files(
         output: folder for the pictures.
         threshold: detections above this score are kept.
         batch: number of images per batch.
+        style: labels and line width.
 
     Returns:
         the detections, and a message for each file that could not be read.
@@ -91,12 +97,12 @@ def predict_files(
     for image in detect_in_files(detector, images, batch, unreadable):
         detections = image.detections[image.detections.scores > threshold]
         side = max(_SMALLEST_SIDE, *image.image.shape[:2])
-        picture = _draw(detector, image.image, detections, side)
+        picture = _draw(detector, image.image, detections, side, style)
         save_picture(picture, output / image.file.name)
         results.add(image.file.path, detections)
     for file in (file for file in files if file.is_video):
         try:
-            _predict_video(detector, file, output, threshold, batch, results)
+            _predict_video(detector, file, output, threshold, batch, results, style)
         except OSError as error:
             unreadable.append(f"{file.path}: {error}")
     return results, unreadable
@@ -153,9 +159,11 @@ def common_folder(files: Iterable[InputFile]) -> Path:
     return Path(os.path.commonpath([file.path.absolute().parent for file in files]))
 
 
-def _draw(detector: Predictor, image: np.ndarray, detections: Instances, side: int) -> np.ndarray:
-    quality = detector.has_localization_quality
-    return draw_detections(image, detections, detector.class_names, side, quality=quality)
+def _draw(
+    detector: Predictor, image: np.ndarray, detections: Instances, side: int, style: DrawingStyle
+) -> np.ndarray:
+    names, quality = detector.class_names, detector.has_localization_quality
+    return draw_detections(image, detections, names, side, quality=quality, style=style)
 
 
 def _predict_video(
@@ -165,6 +173,7 @@ def _predict_video(
     threshold: float,
     batch: int,
     results: CocoResults,
+    style: DrawingStyle,
 ) -> None:
     """Write a video with the detections of each frame as mp4.
 
@@ -193,7 +202,7 @@ def _predict_video(
                 group.append(frame)
             for frame, found in zip(group, detector.detect(group), strict=True):
                 detections = found[found.scores > threshold]
-                picture = _draw(detector, frame, detections, max(size))
+                picture = _draw(detector, frame, detections, max(size), style)
                 writer.write(picture[:, :, ::-1])
                 results.add(file.path, detections, frame=index)
                 index += 1

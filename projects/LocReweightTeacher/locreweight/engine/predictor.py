@@ -36,12 +36,15 @@ class Predictor:
         class_names: in the order of the model's classes.
         has_localization_quality: whether the model was trained to predict localization quality,
             which a plain Detectron2 detector was not.
+        score_threshold: the score threshold with the best F1 on the test set of the training; None
+            if it is not known.
     """
 
     cfg: CfgNode
     model: SemiSupervisedRCNN
     class_names: list[str]
     has_localization_quality: bool
+    score_threshold: float | None = None
 
     @property
     def default_batch_size(self) -> int:
@@ -108,7 +111,10 @@ def load_predictor(
     names = description.class_names if description else class_names_of_data(cfg)
     if not names:
         names = [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
-    return Predictor(cfg, model, names, has_localization_quality=not plain)
+    threshold = description.score_threshold if description else None
+    return Predictor(
+        cfg, model, names, has_localization_quality=not plain, score_threshold=threshold
+    )
 
 
 def load_student(cfg: CfgNode, weights: str) -> SemiSupervisedRCNN:

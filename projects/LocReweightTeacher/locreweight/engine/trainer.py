@@ -34,7 +34,12 @@ from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
 from ..modeling import build_detector
 from ..modeling.meta_arch import SemiSupervisedRCNN
-from .evaluation import evaluate_teacher_and_student, main_metric, write_ground_truth
+from .evaluation import (
+    evaluate_teacher_and_student,
+    main_metric,
+    threshold_metric,
+    write_ground_truth,
+)
 from .hooks import (
     FinalCheckpoint,
     NoPseudoLabelWarning,
@@ -109,14 +114,16 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._deferred_metrics = DeferredMetrics()
         self._batches: Iterator[Batch] | None = None
         self._writer = ResumableWriter(cfg.OUTPUT_DIR)
+        this = weakref.proxy(self)
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
             description=CheckpointDescription(cfg.dump(), self.sets.class_names),
             trusted=cfg.MODEL.TRUST_WEIGHTS,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
+            score_threshold=lambda: this._best_threshold(),
             student=self.student,
-            trainer=weakref.proxy(self),
+            trainer=this,
             **frozen,
         )
         self.register_named_hooks(self.build_hooks())
@@ -164,8 +171,20 @@ class SemiSupervisedTrainer(ResumableTrainer):
         burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
         with STOP_REQUEST.released():  # a checkpoint was just saved, so nothing would be lost
             return evaluate_teacher_and_student(
-                self.cfg, self.teacher, self.student, identical=burning_in
+                self.cfg,
+                self.teacher,
+                self.student,
+                iteration=self.iter + 1,
+                identical=burning_in,
             )
+
+    def _best_threshold(self) -> float | None:
+        """Score threshold with the best F1 of the current teacher; None if it is not evaluated."""
+        if not (self.cfg.DATASETS.TEST and hasattr(self, "storage")):  # before training
+            return None
+        unknown = (None, -1)
+        value, iteration = self.storage.latest().get(threshold_metric(self.cfg), unknown)
+        return value if iteration == self.iter else None
 
     def _build_loader(self) -> torch.utils.data.DataLoader:
         cfg = self.cfg
