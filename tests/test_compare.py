@@ -166,7 +166,7 @@ def test_method_that_is_not_a_config_file_is_an_error(tmp_path):
 def test_counts_below_one_are_an_error(tmp_path, words, capsys):
     with pytest.raises(SystemExit):
         plan("--config-file", QUICKSTART, "--output", tmp_path, *words)
-    assert f"{words[0]}: {words[1]} is less than 1" in capsys.readouterr().err
+    assert f"{words[0]}: '{words[1]}' is not an integer of at least 1" in capsys.readouterr().err
 
 
 def test_output_folder_that_cannot_be_created_is_an_error(tmp_path):

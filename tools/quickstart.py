@@ -8,7 +8,6 @@ If it was interrupted, the same command resumes the training. After that, it sho
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -18,9 +17,10 @@ import torch
 
 from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
+from locreweight.engine.detection_files import PictureWriter
 from locreweight.engine.inference import find_inputs
 from locreweight.engine.prediction import predict_files
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.engine.run_folder import open_runs, summary_table
 from locreweight.errors import UsageError
 from locreweight.visualization.report import write_report
@@ -31,9 +31,7 @@ NUM_PICTURES = 12
 
 
 def main() -> None:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
     os.chdir(ROOT)  # paths in the config are relative to the repository
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = ["MODEL.DEVICE", device, *parser.parse_args().opts]
@@ -49,8 +47,8 @@ def main() -> None:
     print("3/3  drawing detections and writing the report", flush=True)
     output = ROOT / load_config(str(ROOT / CONFIG), options).OUTPUT_DIR
     files = find_inputs(["datasets/synthetic/val"])[:NUM_PICTURES]
-    detector = load_predictor(str(output))
-    predict_files(detector, files, output / "detections", threshold=0.5, batch=1)
+    detector = Predictor(output)
+    predict_files(detector, files, [PictureWriter(output / "detections")])
     write_report([output], output / "report.html", images=200)
     print(f"\n{summary_table(open_runs([output]))}\n")
     print(f"report         {output / 'report.html'}")

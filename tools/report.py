@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from locreweight.command_line import HelpFormatter, add_device_argument, non_negative
 from locreweight.errors import UsageError
 from locreweight.visualization.report import write_report
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, help="OUTPUT_DIR of each run, or folder of a comparison"
@@ -32,13 +33,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--images",
-        type=int,
+        type=non_negative,
         default=200,
-        help="maximum number of test images; 0 leaves out all detections. Default: 200",
+        help="maximum number of test images; 0 leaves out all detections",
     )
-    parser.add_argument(
-        "--device", default="", help="cuda or cpu. Default: a GPU if there is one, else the CPU"
-    )
+    add_device_argument(parser)
     args = parser.parse_args()
     output = args.output or args.runs[0] / "report.html"
     try:

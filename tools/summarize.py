@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from locreweight.command_line import HelpFormatter
 from locreweight.engine.run_folder import describe_test_sets, open_runs, summary_table
 from locreweight.errors import UsageError
 
@@ -21,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, help="OUTPUT_DIR of each run, or of a comparison"

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from export import load_images
-from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from locreweight.export.graph import (
     OUTPUTS,
@@ -181,10 +180,7 @@ def test_graph_detects_the_same_in_photos_of_three_sizes(model, graph):
     images = []
     for shortest in (96, 128, 200):
         sized = {"INPUT.MIN_SIZE_TEST": shortest, "INPUT.MAX_SIZE_TEST": 400}
-        detector = Predictor(
-            tiny_config(SETTINGS | sized), model, [], has_localization_quality=True
-        )
-        images += load_images(detector, files)
+        images += load_images(tiny_config(SETTINGS | sized), files)
     assert {tuple(image.shape[1:]) for image in images} == {(96, 128), (128, 171), (200, 267)}
     line = compare_with_model(Path("graph"), model, graph, images)
     assert "6 images of 3 sizes" in line

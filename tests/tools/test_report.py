@@ -241,6 +241,8 @@ def test_missing_checkpoint_is_reported(run, tmp_path):
     shutil.copytree(run.output, other)
     file = other / "gone.pth"
     (other / "last_checkpoint").write_text(file.name)
+    for name in ("model_best.pth", "model_final.pth"):
+        (other / name).unlink()
     detections = detect_test_images(open_run(other, "a"), 3, "cpu")
     assert "does not exist" in detections.missing
 

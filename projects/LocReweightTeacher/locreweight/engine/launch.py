@@ -41,7 +41,6 @@ def argument_parser() -> argparse.ArgumentParser:
         parents=[detectron2_parser],
         add_help=False,  # is one of Detectron2's flags
         epilog=detectron2_parser.epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--method",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..engine.detection_analysis import ClassAnalysis, DetectionAnalysis
 from ..engine.localization_analysis import annotated_records, correlations, localize
-from ..engine.predictor import Predictor, load_predictor
+from ..engine.predictor import Predictor
 from ..engine.run_folder import (
     SUMMARY_METRICS,
     RunFolder,
@@ -259,7 +259,7 @@ def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetection
     if not run.has_checkpoint:
         return TestDetections(missing="the run has no checkpoint yet")
     try:
-        detector = load_predictor(str(run.path), device=device)
+        detector = Predictor(run.path, device=device)
         records = annotated_records(detector, "", count)
         known = detector.score_threshold
         score_threshold = SCORE_THRESHOLD if known is None else known
