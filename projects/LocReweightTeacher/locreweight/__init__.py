@@ -4,3 +4,11 @@
 paper's equations and need only PyTorch. The other modules use Detectron2. Importing this package
 needs only the standard library.
 """
+
+import logging
+import warnings
+
+# What Detectron2 and fvcore do with PyTorch gives these warnings. Users cannot change it.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

@@ -113,6 +113,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # A step with a NaN or infinite loss or gradient is skipped, and its images are written to
     # OUTPUT_DIR/skipped_steps.jsonl. Training stops after this number of skipped steps in a row.
     cfg.SOLVER.MAX_SKIPPED_STEPS = 10
+    # Training ends early after this number of evaluations (TEST.EVAL_PERIOD) in a row without a
+    # better teacher. Evaluations in burn-in do not count. 0: train for SOLVER.MAX_ITER iterations.
+    cfg.SOLVER.EARLY_STOPPING_PATIENCE = 0
     # Data type for SOLVER.AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
@@ -377,6 +380,14 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
+    patience = cfg.SOLVER.EARLY_STOPPING_PATIENCE
+    if patience < 0:
+        raise UsageError(f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}; it must be at least 0")
+    if patience and not (cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD > 0):
+        raise UsageError(
+            "SOLVER.EARLY_STOPPING_PATIENCE counts evaluations, and there are none during training:"
+            " set DATASETS.TEST and TEST.EVAL_PERIOD"
+        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

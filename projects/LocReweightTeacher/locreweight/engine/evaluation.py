@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from detectron2.evaluation import (
 )
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
+from tabulate import tabulate
 from torch import nn
 
 from ..checkpoint.loading import check_weights_exist, read_description
@@ -42,20 +44,29 @@ from ..data.datasets.voc import read_split
 from ..data.mapper import RecordMapper
 from ..data.training_sets import check_test_sets
 from ..errors import UsageError
+from .console import prints_to_log
 
 logger = logging.getLogger(__name__)
 
 _COCO_LIMIT = 100  # detections per image
 _UNLIMITED = 10**6
+_TABLE_METRICS = ("AP", "AP50", "AP75")
 _MAX_AREA = 1e10  # of COCO's range "all", in square pixels
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) -> dict:
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    model_name: str = "the model",
+    keep_detections: bool = True,
+) -> dict:
     """Evaluate a model on all ``DATASETS.TEST``; must be called on all processes.
 
     Args:
         cfg: names the test sets.
         model: its training or evaluation mode is restored.
+        model_name: for the log, such as "the teacher".
         keep_detections: write detections to ``OUTPUT_DIR/inference``.
 
     Returns:
@@ -71,10 +82,12 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) ->
     for name in cfg.DATASETS.TEST:
         loader = build_detection_test_loader(cfg, name, mapper=RecordMapper(cfg, is_train=False))
         evaluator = _build_evaluator(cfg, name, keep_detections)
-        results[name] = inference_on_dataset(model, loader, evaluator) or {}
+        logger.info("evaluating %s on %s", model_name, name)
+        with prints_to_log():
+            results[name] = inference_on_dataset(model, loader, evaluator) or {}
         if comm.is_main_process():
             print_csv_format(results[name])
-            logger.info("AP of %s: %s", name, _describe_limit(cfg))
+            logger.info("results of %s on %s, %s", model_name, name, _describe_limit(cfg))
     return next(iter(results.values())) if len(results) == 1 else dict(results)
 
 
@@ -93,10 +106,12 @@ def evaluate_teacher_and_student(
     """
     # The student's detections would overwrite the teacher's, and a disk that fills up during
     # training would end it.
-    results = evaluate(cfg, teacher, keep_detections=False)
+    name = "the teacher, which is also the student," if identical else "the teacher"
+    results = evaluate(cfg, teacher, model_name=name, keep_detections=False)
     if identical:
         return {**results, "student": results}
-    return {**results, "student": evaluate(cfg, student, keep_detections=False)}
+    students = evaluate(cfg, student, model_name="the student", keep_detections=False)
+    return {**results, "student": students}
 
 
 def check_evaluation(cfg: CfgNode) -> None:
@@ -146,6 +161,38 @@ def _check_checkpoint_classes(
 def main_metric(cfg: CfgNode) -> str:
     """Return the metric by which the best teacher is selected: AP on the first test set."""
     return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+
+
+def results_table(results: dict) -> str:
+    """Return a table of the results of :func:`evaluate`, in percent."""
+    is_single = all(isinstance(v, float) for v in next(iter(results.values())).values())
+    by_name = {"": results} if is_single else results
+    rows = [
+        [" ".join(filter(None, [name, task])), *(values.get(metric) for metric in _TABLE_METRICS)]
+        for name, tasks in by_name.items()
+        for task, values in tasks.items()
+    ]
+    return tabulate(rows, headers=["", *_TABLE_METRICS], tablefmt="github", floatfmt=".2f")
+
+
+def describe_results(results: dict, metric: str, best: float | None, *, identical: bool) -> str:
+    """Describe an evaluation in a few words.
+
+    Args:
+        results: as returned by :func:`evaluate_teacher_and_student`.
+        metric: as returned by :func:`main_metric`.
+        best: the best teacher's AP before; None if there was none.
+        identical: whether teacher and student have the same weights.
+    """
+    teacher, student = (_main_value(each, metric) for each in (results, results["student"]))
+    models = f"AP {teacher:.1f}" if identical else f"teacher AP {teacher:.1f}, student {student:.1f}"
+    return f"{models} (best {max(teacher, best or 0.0):.1f})"
+
+
+def _main_value(results: dict, metric: str) -> float:
+    *test_set, task, name = metric.rsplit("/", 2)
+    value = (results[test_set[0]] if test_set else results)[task][name]
+    return 0.0 if math.isnan(value) else value  # Detectron2's AP without detections is NaN
 
 
 class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
@@ -220,6 +267,7 @@ def write_ground_truth(cfg: CfgNode) -> None:
             comm.synchronize()
             metadata.json_file = json_file
         metadata.ground_truth_is_ready = True
+        metadata.num_images = len(records)
     if classes:
         check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 

@@ -119,7 +119,7 @@ class PseudoLabelPanels(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
-        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
+        if iteration % self._period == 0 or self.trainer.is_last_iteration:
             self._evaluate(iteration)
 
     def _evaluate(self, iteration: int) -> None:

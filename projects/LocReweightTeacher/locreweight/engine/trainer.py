@@ -7,9 +7,11 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.engine.hooks import HookBase
 from detectron2.solver import build_lr_scheduler
@@ -17,6 +19,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint.checkpointer import (
+    FINAL,
     CheckpointContents,
     CheckpointDescription,
     TeacherCheckpointer,
@@ -31,8 +34,15 @@ from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
 from ..modeling import build_detector
 from ..modeling.meta_arch import SemiSupervisedRCNN
-from .evaluation import evaluate_teacher_and_student, main_metric, write_ground_truth
+from .console import CONSOLE
+from .evaluation import (
+    describe_results,
+    evaluate_teacher_and_student,
+    main_metric,
+    write_ground_truth,
+)
 from .hooks import (
+    EarlyStopping,
     FinalCheckpoint,
     NoPseudoLabelWarning,
     PeriodicCheckpoint,
@@ -43,6 +53,8 @@ from .hooks import (
 from .optimizer import RunningStatistics, SkipNonFiniteOptimizer, amp_dtype
 from .panels import PseudoLabelPanels
 from .preemption import STOP_REQUEST, leave_signals_to_trainer
+from .progress import Progress
+from .remaining_time import RemainingTime, Schedule
 from .resumable_trainer import ResumableTrainer
 from .skipped_steps import SkippedSteps
 from .startup_checks import log_effective_values
@@ -103,7 +115,12 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._skipped = SkippedSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
         self._deferred_metrics = DeferredMetrics()
         self._batches: Iterator[Batch] | None = None
-        self._writer = ResumableWriter(cfg.OUTPUT_DIR)
+        write_ground_truth(cfg)
+        remaining_time = RemainingTime(Schedule.from_config(cfg, _count_test_images(cfg)))
+        self._writer = ResumableWriter(cfg.OUTPUT_DIR, remaining_time)
+        self._progress = Progress(remaining_time)
+        self._best_model: ResumableBestCheckpointer | None = None
+        self._early_stopping: EarlyStopping | None = None
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
@@ -115,6 +132,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
             **frozen,
         )
         self.register_named_hooks(self.build_hooks())
+        if comm.is_main_process():
+            self.register_hooks([self._progress])
         log_effective_values(cfg, self.sets)
 
     def build_hooks(self) -> dict[str, HookBase]:
@@ -139,10 +158,16 @@ class SemiSupervisedTrainer(ResumableTrainer):
             ),
         }
         if has_test_set:
-            write_ground_truth(cfg)
             named_hooks["evaluation"] = evaluation
-            named_hooks["best_model"] = ResumableBestCheckpointer(
+            self._best_model = named_hooks["best_model"] = ResumableBestCheckpointer(
                 cfg.TEST.EVAL_PERIOD, self.checkpointer, main_metric(cfg)
+            )
+            is_supervised = cfg.SEMI.BURN_IN_ITERS >= cfg.SOLVER.MAX_ITER
+            self._early_stopping = named_hooks["early_stopping"] = EarlyStopping(
+                self._best_model,
+                patience=cfg.SOLVER.EARLY_STOPPING_PATIENCE,
+                eval_period=cfg.TEST.EVAL_PERIOD,
+                burn_in=0 if is_supervised else cfg.SEMI.BURN_IN_ITERS,
             )
         if comm.is_main_process() and self.sets.monitored:
             named_hooks["panels"] = PseudoLabelPanels.from_config(
@@ -157,10 +182,26 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
     def _evaluate(self) -> dict:
         burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
+        self._progress.show_evaluation()
         with STOP_REQUEST.released():  # a checkpoint was just saved, so nothing would be lost
-            return evaluate_teacher_and_student(
+            results = evaluate_teacher_and_student(
                 self.cfg, self.teacher, self.student, identical=burning_in
             )
+        if comm.is_main_process():
+            assert self._best_model is not None
+            best = self._best_model.best_metric
+            text = describe_results(results, main_metric(self.cfg), best, identical=burning_in)
+            CONSOLE.info("iter %d: %s", self.iter + 1, text)
+        return results
+
+    def ends_early(self, done: int) -> bool:
+        return self._early_stopping is not None and self._early_stopping.is_due(done)
+
+    @property
+    def is_finished(self) -> bool:
+        ended_early = self.ends_early(self.start_iter) and not self._unfinished_hooks()
+        final_file = Path(self.cfg.OUTPUT_DIR, f"{FINAL}.pth")
+        return super().is_finished or (ended_early and final_file.is_file())
 
     def _build_loader(self) -> torch.utils.data.DataLoader:
         cfg = self.cfg
@@ -200,7 +241,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.start_iter > 0:
-            logger.info("resumed after iteration %d", self.iter)
+            CONSOLE.info("resumed after iteration %d", self.iter)
         else:
             if resume:
                 self._warn_of_weights_of_run()
@@ -254,10 +295,20 @@ class SemiSupervisedTrainer(ResumableTrainer):
         Returns:
             name -> latest result of the evaluation, on the main process; elsewhere empty.
         """
+        folder = self.cfg.OUTPUT_DIR
         if self.is_finished:
-            logger.info("this run has already reached SOLVER.MAX_ITER = %d", self.max_iter)
+            reason = f"reached SOLVER.MAX_ITER = {self.max_iter}"
+            if self.start_iter < self.max_iter:
+                reason = f"ended early after {self.start_iter} iterations"
+            CONSOLE.info("this run has already %s; its results are in %s", reason, folder)
             return {}
         self.run_loop()
+        if comm.is_main_process():
+            ended_early = self.iter < self.max_iter
+            reason = ", ended early because the teacher does not get better" if ended_early else ""
+            done = self.iter + 1 if ended_early else self.max_iter
+            CONSOLE.info("%d iterations in %s%s", done, self._progress.duration, reason)
+            CONSOLE.info("the trained model is %s", Path(folder, f"{FINAL}.pth"))
         latest = self.storage.latest()
         return {name: value for name, (value, _) in latest.items() if "bbox/" in name}
 
@@ -338,6 +389,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
             self.storage.put_scalar(
                 "skipped_steps", self._skipped.total, smoothing_hint=False, cur_iter=iteration
             )
+
+
+def _count_test_images(cfg: CfgNode) -> int:
+    return sum(MetadataCatalog.get(name).num_images for name in cfg.DATASETS.TEST)
 
 
 def _distributed(student: SemiSupervisedRCNN) -> nn.Module:
