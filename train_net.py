@@ -41,9 +41,9 @@ from locreweight.engine import (
     load_for_evaluation,
 )
 from locreweight.engine.console import CONSOLE, LOG_FILE, log_setup, setup_logging
+from locreweight.engine.evaluation import results_table
 from locreweight.engine.output_folder import prepare_output_dir
 from locreweight.engine.run_record import write_run_record
-from locreweight.engine.evaluation import results_table
 from locreweight.errors import UsageError
 from locreweight.installed_detectron2 import describe_detectron2
 from locreweight.modeling import build_detector

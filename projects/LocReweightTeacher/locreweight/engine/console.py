@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ..run_files import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
+_prints = logging.getLogger("locreweight.printed")
 
 # Messages for the user. They are shown on the console and written to the log.
 CONSOLE = logging.getLogger("locreweight.console")
@@ -136,5 +137,5 @@ class _LogWriter(io.TextIOBase):
         *lines, self._incomplete = (self._incomplete + text).split("\n")
         for line in lines:
             if line.strip():
-                logger.info("%s", line)
+                _prints.info("%s", line)
         return len(text)

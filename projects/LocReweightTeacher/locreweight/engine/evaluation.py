@@ -163,6 +163,11 @@ def main_metric(cfg: CfgNode) -> str:
     return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
 
 
+def count_test_images(cfg: CfgNode) -> int:
+    """Number of images in ``DATASETS.TEST``; call it after :func:`write_ground_truth`."""
+    return sum(MetadataCatalog.get(name).num_images for name in cfg.DATASETS.TEST)
+
+
 def results_table(results: dict) -> str:
     """Return a table of the results of :func:`evaluate`, in percent."""
     is_single = all(isinstance(v, float) for v in next(iter(results.values())).values())
@@ -185,8 +190,10 @@ def describe_results(results: dict, metric: str, best: float | None, *, identica
         identical: whether teacher and student have the same weights.
     """
     teacher, student = (_main_value(each, metric) for each in (results, results["student"]))
-    models = f"AP {teacher:.1f}" if identical else f"teacher AP {teacher:.1f}, student {student:.1f}"
-    return f"{models} (best {max(teacher, best or 0.0):.1f})"
+    text = f"teacher AP {teacher:.1f}, student {student:.1f}"
+    if identical:
+        text = f"AP {teacher:.1f}"
+    return f"{text} (best {max(teacher, best or 0.0):.1f})"
 
 
 def _main_value(results: dict, metric: str) -> float:

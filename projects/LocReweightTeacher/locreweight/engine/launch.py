@@ -32,7 +32,7 @@ Main = Callable[[argparse.Namespace], object]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line plus ``--method``, ``--overwrite``, ``--verbose`` and ``--timeout``."""
+    """Detectron2's command line plus the flags of this project."""
     detectron2_parser = default_argument_parser()
     # Its positional argument takes everything from the first KEY on, flags included.
     actions = [action for action in detectron2_parser._actions if action.option_strings]

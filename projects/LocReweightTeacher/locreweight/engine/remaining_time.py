@@ -110,9 +110,7 @@ class RemainingTime:
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self._durations: dict[Work, deque[float]] = {
-            work: deque(maxlen=_RECENT) for work in Work
-        }
+        self._durations: dict[Work, deque[float]] = {work: deque(maxlen=_RECENT) for work in Work}
 
     def add(self, done: int, seconds: float) -> None:
         """Record the duration of an iteration with all its hooks.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.engine.hooks import HookBase
 from detectron2.solver import build_lr_scheduler
@@ -36,6 +35,7 @@ from ..modeling import build_detector
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from .console import CONSOLE
 from .evaluation import (
+    count_test_images,
     describe_results,
     evaluate_teacher_and_student,
     main_metric,
@@ -116,7 +116,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._deferred_metrics = DeferredMetrics()
         self._batches: Iterator[Batch] | None = None
         write_ground_truth(cfg)
-        remaining_time = RemainingTime(Schedule.from_config(cfg, _count_test_images(cfg)))
+        remaining_time = RemainingTime(Schedule.from_config(cfg, count_test_images(cfg)))
         self._writer = ResumableWriter(cfg.OUTPUT_DIR, remaining_time)
         self._progress = Progress(remaining_time)
         self._best_model: ResumableBestCheckpointer | None = None
@@ -389,10 +389,6 @@ class SemiSupervisedTrainer(ResumableTrainer):
             self.storage.put_scalar(
                 "skipped_steps", self._skipped.total, smoothing_hint=False, cur_iter=iteration
             )
-
-
-def _count_test_images(cfg: CfgNode) -> int:
-    return sum(MetadataCatalog.get(name).num_images for name in cfg.DATASETS.TEST)
 
 
 def _distributed(student: SemiSupervisedRCNN) -> nn.Module:
