@@ -109,7 +109,8 @@ def main(args: argparse.Namespace) -> dict:
         return results
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
+    starts = trainer.start_iter < trainer.max_iter and not trainer.is_finished
+    if comm.is_main_process() and starts:
         write_run_record(Path(cfg.OUTPUT_DIR), sys.argv, comm.get_world_size())
     return trainer.train()
 

@@ -9,7 +9,7 @@ from torch import distributed
 
 from locreweight.data.datasets.splits import split_indices
 from locreweight.data.inspection.findings import Severity
-from locreweight.engine import check_device, startup_checks
+from locreweight.engine import check_device
 from locreweight.engine.startup_checks import log_effective_values
 from locreweight.errors import UsageError
 from tests.checked_data import Project

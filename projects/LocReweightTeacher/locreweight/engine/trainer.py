@@ -297,10 +297,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
         """
         folder = self.cfg.OUTPUT_DIR
         if self.is_finished:
-            reason = f"reached SOLVER.MAX_ITER = {self.max_iter}"
+            text = f"this run has already reached SOLVER.MAX_ITER = {self.max_iter}"
             if self.start_iter < self.max_iter:
-                reason = f"ended early after {self.start_iter} iterations"
-            CONSOLE.info("this run has already %s; its results are in %s", reason, folder)
+                text = f"this run has already ended early, after {self.start_iter} iterations"
+            CONSOLE.info("%s; its results are in %s", text, folder)
             return {}
         self.run_loop()
         if comm.is_main_process():
