@@ -58,6 +58,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=positive,
         help="number of runs at a time. Default: as many as the GPUs allow, or 1 without GPUs",
     )
+    parser.add_argument(
+        "--share-burn-in",
+        action="store_true",
+        help="train the burn-in that several runs have in common only once: the others continue "
+        "from its checkpoint, with the same result",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and results")
     args = parser.parse_args(arguments)
     args.output = args.output.absolute()
@@ -87,7 +93,12 @@ def main() -> None:
         runs = plan_runs(
             args.config_file, args.methods, args.seeds, args.output, args.opts, args.num_gpus
         )
-        failed = run_all(runs, args.parallel, lambda: write_report(runs, args.output))
+        failed = run_all(
+            runs,
+            args.parallel,
+            lambda: write_report(runs, args.output),
+            share_burn_in=args.share_burn_in,
+        )
     except UsageError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -33,6 +33,17 @@ def test_background_proposals_are_weighted_by_their_score(per_sampled_proposal, 
     assert loss.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("per_sampled_proposal", [False, True])
+def test_one_proposal_has_its_whole_loss(per_sampled_proposal):
+    loss = background_weighted_cross_entropy(
+        torch.tensor([UNIFORM]),
+        torch.tensor([0]),
+        torch.tensor([0.9]),
+        per_sampled_proposal=per_sampled_proposal,
+    )
+    assert loss.item() == pytest.approx(math.log(3))
+
+
 @pytest.mark.parametrize("labels", [[0, 1], [2, 2], []])
 def test_empty_sets_and_zero_scores_give_a_zero_that_keeps_the_graph(labels):
     logits = torch.zeros(len(labels), 3, requires_grad=True)
@@ -65,9 +76,9 @@ def test_jitter_is_uniform_within_a_fraction_of_the_box_size():
 
 def test_variance_is_the_mean_deviation_over_half_of_width_plus_height():
     box = torch.tensor([[0.0, 0, 30, 10]])  # half of width plus height: 20
-    regressed = torch.tensor([[[0.0, 0, 30, 10], [2, 0, 34, 10]]])
-    # The deviation of two values with a difference of d is d / sqrt(2).
-    expected = (2 / math.sqrt(2) + 4 / math.sqrt(2)) / 4 / 20
+    regressed = torch.tensor([[[0.0, 0, 30, 10], [2, 0, 34, 10], [4, 0, 38, 10]]])
+    # The deviation of three values that are d apart is d.
+    expected = (2 + 4) / 4 / 20
     assert_close(box_regression_variance(box, regressed), torch.tensor([expected]))
 
 

@@ -22,6 +22,7 @@ from .progress import LINE_SECONDS
 from .remaining_time import format_duration
 from .run_folder import Attempt, flatten_config
 from .run_queue import CONSOLE_FILE, Run, RunQueue, gpu_slots
+from .shared_burn_in import SharedBurnIn
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} iterations [{elapsed}{postfix}]"
 
@@ -74,19 +75,27 @@ def plan_runs(
     return runs
 
 
-def run_all(runs: list[Run], parallel: int | None, write_report: Callable[[], None]) -> list[str]:
+def run_all(
+    runs: list[Run],
+    parallel: int | None,
+    write_report: Callable[[], None],
+    *,
+    share_burn_in: bool = False,
+) -> list[str]:
     """Run what is not finished, with progress on the console.
 
     Args:
         runs: as returned by :func:`plan_runs`.
         parallel: number of runs at a time; None for as many as the GPUs allow, or 1 without GPUs.
         write_report: called after each run and at the end.
+        share_burn_in: train the burn-in that several runs have in common only once.
 
     Returns:
         a description of each failed run.
 
     Raises:
-        UsageError: if there are too few GPUs, or the output folder cannot be created.
+        UsageError: if there are too few GPUs, the output folder cannot be created, or a shared
+            burn-in would not be saved.
         KeyboardInterrupt: as :meth:`RunQueue.work`.
     """
     slots = gpu_slots(runs[0].num_gpus, parallel, runs[0].cfg.MODEL.DEVICE.startswith("cuda"))
@@ -96,15 +105,24 @@ def run_all(runs: list[Run], parallel: int | None, write_report: Callable[[], No
     except OSError as error:
         raise UsageError(f"cannot create the folder of --output: {error}") from error
     unfinished = [run for run in runs if not run.is_finished]
-    queue = RunQueue(unfinished, slots)
+    if share_burn_in:
+        shared = SharedBurnIn(runs, output / "burn-in")
+        queue = RunQueue(shared.order(unfinished), slots, shared.must_wait, shared.prepare)
+    else:
+        shared, queue = None, RunQueue(unfinished, slots)
     progress = _Progress(runs, len(runs) - len(unfinished), len(slots))
 
     def on_run_end(run: Run, attempt: Attempt) -> None:
         write_report()
         progress.on_run_end(run, attempt)
 
+    def on_poll() -> None:
+        progress.update(queue.running)
+        if shared:
+            shared.keep_checkpoints()
+
     try:
-        queue.work(on_run_end, lambda: progress.update(queue.running))
+        queue.work(on_run_end, on_poll)
     finally:
         progress.close()
         write_report()

@@ -12,7 +12,7 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -122,16 +122,25 @@ class Run:
 class RunQueue:
     """Run trainings one after another in each of several slots."""
 
-    def __init__(self, runs: list[Run], slots: list[str | None]) -> None:
+    def __init__(
+        self,
+        runs: list[Run],
+        slots: list[str | None],
+        must_wait: Callable[[Run, Collection[Run]], bool] = lambda run, active: False,
+        prepare: Callable[[Run], None] = lambda run: None,
+    ) -> None:
         """
         Args:
             runs: in the order in which they are started.
             slots: as returned by :func:`gpu_slots`. One run at a time uses a slot; its processes
                 get the slot's value as ``CUDA_VISIBLE_DEVICES``, None leaves it unchanged.
+            must_wait: whether a run has to wait, given the runs that are active. The runs after it
+                are started first.
+            prepare: called before a run is started.
         """
-        self._waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
-        for run in runs:
-            self._waiting.put(run)
+        self._waiting = list(runs)
+        self._active: set[Run] = set()  # from before they are started
+        self._must_wait, self._prepare = must_wait, prepare
         self._slots = slots
         self._ended: queue.SimpleQueue[tuple[Run, Attempt]] = queue.SimpleQueue()
         self._processes: dict[Run, subprocess.Popen] = {}
@@ -181,14 +190,28 @@ class RunQueue:
             wait(workers)
 
     def _work_in_slot(self, slot: str | None) -> None:
-        while not self._stopping:
+        while self._waiting and not self._stopping:
+            run = self._next_run()
+            if run is None:
+                time.sleep(_POLL_SECONDS)
+                continue
             try:
-                run = self._waiting.get_nowait()
-            except queue.Empty:
-                return
-            attempt = self._run_process(run, slot)
+                self._prepare(run)
+                attempt = self._run_process(run, slot)
+            finally:
+                with self._lock:
+                    self._active.discard(run)
             if attempt is not None and not self._stopping:
                 self._ended.put((run, attempt))
+
+    def _next_run(self) -> Run | None:
+        with self._lock:
+            for run in self._waiting:
+                if not self._must_wait(run, self._active):
+                    self._waiting.remove(run)
+                    self._active.add(run)
+                    return run
+        return None
 
     def _run_process(self, run: Run, slot: str | None) -> Attempt | None:
         run.output.mkdir(parents=True, exist_ok=True)

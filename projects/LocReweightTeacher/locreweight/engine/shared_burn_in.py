@@ -1,0 +1,134 @@
+"""Train the burn-in that several runs of a comparison have in common only once.
+
+Methods that differ only in how they use pseudo-labels have the same burn-in: the first of them is
+trained from the start, the others continue from its checkpoint at the end of burn-in. Random draws
+depend on seed and iteration only, so the weights are the same, bit for bit, as without sharing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import yaml
+
+from ..errors import UsageError
+from ..file_io import atomic_write_bytes
+from ..methods import build_method
+from ..run_files import LAST_CHECKPOINT, METRICS_FILE
+from .run_folder import flatten_config
+from .run_queue import Run
+
+logger = logging.getLogger(__name__)
+
+# All keys of SEMI apply to unlabeled images only, and so have no effect during burn-in, except:
+_USED_IN_BURN_IN = {"SEMI.NORMALIZE_BY_SAMPLED"}
+
+
+class SharedBurnIn:
+    """Decides which runs share a burn-in, and copies its checkpoint."""
+
+    def __init__(self, runs: Sequence[Run], folder: Path) -> None:
+        """
+        Args:
+            runs: all runs of a comparison.
+            folder: where checkpoints at the end of burn-in are kept. A run may delete its own.
+
+        Raises:
+            UsageError: if a run that others depend on saves no checkpoint at the end of burn-in.
+        """
+        self._folder = folder
+        groups: dict[str, list[Run]] = {}
+        for run in runs:
+            if run.cfg.SEMI.BURN_IN_ITERS > 0:
+                groups.setdefault(_settings_of_burn_in(run), []).append(run)
+        self._source: dict[Run, Run] = {}  # run -> the run that trains its burn-in
+        for group in groups.values():
+            # A longer burn-in, such as that of a supervised run, begins like a shorter one.
+            first = min(group, key=lambda run: run.cfg.SEMI.BURN_IN_ITERS)
+            others = [run for run in group if run is not first]
+            if others and first.cfg.SEMI.BURN_IN_ITERS < first.cfg.SOLVER.MAX_ITER:
+                _check_saves_burn_in(first)
+                self._source |= dict.fromkeys(others, first)
+
+    def order(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the runs with those first that others depend on."""
+        return sorted(runs, key=lambda run: run in self._source)
+
+    @property
+    def num_shared(self) -> int:
+        """Number of runs that do not train their own burn-in."""
+        return len(self._source)
+
+    def keep_checkpoints(self) -> None:
+        """Keep the checkpoints that others depend on, as soon as they exist."""
+        for run in set(self._source.values()):
+            checkpoint, kept = _checkpoint_of_burn_in(run), self._kept_checkpoint(run)
+            if checkpoint.is_file() and not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(checkpoint, kept)
+                except OSError:  # the disk has no hard links
+                    shutil.copyfile(checkpoint, kept.with_suffix(".partial"))
+                    kept.with_suffix(".partial").rename(kept)
+
+    def must_wait(self, run: Run, active: Collection[Run]) -> bool:
+        """Whether a run has to wait for a burn-in that one of the active runs is training."""
+        source = self._source.get(run)
+        if source is None or source not in active or run.folder.has_checkpoint:
+            return False
+        self.keep_checkpoints()
+        return not self._kept_checkpoint(source).exists()
+
+    def prepare(self, run: Run) -> None:
+        """Put the shared checkpoint into the folder of a run that has not started yet.
+
+        Without such a checkpoint, the run trains its own burn-in.
+        """
+        source = self._source.get(run)
+        if source is None or run.folder.has_checkpoint:
+            return
+        self.keep_checkpoints()
+        kept = self._kept_checkpoint(source)
+        if not kept.exists():
+            logger.warning("%s trains its own burn-in: %s does not exist", run.name, kept)
+            return
+        run.output.mkdir(parents=True, exist_ok=True)
+        checkpoint = run.output / _checkpoint_of_burn_in(source).name
+        shutil.copyfile(kept, checkpoint)
+        # Resuming removes the lines of later iterations.
+        shutil.copyfile(source.output / METRICS_FILE, run.output / METRICS_FILE)
+        atomic_write_bytes(run.output / LAST_CHECKPOINT, checkpoint.name.encode())
+
+    def _kept_checkpoint(self, run: Run) -> Path:
+        return self._folder / f"{run.output.parent.name}-{run.output.name}.pth"
+
+
+def _settings_of_burn_in(run: Run) -> str:
+    """All settings that have an effect before the end of burn-in, as text."""
+    settings = flatten_config(yaml.safe_load(run.cfg.dump()))
+    used = {
+        key: value
+        for key, value in settings.items()
+        if key != "OUTPUT_DIR" and (not key.startswith("SEMI.") or key in _USED_IN_BURN_IN)
+    }
+    # A frozen pseudo-labeler is a further part of the checkpoint.
+    used["frozen_pseudo_labeler"] = build_method(run.cfg).frozen_pseudo_labeler
+    return yaml.safe_dump(used) + str(run.num_gpus)
+
+
+def _checkpoint_of_burn_in(run: Run) -> Path:
+    return run.output / f"model_{run.cfg.SEMI.BURN_IN_ITERS - 1:07d}.pth"
+
+
+def _check_saves_burn_in(run: Run) -> None:
+    burn_in, period = run.cfg.SEMI.BURN_IN_ITERS, run.cfg.SOLVER.CHECKPOINT_PERIOD
+    if period <= 0 or burn_in % period:
+        raise UsageError(
+            f"{run.name}: to share the burn-in of {burn_in} iterations, a checkpoint must be saved "
+            f"at its end, but SOLVER.CHECKPOINT_PERIOD is {period}: set it to {burn_in} or a "
+            "divisor of it"
+        )
