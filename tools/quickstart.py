@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from locreweight.engine.inference import find_inputs
 from locreweight.engine.prediction import predict_files
 from locreweight.engine.predictor import load_predictor
 from locreweight.engine.run_folder import SUMMARY_METRICS, RunFolder
+from locreweight.engine.shared_burn_in import start_from_checkpoint
 from locreweight.errors import UsageError
 from locreweight.run_files import LAST_CHECKPOINT, METRICS_FILE
 from locreweight.visualization.report import write_report
@@ -48,7 +48,7 @@ def main() -> None:
     output = Path(cfg.OUTPUT_DIR)
     baseline = output.with_name(f"{output.name}-labeled-only")
     if is_finished(output, cfg) and is_finished(baseline, cfg) and report_of(output).is_file():
-        print(f"The quickstart has finished before. To repeat it, remove {output}*.")
+        print(f"The quickstart has finished before. To repeat it, remove {output} and {baseline}.")
         print_results(output, baseline)
         return
 
@@ -87,17 +87,13 @@ def is_finished(output: Path, cfg: CfgNode) -> bool:
 def share_burn_in(source: Path, target: Path, burn_in: int) -> None:
     """Let a new run continue from the end of another run's burn-in, which is the same for both."""
     checkpoint = source / f"model_{burn_in - 1:07d}.pth"
-    if not checkpoint.is_file() or (target / LAST_CHECKPOINT).is_file():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    for file in (checkpoint, source / METRICS_FILE):  # resuming removes later metrics
-        shutil.copy(file, target)
-    (target / LAST_CHECKPOINT).write_text(checkpoint.name)
+    if checkpoint.is_file() and not (target / LAST_CHECKPOINT).is_file():
+        start_from_checkpoint(target, checkpoint, source / METRICS_FILE, checkpoint.name)
 
 
 def print_results(output: Path, baseline: Path) -> None:
-    [labeled_only] = RunFolder(baseline).summary()
-    rows = [labeled_only._replace(model="labeled images only"), *RunFolder(output).summary()]
+    labeled_only = [r._replace(model="labeled images only") for r in RunFolder(baseline).summary()]
+    rows = [*labeled_only, *RunFolder(output).summary()]
     table = [[row.model, row.iteration, *row.values] for row in rows]
     headers = ["model", "iterations", *SUMMARY_METRICS]
     print(f"\n{tabulate(table, headers=headers, tablefmt='github', floatfmt='.2f')}\n")

@@ -79,7 +79,7 @@ def test_run_ends_early_with_all_results(make_run, tmp_path, caplog):
     assert record.results["bbox/AP"] == 6.0
     last = read_metrics(tmp_path)[-1]
     assert (last["iteration"], last["bbox/AP"]) == (5, 6.0)
-    assert "6 iterations in" in caplog.text and "does not get better" in caplog.text
+    assert "trained iterations 1 to 6 in" in caplog.text and "does not get better" in caplog.text
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("iter ")]
     assert lines[0] == "iter 1: AP 5.0 (best 5.0)"
     assert lines[-1] == "iter 6: teacher AP 6.0, student 6.0 (best 7.0)"

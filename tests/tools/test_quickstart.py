@@ -75,7 +75,7 @@ def test_second_call_shows_the_results_in_a_few_lines(tmp_path, monkeypatch, cap
     monkeypatch.setattr(quickstart, "run_script", lambda *_: pytest.fail("trained again"))
     quickstart.main()
     printed = capsys.readouterr().out
-    assert f"has finished before. To repeat it, remove {output}*" in printed
+    assert f"has finished before. To repeat it, remove {output} and" in printed
     assert "| labeled images only     |          800 | 33.00 |" in printed
     assert "| final teacher           |          800 | 40.00 |" in printed
     assert str(output / "report.html") in printed

@@ -305,9 +305,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.run_loop()
         if comm.is_main_process():
             ended_early = self.iter < self.max_iter
-            reason = ", ended early because the teacher does not get better" if ended_early else ""
+            reason = "; ended early because the teacher does not get better" if ended_early else ""
             done = self.iter + 1 if ended_early else self.max_iter
-            CONSOLE.info("%d iterations in %s%s", done, self._progress.duration, reason)
+            first, duration = self.start_iter + 1, self._progress.duration
+            CONSOLE.info("trained iterations %d to %d in %s%s", first, done, duration, reason)
             CONSOLE.info("the trained model is %s", Path(folder, f"{FINAL}.pth"))
         latest = self.storage.latest()
         return {name: value for name, (value, _) in latest.items() if "bbox/" in name}
