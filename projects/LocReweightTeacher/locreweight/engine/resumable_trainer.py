@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class EndOfTraining(BaseException):
-    """Ends the training loop early, without an error."""
+    """Ends the training loop without an error, before ``max_iter``."""
 
 
 class ResumableTrainer(TrainerBase):
