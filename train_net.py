@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> dict:
         model = build_detector(cfg)
         contents = load_for_evaluation(cfg, model)
         CONSOLE.info("evaluating %s of %s", contents.value, cfg.MODEL.WEIGHTS)
-        results = evaluate(cfg, model, model_name=contents.value)
+        results = evaluate(cfg, model, model_name=contents.value, show_progress=True)
         if comm.is_main_process():
             CONSOLE.info("%s", results_table(results))
         return results

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
+from tqdm import tqdm
 
 from ..checkpoint.loading import check_weights_exist, read_description
 from ..data.checks import (
@@ -60,6 +62,7 @@ def evaluate(
     *,
     model_name: str = "the model",
     keep_detections: bool = True,
+    show_progress: bool = False,
 ) -> dict:
     """Evaluate a model on all ``DATASETS.TEST``; must be called on all processes.
 
@@ -68,6 +71,7 @@ def evaluate(
         model: its training or evaluation mode is restored.
         model_name: for the log, such as "the teacher".
         keep_detections: write detections to ``OUTPUT_DIR/inference``.
+        show_progress: show a progress bar if there is a terminal.
 
     Returns:
         On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent; datasets in
@@ -83,8 +87,10 @@ def evaluate(
         loader = build_detection_test_loader(cfg, name, mapper=RecordMapper(cfg, is_train=False))
         evaluator = _build_evaluator(cfg, name, keep_detections)
         logger.info("evaluating %s on %s", model_name, name)
+        disable = None if show_progress and comm.is_main_process() else True  # None: no terminal
+        batches = tqdm(loader, desc=name, file=sys.stdout, disable=disable, leave=False)
         with prints_to_log():
-            results[name] = inference_on_dataset(model, loader, evaluator) or {}
+            results[name] = inference_on_dataset(model, batches, evaluator) or {}
         if comm.is_main_process():
             print_csv_format(results[name])
             logger.info("results of %s on %s, %s", model_name, name, _describe_limit(cfg))
