@@ -88,7 +88,7 @@ def evaluate(
         evaluator = _build_evaluator(cfg, name, keep_detections)
         logger.info("evaluating %s on %s", model_name, name)
         disable = None if show_progress and comm.is_main_process() else True  # None: no terminal
-        batches = tqdm(loader, desc=name, file=sys.stdout, disable=disable, leave=False)
+        batches = tqdm(loader, desc="evaluating", file=sys.stdout, disable=disable, leave=False)
         with prints_to_log():
             results[name] = inference_on_dataset(model, batches, evaluator) or {}
         if comm.is_main_process():
