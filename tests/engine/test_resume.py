@@ -190,8 +190,14 @@ class ChangedHooks(SemiSupervisedTrainer):
         new = HookBase()
         new.after_step = lambda: self.ran_new_hook.append(self.iter)
         # Hooks move over the one that saves the checkpoint, in both directions.
-        order = ["preemption_checkpoint", "evaluation", "best_model", "iteration_timer"]
-        order += ["lr_schedule", "metrics", "final_checkpoint", "no_pseudo_label_warning"]
+        order = ["preemption_checkpoint", "evaluation", "best_model", "early_stopping"]
+        order += [
+            "iteration_timer",
+            "lr_schedule",
+            "metrics",
+            "final_checkpoint",
+            "no_pseudo_label_warning",
+        ]
         order += ["periodic_checkpoint"]
         assert set(order) == set(named)
         return {"new": new} | {name: named[name] for name in order}

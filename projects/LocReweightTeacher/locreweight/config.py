@@ -120,6 +120,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # Factor on the learning rate of a plain vision transformer for each block further from the
     # output, as in ViTDet (0.7 to 0.9). Other backbones must leave it at 1.
     cfg.SOLVER.BACKBONE_LR_DECAY = 1.0
+    # Training ends early after this number of evaluations (TEST.EVAL_PERIOD) in a row without a
+    # better teacher. Evaluations in burn-in do not count. 0: train for SOLVER.MAX_ITER iterations.
+    cfg.SOLVER.EARLY_STOPPING_PATIENCE = 0
     # Data type for SOLVER.AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
@@ -407,6 +410,14 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
+    patience = cfg.SOLVER.EARLY_STOPPING_PATIENCE
+    if patience < 0:
+        raise UsageError(f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}; it must be at least 0")
+    if patience and not (cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD > 0):
+        raise UsageError(
+            "SOLVER.EARLY_STOPPING_PATIENCE counts evaluations, and there are none during training:"
+            " set DATASETS.TEST and TEST.EVAL_PERIOD"
+        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

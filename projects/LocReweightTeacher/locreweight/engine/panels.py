@@ -127,9 +127,9 @@ class PseudoLabelPanels(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
-        ends = self._burn_in, self.trainer.max_iter
-        if iteration % self._period == 0 or iteration in ends:
-            self._evaluate(iteration, is_end=iteration in ends)
+        is_end = iteration == self._burn_in or self.trainer.is_last_iteration
+        if iteration % self._period == 0 or is_end:
+            self._evaluate(iteration, is_end=is_end)
 
     def _evaluate(self, iteration: int, *, is_end: bool) -> None:
         cells: list[np.ndarray] = []
