@@ -4,6 +4,7 @@
     python -m benchmarks.step                          # R50-FPN, short side 640, 2 + 2 images
     python -m benchmarks.step --short-side 320 --repeats 7
     python -m benchmarks.step SEMI.METHOD SoftTeacher
+    python -m benchmarks.step --config-file configs/detectors/cpu-mobilenetv2.yaml --short-side 224
 
 The baseline is a forward and backward pass of the student and a forward pass of the teacher,
 without optimizer, EMA update and the teacher's predictions for the student's proposals. The passes
@@ -28,6 +29,7 @@ from benchmarks.timing import (
     time_alternately,
 )
 from benchmarks.workload import (
+    BASE,
     Detectron2Baseline,
     TrainerStep,
     UnbiasedTeacherBaseline,
@@ -96,6 +98,7 @@ def break_down(workload: Workload, repeats: int, options: list[str]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = ConfigArgumentParser(description=__doc__)
     default = Workload()
+    parser.add_argument("--config-file", default=BASE, help="config of the detector")
     parser.add_argument(
         "--short-side", type=int, default=default.short_side, help="of the images, in pixels"
     )
@@ -108,7 +111,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    workload = Workload(args.short_side, args.labeled, args.unlabeled, args.objects)
+    workload = Workload.of_config(
+        args.config_file,
+        short_side=args.short_side,
+        labeled=args.labeled,
+        unlabeled=args.unlabeled,
+        objects=args.objects,
+    )
     compare(workload, args.repeats, args.opts)
     break_down(workload, args.repeats, args.opts)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained detector to TorchScript, ONNX or plain Detectron2.
+"""Export a trained detector to TorchScript, ONNX, plain Detectron2 or, its backbone, timm.
 
     python tools/export.py --weights output/mine/model_best.pth --images data/val \\
         --torchscript mine.pt --onnx mine.onnx --detectron2 mine
@@ -8,7 +8,8 @@ The TorchScript and ONNX graphs take an image and return boxes, scores, classes,
 quality and log-variances; locreweight/export/graph.py documents them. A json beside each has the
 class names, the score threshold with the best F1 on the test set, and the size that images must be
 resized to. Both are compared with the model on the given images. ``--detectron2`` writes weights
-and a config that Detectron2 reads without this package.
+and a config that Detectron2 reads without this package. ``--timm`` writes the backbone, if it is
+from timm, as weights in timm's names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from locreweight.checkpoint.timm_weights import write_timm_weights
 from locreweight.command_line import HelpFormatter, add_weights_arguments, positive
 from locreweight.data.datasets.image_folders import load_folder
 from locreweight.data.image_io import read_rgb
@@ -71,6 +73,9 @@ def parse_arguments() -> argparse.Namespace:
         "--detectron2", type=Path, help="files for plain Detectron2 to write, without suffix"
     )
     parser.add_argument(
+        "--timm", type=Path, help="safetensors file to write: the backbone in timm's names"
+    )
+    parser.add_argument(
         "--first-order",
         action="store_true",
         help="with --detectron2: convert corners to Detectron2's box coding, so that a yaml config "
@@ -78,8 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     graphs = args.torchscript or args.onnx
-    if not (graphs or args.detectron2):
-        parser.error("nothing to write: use --torchscript, --onnx or --detectron2")
+    if not (graphs or args.detectron2 or args.timm):
+        parser.error("nothing to write: use --torchscript, --onnx, --detectron2 or --timm")
     if graphs and not args.images:
         parser.error("--torchscript and --onnx need --images to trace and to compare with")
     if args.torchscript and args.torchscript == args.onnx:
@@ -111,6 +116,9 @@ def main() -> None:
                 first_order=args.first_order,
             )
             print(f"for Detectron2: {' '.join(map(str, written))}")
+        if args.timm:
+            write_timm_weights(args.timm, detector.cfg, detector.model)
+            print(f"for timm: {args.timm} ({detector.cfg.MODEL.TIMM.NAME})")
     except UsageError as error:
         sys.exit(f"error: {error}")
 

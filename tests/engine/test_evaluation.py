@@ -79,8 +79,9 @@ def test_student_is_evaluated_unless_it_equals_the_teacher(monkeypatch, identica
     precision = {"teacher": 40.0, "student": 40.0 if identical else 30.0}
     evaluated = []
 
-    def fake_evaluate(_, model, keep_detections, analysis_file=None):
+    def fake_evaluate(_, model, model_name, keep_detections, analysis_file=None):
         assert not keep_detections  # one model's would overwrite the other's
+        assert model in model_name
         assert (analysis_file is not None) == (model == "teacher")
         evaluated.append(model)
         return {"bbox": {"AP": precision[model]}}

@@ -21,6 +21,7 @@ from tests.engine.tiny_training import (
     same,
     training_config,
 )
+from tests.modeling.tiny_model import TIMM_BACKBONES
 from tests.soak import metrics_of
 
 BURN_IN, MAX_ITER = 3, 8
@@ -42,8 +43,9 @@ def _metrics_every_third_iteration(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def settings(datasets):
-    return SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]}
+def settings(datasets, request):
+    backbone = getattr(request, "param", {})
+    return SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]} | backbone
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +76,14 @@ STOPS = pytest.mark.parametrize(
     [(2, 0), (BURN_IN, 1), (5, 2), (7, 0)],
     ids=["in_burn_in", "at_end_of_burn_in", "after_burn_in", "before_last_iteration"],
 )
+# Drop path draws random numbers.
+WITH_TIMM = TIMM_BACKBONES["timm_efficientnet"] | {
+    "MODEL.TIMM.DROP_PATH": 0.3,
+    "SOLVER.BACKBONE_LR_FACTOR": 0.5,
+}
 
 
+@pytest.mark.parametrize("settings", [{}, WITH_TIMM], ids=["resnet", "timm"], indirect=True)
 @STOPS
 def test_resumed_run_equals_uninterrupted_run(
     uninterrupted, stopped_after, make_trainer, settings, iterations, workers, tmp_path
@@ -182,8 +190,14 @@ class ChangedHooks(SemiSupervisedTrainer):
         new = HookBase()
         new.after_step = lambda: self.ran_new_hook.append(self.iter)
         # Hooks move over the one that saves the checkpoint, in both directions.
-        order = ["preemption_checkpoint", "evaluation", "best_model", "iteration_timer"]
-        order += ["lr_schedule", "metrics", "final_checkpoint", "no_pseudo_label_warning"]
+        order = ["preemption_checkpoint", "evaluation", "best_model", "early_stopping"]
+        order += [
+            "iteration_timer",
+            "lr_schedule",
+            "metrics",
+            "final_checkpoint",
+            "no_pseudo_label_warning",
+        ]
         order += ["periodic_checkpoint"]
         assert set(order) == set(named)
         return {"new": new} | {name: named[name] for name in order}

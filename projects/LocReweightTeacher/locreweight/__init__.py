@@ -7,11 +7,18 @@ needs only the standard library; ``locreweight.Predictor`` imports the rest when
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.detections import Detections
     from .engine.predictor import Predictor
+
+# What Detectron2 and fvcore do with PyTorch gives these warnings. Users cannot change it.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 __all__ = ["Detections", "Predictor"]
 

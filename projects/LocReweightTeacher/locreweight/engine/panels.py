@@ -17,6 +17,7 @@ from detectron2.structures import Instances
 from ..data.mapper import ViewMapper
 from ..data.monitored import MonitoredImages, MonitoredSample
 from ..data.training_sets import TrainingSets
+from ..data.transforms.views import project_to_strong_view
 from ..methods.base import to_pseudo_labels
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from ..run_files import PANEL_FOLDER
@@ -33,7 +34,6 @@ from ..visualization.drawing import (
     save_picture,
 )
 from .matching import Match, agreement, agreement_by_quality, join, match
-from .training_step import project_to_strong_view
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +127,9 @@ class PseudoLabelPanels(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
-        ends = self._burn_in, self.trainer.max_iter
-        if iteration % self._period == 0 or iteration in ends:
-            self._evaluate(iteration, is_end=iteration in ends)
+        is_end = iteration == self._burn_in or self.trainer.is_last_iteration
+        if iteration % self._period == 0 or is_end:
+            self._evaluate(iteration, is_end=is_end)
 
     def _evaluate(self, iteration: int, *, is_end: bool) -> None:
         cells: list[np.ndarray] = []

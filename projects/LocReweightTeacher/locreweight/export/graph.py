@@ -36,6 +36,7 @@ from detectron2.export import TracingAdapter
 from torch import Tensor
 
 from ..errors import UsageError
+from ..modeling.backbones import interpolates_position_embeddings
 from ..modeling.meta_arch import SemiSupervisedRCNN
 
 INPUT = "image"
@@ -142,8 +143,14 @@ def write_onnx(
         metadata: metadata properties of the file; each value is stored as json.
 
     Raises:
-        UsageError: if the model detects nothing in the image.
+        UsageError: if the model detects nothing in the image, or ONNX lacks an operator for it.
     """
+    if interpolates_position_embeddings(model):
+        raise UsageError(
+            "ONNX cannot interpolate the position embeddings of this transformer as PyTorch does "
+            "(bicubic, antialiased): use TorchScript, or train a model with rotary embeddings, "
+            "such as DINOv3"
+        )
     import onnx  # optional dependency: extra `export`
 
     adapter = _adapter(model, image)

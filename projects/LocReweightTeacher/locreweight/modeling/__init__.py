@@ -1,5 +1,6 @@
 """Detectron2 model parts. Importing this package registers them."""
 
+from . import backbones  # registers them
 from .box_coding import CornerBoxTransform
 from .building import build_detector
 from .meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
@@ -14,5 +15,6 @@ __all__ = [
     "SemiSupervisedRCNN",
     "TeacherOutput",
     "UnlabeledOutput",
+    "backbones",
     "build_detector",
 ]
