@@ -113,9 +113,7 @@ def compare(cfg: CfgNode, per_class: int) -> list[list]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--per-class", type=int, default=200, help="crops of each class (200)")
     return parser.parse_args()
