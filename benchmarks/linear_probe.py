@@ -114,8 +114,8 @@ def compare(cfg: CfgNode, per_class: int) -> list[list]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = ConfigArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--per-class", type=int, default=200, help="crops of each class (200)")
+    parser.add_argument("--config-file", required=True, help="config with data and backbone")
+    parser.add_argument("--per-class", type=int, default=200, help="crops of each class")
     return parser.parse_args()
 
 
