@@ -78,11 +78,11 @@ def peak_mib(device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ConfigArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--short-side", type=int, default=Workload().short_side, help="of the images, in pixels"
     )
     parser.add_argument("--config-file", default=BASE, help="config of the detector")
-    parser.add_argument("--short-side", type=int, default=Workload().short_side)
     parser.add_argument(
         "--paper", action="store_true", help="2 + 8 images of 800 x 1333 pixels' area; for a GPU"
     )

@@ -40,6 +40,7 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import environment
+from locreweight.command_line import HelpFormatter
 from locreweight.config import load_config
 from locreweight.data.loader import Stream, StreamDataset, StreamPosition
 from locreweight.data.mapper import ViewMapper
@@ -334,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--images", type=int, default=1_000_000, help="number of unlabeled images")
     parser.add_argument(
@@ -343,7 +344,7 @@ def parse_arguments() -> argparse.Namespace:
         default=120_000,
         help="number of annotated images, at most --images",
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="number of repetitions")
     # For measure_in_subprocess:
     parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -97,16 +97,16 @@ def break_down(workload: Workload, repeats: int, options: list[str]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
     default = Workload()
     parser.add_argument("--config-file", default=BASE, help="config of the detector")
-    parser.add_argument("--short-side", type=int, default=default.short_side)
-    parser.add_argument("--labeled", type=int, default=default.labeled)
-    parser.add_argument("--unlabeled", type=int, default=default.unlabeled)
+    parser.add_argument(
+        "--short-side", type=int, default=default.short_side, help="of the images, in pixels"
+    )
+    parser.add_argument("--labeled", type=int, default=default.labeled, help="labeled images")
+    parser.add_argument("--unlabeled", type=int, default=default.unlabeled, help="unlabeled images")
     parser.add_argument("--objects", type=int, default=default.objects, help="per image")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="number of repetitions")
     parser.add_argument(
         "--cpu-time", action="store_true", help="CPU time, for busy machines; with one thread"
     )

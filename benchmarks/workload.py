@@ -29,7 +29,7 @@ from locreweight.data.loader import Batch
 from locreweight.data.training_sets import register_datasets
 from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.modeling import SemiSupervisedRCNN, TeacherOutput
+from locreweight.methods import LabelingInputs
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "configs" / "Base-LocReweight.yaml")
@@ -187,10 +187,8 @@ class FixedPseudoLabels:
             make_objects(workload, generator).to(device) for _ in range(workload.unlabeled)
         ]
 
-    def __call__(
-        self, teacher: SemiSupervisedRCNN, teacher_output: TeacherOutput
-    ) -> list[Instances]:
-        self._select(teacher, teacher_output)
+    def __call__(self, inputs: LabelingInputs) -> list[Instances]:
+        self._select(inputs)
         for labels in self._labels:
             labels.gt_localization_quality = labels.gt_boxes.tensor.new_full((len(labels),), 0.3)
             labels.gt_score = labels.gt_localization_quality + 0.6

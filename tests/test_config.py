@@ -332,6 +332,17 @@ VALUES = ("PSEUDO_LABEL_THRESHOLD", "UNSUPERVISED_WEIGHT", "EMA_KEEP_RATE", "BUR
             },
         ),
         ("soft_teacher", (0.6, 2.0, 0.99, 300), {"soft_teacher-coco": (0.9, 4.0, 0.999, 0)}),
+        (
+            "mum",
+            (0.6, 2.0, 0.99, 300),
+            {"mum-coco": (0.7, 4.0, 0.9996, 0), "mum-voc": (0.7, 4.0, 0.9996, 0)},
+        ),
+        (
+            "instant_teaching",
+            (0.6, 2.0, 0.0, 300),
+            {"instant_teaching-coco": (0.9, 1.0, 0.0, 0)},
+        ),
+        ("mixpl", (0.6, 2.0, 0.99, 300), {"mixpl-coco": (0.7, 2.0, 0.9998, 0)}),
     ],
 )
 def test_method_keeps_the_values_of_the_config_unless_published(method, kept, published):

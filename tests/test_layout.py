@@ -1,6 +1,7 @@
 """Imports point one way: engine -> methods -> modeling, data -> losses, ema, geometry."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ MAY_IMPORT = {
     "checkpoint": {"modeling", "file_io", "run_files"},
     "config": {"checkpoint", "modeling", "installed_detectron2"},
     "export": TORCH_ONLY | {"modeling", "checkpoint"},
-    "visualization.drawing": set(),
+    "visualization.labels": set(),
+    "visualization.drawing": {"visualization.labels"},
     "engine": TORCH_ONLY
     | {"modeling", "data", "methods", "checkpoint", "config", "visualization.drawing"}
     | {"installed_detectron2", "file_io", "run_files", "command_line"},
@@ -116,3 +118,14 @@ def test_importing_the_package_needs_only_the_standard_library():
     loaded = set(result.stdout.split())
     assert "locreweight" in loaded
     assert loaded - {"locreweight"} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", ["trainer.py", "training_step.py"])
+def test_trainer_and_step_know_no_method_by_name(file):
+    names = re.findall(
+        r"@METHOD_REGISTRY.register\(\)\nclass (\w+)",
+        "".join(path.read_text() for path in (PACKAGE / "methods").glob("*.py")),
+    )
+    assert len(names) > 5
+    found = set(re.findall(r"\w+", (PACKAGE / "engine" / file).read_text()))
+    assert not found & set(names)

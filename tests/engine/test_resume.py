@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
+from locreweight.checkpoint.loading import read_score_threshold
 from locreweight.engine import SemiSupervisedTrainer, preemption, resumable_trainer, writers
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.evaluation import evaluate_teacher_and_student
@@ -189,8 +190,14 @@ class ChangedHooks(SemiSupervisedTrainer):
         new = HookBase()
         new.after_step = lambda: self.ran_new_hook.append(self.iter)
         # Hooks move over the one that saves the checkpoint, in both directions.
-        order = ["preemption_checkpoint", "evaluation", "best_model", "iteration_timer"]
-        order += ["lr_schedule", "metrics", "final_checkpoint", "no_pseudo_label_warning"]
+        order = ["preemption_checkpoint", "evaluation", "best_model", "early_stopping"]
+        order += [
+            "iteration_timer",
+            "lr_schedule",
+            "metrics",
+            "final_checkpoint",
+            "no_pseudo_label_warning",
+        ]
         order += ["periodic_checkpoint"]
         assert set(order) == set(named)
         return {"new": new} | {name: named[name] for name in order}
@@ -337,7 +344,8 @@ def scripted(datasets, make_trainer, monkeypatch):
         remaining = iter(results)
 
         def evaluate_teacher_and_student(*_, **__):
-            result = {"bbox": {"AP": next(remaining)}}
+            precision = next(remaining)
+            result = {"bbox": {"AP": precision, "F1-threshold": precision / 100}}
             return {**result, "student": result}
 
         monkeypatch.setattr(
@@ -367,6 +375,29 @@ def best_model(folder):
 def test_best_teacher_is_saved(scripted, tmp_path):
     _, record = scripted([10.0, 30.0, 20.0], **{"SOLVER.MAX_ITER": 3})
     assert same(best_model(tmp_path), record.teachers[1])
+
+
+def test_checkpoints_have_the_score_threshold_of_their_teacher(scripted, tmp_path):
+    settings = {"SOLVER.MAX_ITER": 4, "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 1}
+    scripted([50.0, 20.0], **settings)
+    expected = {
+        "model_0000000": None,  # not evaluated
+        "model_0000001": 0.5,
+        "model_0000002": None,
+        "model_best": 0.5,
+        "model_final": 0.2,
+    }
+    for name, threshold in expected.items():
+        assert read_score_threshold(str(tmp_path / f"{name}.pth")) == threshold
+
+
+def test_score_threshold_survives_a_resume(scripted, tmp_path):
+    scripted([50.0, 20.0], **{"SOLVER.MAX_ITER": 2})
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_best.pth")  # saved after the first evaluation
+    scripted([30.0], resume=True, **{"SOLVER.MAX_ITER": 2})
+    assert read_score_threshold(str(tmp_path / "model_best.pth")) == 0.5
+    assert read_score_threshold(str(tmp_path / "model_final.pth")) == 0.3
 
 
 def test_resumed_run_keeps_the_best_result(scripted, tmp_path):

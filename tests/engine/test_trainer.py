@@ -189,9 +189,10 @@ def test_equal_models_are_evaluated_once_during_burn_in(
 ):
     calls = []
 
-    def evaluate_teacher_and_student(*_, identical):
+    def evaluate_teacher_and_student(*_, iteration, identical):
+        assert iteration == len(calls) + 1
         calls.append(identical)
-        return {"bbox": {"AP": 1.0}}
+        return {"bbox": {"AP": 1.0}, "student": {"bbox": {"AP": 1.0}}}
 
     monkeypatch.setattr(
         trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +12,16 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from locreweight.data.loader import Batch
-from locreweight.data.transforms.views import UnlabeledSample, View
+from locreweight.data.transforms.views import UnlabeledSample, View, project_to_strong_view
 from locreweight.ema import update_teacher
 from locreweight.engine.training_step import (
     StepSettings,
     predict_student_rois,
-    project_to_strong_view,
     training_step,
 )
+from locreweight.errors import UsageError
 from locreweight.losses.reweighting import proposal_reliability
-from locreweight.methods import SampledProposals, build_method
+from locreweight.methods import SampledProposals, SemiSupervisedMethod, build_method
 from locreweight.methods.base import to_pseudo_labels
 from locreweight.methods.unbiased_teacher import UnbiasedTeacher
 from tests.modeling.tiny_model import (
@@ -374,6 +375,68 @@ def test_ler_weights_each_proposal_by_the_quality_from_the_teacher(student, teac
     box_losses, rows = foreground_box_losses(output, student)
     expected = (torch.stack(qualities)[:, None] * box_losses).sum() / len(rows)
     assert_close(losses["loss_box_reg_unlabeled"], expected)
+
+
+# Images and losses of a method
+
+
+def custom_step(student, teacher, method_class, batch=None, beta=1.0):
+    settings = StepSettings(method_class(pseudo_label_threshold=THRESHOLD), beta, {})
+    torch.manual_seed(5)
+    with EventStorage():
+        return training_step(student, teacher, batch or make_batch(), settings)
+
+
+class Composing(SemiSupervisedMethod):
+    """Inverts the first image, drops its labels, and repeats the second as a mixed image."""
+
+    def compose(self, images, labeled):
+        assert [x["file_name"] for x in labeled] == ["labeled_0.png", "labeled_1.png"]
+        first, second, third = images
+        inverted = replace(
+            first, image=255.0 - first.image, pseudo_labels=first.pseudo_labels[:0], sample=None
+        )
+        return [inverted, second, third, replace(second, sample=None)]
+
+
+def test_student_gets_the_composed_images(student, teacher):
+    batch = make_batch()
+    with recorded(student) as calls:
+        result = custom_step(student, teacher, Composing, batch)
+    ((_, images), (_, output)) = calls[0]
+    strong = [sample.strong.image for sample in batch.unlabeled]
+    expected = [255.0 - strong[0], strong[1], strong[2], strong[1]]
+    assert all(torch.equal(x["image"], e) for x, e in zip(images, expected, strict=True))
+    assert len(images[0]["instances"]) == 0
+    assert torch.equal(images[1]["instances"].gt_score, images[3]["instances"].gt_score)
+    assert len(output.proposals) == 4
+    # The first metric counts the teacher's labels, the second the student's images.
+    labels = cat([p.gt_classes for p in output.proposals])
+    foreground = (labels < NUM_CLASSES).sum().item()
+    assert result.metrics["proposals/foreground_per_image"].item() == foreground / 4
+    assert result.metrics["pseudo_labels/images_without"] == 0
+
+
+def test_teacher_cannot_predict_for_proposals_in_mixed_images(student, teacher):
+    class WithTeacher(Composing):
+        def classification_loss(self, proposals):
+            return proposals.teacher_predictions.scores.sum()
+
+    with pytest.raises(UsageError, match=r"SEMI.METHOD mixes images .* no weak view"):
+        custom_step(student, teacher, WithTeacher)
+
+
+def test_further_losses_are_multiplied_by_beta_and_returned_by_name(student, teacher):
+    class Further(SemiSupervisedMethod):
+        def losses(self, proposals):
+            further = {"loss_logits": proposals.predictions.scores.square().mean()}
+            return super().losses(proposals) | further
+
+    with recorded(student) as calls:
+        losses = custom_step(student, teacher, Further, beta=3.0).losses
+    scores = calls[0][1][1].predictions.scores
+    assert_close(losses["loss_logits_unlabeled"], 3 * scores.square().mean())
+    assert losses.keys() == SUPERVISED | UNLABELED | {"loss_logits_unlabeled"}
 
 
 # Gradients

@@ -39,7 +39,8 @@ def one_process(datasets, tmp_path_factory):
     """Output folder and record of the same training in one process."""
     folder = tmp_path_factory.mktemp("one_process")
     cfg = training_config(datasets, folder, two_processes.SETTINGS)
-    return folder, recorded_training(build_trainer(cfg))
+    trainer = build_trainer(cfg)
+    return folder, recorded_training(trainer), trainer.settings.method.files
 
 
 @pytest.mark.parametrize("model", ["start", "student", "teacher"])
@@ -107,6 +108,22 @@ def test_two_processes_share_the_batches_of_one_process(ranks, one_process):
     for whole, *parts in zip(alone, *(rank["images"] for rank in ranks), strict=True):
         assert sorted(whole) == sorted([*parts[0], *parts[1]])
         assert len(parts[0]) == len(parts[1])
+
+
+def test_state_of_the_method_is_that_of_one_process(ranks, one_process):
+    """Observations of all processes arrive in the order of the processes."""
+    files = ranks[0]["files"]
+    assert files == ranks[1]["files"]
+    assert len(files) == 7 * two_processes.SETTINGS["SOLVER.IMS_PER_BATCH_UNLABELED"]
+    assert files == one_process[2]
+
+
+def test_both_processes_have_the_same_cached_images(ranks):
+    """Two new ones of each process in each step, of which the cache holds the last eight."""
+    first, second = (rank["cache"] for rank in ranks)
+    assert len(first) == len(second) == 8
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert same(ranks[0]["cache_student"], ranks[1]["cache_student"])
 
 
 def test_logged_metrics_are_means_over_both_processes(ranks):

@@ -6,12 +6,15 @@ import math
 from pathlib import Path
 
 import torch
+from detectron2.config import configurable
 from detectron2.utils import comm
 
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, evaluate
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.training_step import training_step
+from locreweight.methods import METHOD_REGISTRY
+from locreweight.methods.loc_reweight import LocReweight
 from tests.engine.tiny_training import (
     Recorder,
     copy_of,
@@ -19,7 +22,32 @@ from tests.engine.tiny_training import (
     training_config,
 )
 
+
+@METHOD_REGISTRY.register()
+class FileRecorder(LocReweight):
+    """The paper's method. Its state is the list of all unlabeled files so far."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.files = []
+
+    def observe(self, inputs, pseudo_labels):
+        assert len(pseudo_labels) == len(inputs.samples)
+        return [sample.file_name for sample in inputs.samples]
+
+    def update_state(self, observations):
+        self.files += [file for files in observations for file in files]
+
+    def state_dict(self):
+        return {"files": self.files}
+
+    def load_state_dict(self, state_dict):
+        self.files = state_dict["files"]
+
+
 SETTINGS = {
+    "SEMI.METHOD": "FileRecorder",
     "SEMI.BURN_IN_ITERS": 1,
     "DATASETS.LABELED_PERCENT": 60.0,
     "SOLVER.IMS_PER_BATCH": 2,
@@ -33,6 +61,25 @@ SETTINGS = {
 RANK_WITHOUT_LABELS = 1
 # Rank and iteration in which a loss of one process, and a gradient of the other, is NaN.
 NAN_LOSS, NAN_GRADIENT = (0, 3), (1, 5)
+
+
+MIXPL = {
+    "SEMI.METHOD": "MixPL",
+    "SEMI.BURN_IN_ITERS": 0,
+    "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
+    "SOLVER.MAX_ITER": 4,
+}
+
+
+def train_with_cache(datasets: dict, folder: Path) -> dict:
+    """Train with cached images; returns the cache and the student."""
+    cfg = training_config(datasets, folder, MIXPL)
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED)
+    trainer = SemiSupervisedTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return {"cache": trainer.settings.method.cache, "cache_student": copy_of(trainer.student)}
 
 
 def train(datasets: dict, folder: Path) -> None:
@@ -61,6 +108,7 @@ def train(datasets: dict, folder: Path) -> None:
 
     trainer_module.training_step = step
     trainer.train()
+    trainer_module.training_step = training_step
 
     solved = folder / "solved.json"
     if comm.is_main_process():
@@ -81,8 +129,10 @@ def train(datasets: dict, folder: Path) -> None:
         "logged": {name: value for name, (value, _) in trainer.storage.latest().items()},
         "results": {name: dict(scores) for name, scores in results.items()},
         "students_results": {name: dict(scores) for name, scores in students.items()},
+        "files": trainer.settings.method.files,
         "students": recorder.students,
         "teachers": recorder.teachers,
         "labeled": [record["file_name"] for record in trainer.sets.labeled],
     }
+    state |= train_with_cache(datasets, folder / "mixpl")
     torch.save(state, folder / f"rank_{rank}.pt")

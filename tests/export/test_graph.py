@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from export import load_images
-from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from locreweight.export.graph import (
     OUTPUTS,
@@ -57,7 +56,7 @@ def graphs(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graphs")
     example = random_image((80, 112), seed=9).float()
     write_torchscript(model, example, folder / "model.pt")
-    metadata = graph_metadata(tiny_config(SETTINGS), ["cat", "dog", "owl"])
+    metadata = graph_metadata(tiny_config(SETTINGS), ["cat", "dog", "owl"], 0.4)
     write_onnx(model, example, folder / "model.onnx", metadata)
     return folder
 
@@ -139,6 +138,7 @@ def test_onnx_file_has_metadata_and_standard_operators(graphs):
     properties = {p.key: json.loads(p.value) for p in session.metadata_props}
     assert properties == {
         "class_names": ["cat", "dog", "owl"],
+        "score_threshold": 0.4,
         "format": "BGR",
         "shortest_side": 96,
         "longest_side": 160,
@@ -180,10 +180,7 @@ def test_graph_detects_the_same_in_photos_of_three_sizes(model, graph):
     images = []
     for shortest in (96, 128, 200):
         sized = {"INPUT.MIN_SIZE_TEST": shortest, "INPUT.MAX_SIZE_TEST": 400}
-        detector = Predictor(
-            tiny_config(SETTINGS | sized), model, [], has_localization_quality=True
-        )
-        images += load_images(detector, files)
+        images += load_images(tiny_config(SETTINGS | sized), files)
     assert {tuple(image.shape[1:]) for image in images} == {(96, 128), (128, 171), (200, 267)}
     line = compare_with_model(Path("graph"), model, graph, images)
     assert "6 images of 3 sizes" in line

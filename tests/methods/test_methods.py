@@ -7,7 +7,6 @@ import math
 import re
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from locreweight.errors import UsageError
 from locreweight.losses import reweighting
 from locreweight.methods import (
     METHOD_REGISTRY,
+    LabelingInputs,
     SampledProposals,
     SemiSupervisedMethod,
     build_method,
@@ -31,6 +31,7 @@ from locreweight.methods.base import to_pseudo_labels
 from locreweight.methods.loc_reweight import LocReweight
 from locreweight.methods.shuffled_loc_reweight import shuffle_within_groups
 from locreweight.methods.soft_teacher import SoftTeacher, regress_boxes
+from locreweight.modeling.meta_arch import TeacherOutput
 from tests.modeling.output_layer_cases import (
     K,
     coded,
@@ -333,7 +334,7 @@ def test_soft_teacher_candidates_are_the_detections_above_the_lower_threshold(te
     scores = cat([x.scores for x in output.detections])
     method = SoftTeacher(pseudo_label_threshold=scores.max().item() - 1e-6)
     method.candidate_threshold = low = scores.median().item()
-    candidates = method.select_pseudo_labels(teacher, output)
+    candidates = method.select_pseudo_labels(LabelingInputs(teacher, output, []))
     for labels, detections in zip(candidates, output.detections, strict=True):
         assert len(labels) == (detections.scores > low).sum()
         assert (labels.gt_variance > 0).all() and labels.gt_variance.isfinite().all()
@@ -344,7 +345,7 @@ def test_soft_teacher_without_candidates_has_no_pseudo_labels(teacher):
     output = teacher.detect([{"image": random_image()}])
     method = SoftTeacher(pseudo_label_threshold=1.0)
     method.candidate_threshold = 1.0
-    (labels,) = method.select_pseudo_labels(teacher, output)
+    (labels,) = method.select_pseudo_labels(LabelingInputs(teacher, output, []))
     assert len(labels) == 0 and labels.gt_variance.shape == (0,)
 
 
@@ -369,7 +370,11 @@ def make_method(name, **settings):
 
 
 @pytest.mark.parametrize(
-    "name", ["LocReweight", "ShuffledLocReweight", "Stac", "UnbiasedTeacher", "SoftTeacher"]
+    "name",
+    [
+        *("LocReweight", "ShuffledLocReweight", "Stac", "UnbiasedTeacher", "SoftTeacher"),
+        *("Mum", "InstantTeaching", "MixPL"),
+    ],
 )
 def test_build_method_reads_the_config(name):
     parts = {"SEMI.LER": True, "SEMI.PRC": False}
@@ -390,7 +395,8 @@ def test_build_method_lists_the_known_names():
 def test_pseudo_labels_are_the_detections_above_the_threshold(name):
     detections = detections_with([0.9, 0.7, 0.6])
     method = make_method(name, **{"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
-    (labels,) = method.select_pseudo_labels(None, SimpleNamespace(detections=[detections]))
+    output = TeacherOutput({}, [detections])
+    (labels,) = method.select_pseudo_labels(LabelingInputs(None, output, []))
     assert labels.gt_score.tolist() == pytest.approx([0.9, 0.7])
     assert method.rpn_labels(labels) is labels
 

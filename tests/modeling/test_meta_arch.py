@@ -69,11 +69,11 @@ def unlabeled_inputs():
     ]
 
 
-def train_forward(model, *inputs, seed=3):
+def train_forward(model, *inputs, seed=3, **arguments):
     """Run a forward pass in training mode. The seed determines the sampled proposals."""
     model.train()
     torch.manual_seed(seed)
-    return model(*inputs)
+    return model(*inputs, **arguments)
 
 
 # Training on labeled images
@@ -186,6 +186,77 @@ def test_events_of_labeled_images_do_not_count_unlabeled_images(model, storage):
     latest = storage.latest()
     assert latest["roi_head/num_fg_samples"][0] == 0
     assert latest["unlabeled/roi_head/num_fg_samples"][0] > 0
+
+
+class Reversed:
+    """Reverses the order of the unlabeled images before the backbone, and of their features."""
+
+    def __init__(self, size_divisibility=1):
+        self.size_divisibility = size_divisibility
+        self.shapes = []
+
+    def mix(self, images):
+        self.shapes.append(tuple(images.shape))
+        return images.flip(0)
+
+    def unmix(self, features):
+        self.shapes.append(tuple(features.shape))
+        return features.flip(0)
+
+
+def test_mixing_that_is_undone_changes_nothing(storage):
+    """It sees the unlabeled images only, and their features of every level."""
+    model = tiny_model(AS_DETECTRON2)
+    mixing = Reversed()
+    plain = train_forward(model, labeled_inputs(), unlabeled_inputs())
+    mixed = train_forward(model, labeled_inputs(), unlabeled_inputs(), mixing=mixing)
+    assert mixing.shapes[0] == (3, 3, SIZE, SIZE)
+    assert [shape[0] for shape in mixing.shapes[1:]] == [3] * 5
+    assert_close(mixed[0], plain[0])
+    assert_close(mixed[1].rpn_losses, plain[1].rpn_losses)
+    assert_close(mixed[1].predictions, plain[1].predictions)
+
+
+def test_batch_is_padded_for_mixing(storage):
+    """The larger feature maps get no proposals outside of the images."""
+    mixing = Reversed(size_divisibility=48)
+    _, output = train_forward(tiny_model(), labeled_inputs(), unlabeled_inputs(), mixing=mixing)
+    assert mixing.shapes[0] == (3, 3, 96, 96)
+    assert mixing.shapes[1][2:] == (24, 24)
+    assert all(p.image_size == (SIZE, SIZE) for p in output.proposals)
+    assert max(p.proposal_boxes.tensor.max() for p in output.proposals) <= SIZE
+
+
+def weighted_inputs(weights):
+    inputs = unlabeled_inputs()
+    return [x | {"loss_weight": weight} for x, weight in zip(inputs, weights, strict=True)]
+
+
+def test_rpn_losses_are_linear_in_the_weights_of_the_images(storage):
+    model = tiny_model(AS_DETECTRON2)
+
+    def losses(*weights):
+        return train_forward(model, labeled_inputs(), weighted_inputs(weights))[1].rpn_losses
+
+    unweighted = train_forward(model, labeled_inputs(), unlabeled_inputs())[1].rpn_losses
+    assert_close(losses(1.0, 1.0, 1.0), unweighted, rtol=0, atol=0)
+    assert_close(losses(3.0, 3.0, 3.0), {n: 3 * loss for n, loss in unweighted.items()})
+    parts = [losses(1.0, 0.0, 0.0), losses(0.0, 2.0, 0.0), losses(0.0, 0.0, 0.5)]
+    total = losses(1.0, 2.0, 0.5)
+    for name, loss in total.items():
+        assert_close(loss, sum(part[name] for part in parts))
+        assert parts[0][name] > 0
+
+
+def test_image_with_a_weight_of_zero_has_no_part_in_the_rpn_losses(storage):
+    model = tiny_model(AS_DETECTRON2)
+    inputs = weighted_inputs([1.0, 0.0, 1.0])
+    images = [x["image"].float().requires_grad_() for x in inputs]
+    inputs = [x | {"image": image} for x, image in zip(inputs, images, strict=True)]
+    _, output = train_forward(model, labeled_inputs(), inputs)
+    assert len(output.proposals) == 3
+    sum(output.rpn_losses.values()).backward()
+    assert [bool(image.grad.any()) for image in images] == [True, False, True]
 
 
 # Teacher

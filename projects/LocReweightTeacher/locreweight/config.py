@@ -74,8 +74,9 @@ def add_locreweight_config(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
     # Semi-supervised method (locreweight/methods/): "LocReweight", its control
-    # "ShuffledLocReweight", or a published method: "Stac", "UnbiasedTeacher", "SoftTeacher". It
-    # decides which detections become pseudo-labels and which losses they are used in.
+    # "ShuffledLocReweight", or a published method: "Stac", "UnbiasedTeacher", "SoftTeacher", "Mum",
+    # "InstantTeaching", "MixPL". It decides which detections become pseudo-labels, what the student
+    # sees and which losses are used.
     cfg.SEMI.METHOD = "LocReweight"
     # Number of iterations on labeled images only, before the teacher makes pseudo-labels. Training
     # is fully supervised if this is at least SOLVER.MAX_ITER.
@@ -119,6 +120,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # Factor on the learning rate of a plain vision transformer for each block further from the
     # output, as in ViTDet (0.7 to 0.9). Other backbones must leave it at 1.
     cfg.SOLVER.BACKBONE_LR_DECAY = 1.0
+    # Training ends early after this number of evaluations (TEST.EVAL_PERIOD) in a row without a
+    # better teacher. Evaluations in burn-in do not count. 0: train for SOLVER.MAX_ITER iterations.
+    cfg.SOLVER.EARLY_STOPPING_PATIENCE = 0
     # Data type for SOLVER.AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
@@ -207,8 +211,9 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.TEST.MONITORED_IMAGES = 200
 
     # How training images are augmented (locreweight/data/transforms/policies.py):
-    # "SoftTeacherPolicy", "UnbiasedTeacherPolicy", "StacPolicy", or a name that you registered in
-    # AUGMENTATION_POLICY_REGISTRY. Sizes and flips come from Detectron2's INPUT keys.
+    # "SoftTeacherPolicy", "UnbiasedTeacherPolicy", "StacPolicy", "InstantTeachingPolicy", or a name
+    # that you registered in AUGMENTATION_POLICY_REGISTRY. Sizes and flips come from Detectron2's
+    # INPUT keys.
     cfg.INPUT.AUGMENTATION_POLICY = "SoftTeacherPolicy"
     # Decode large JPEGs of training images at 1/2, 1/4 or 1/8 of their size where the result is
     # still 1.5 times as wide and high as the largest view. This saves much time on photos.
@@ -405,6 +410,14 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
+    patience = cfg.SOLVER.EARLY_STOPPING_PATIENCE
+    if patience < 0:
+        raise UsageError(f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}; it must be at least 0")
+    if patience and not (cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD > 0):
+        raise UsageError(
+            "SOLVER.EARLY_STOPPING_PATIENCE counts evaluations, and there are none during training:"
+            " set DATASETS.TEST and TEST.EVAL_PERIOD"
+        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

@@ -1,5 +1,7 @@
 """Augmentations: effect on known pixels, channel order, dtype and shape."""
 
+import itertools
+
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
@@ -11,9 +13,11 @@ from locreweight.data.mapper import ViewMapper
 from locreweight.data.transforms.augmentations import (
     AffineTransform,
     ColorJitter,
+    Cutout,
     EraseTransform,
     GaussianBlur,
     Grayscale,
+    PhotometricOperations,
     RandomColorOperation,
     RandomErasing,
 )
@@ -210,7 +214,10 @@ def test_jitter_brightness_and_contrast(jitter):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     "augmentation",
-    [ColorJitter(), Grayscale(), GaussianBlur(), RandomErasing((1.0, 2.0, 3.0))],
+    [
+        *(ColorJitter(), Grayscale(), GaussianBlur(), RandomErasing((1.0, 2.0, 3.0))),
+        *(PhotometricOperations(prob=1.0), Cutout()),
+    ],
     ids=lambda augmentation: type(augmentation).__name__,
 )
 def test_appearance_augmentations_keep_dtype_shape_and_input(augmentation, seed):
@@ -236,6 +243,53 @@ def test_blur_keeps_uniform_images_and_smooths_noise():
     weak, strong = (apply(GaussianBlur(sigma, sigma), image) for sigma in (0.5, 2.0))
     assert image.std() > weak.std() > strong.std()
     assert abs(strong.mean() - image.mean()) < 3
+
+
+def test_photometric_operations_are_each_used_with_the_probability():
+    used = [
+        len(PhotometricOperations(prob=0.2).get_transform(noise()).transforms) for _ in range(1500)
+    ]
+    assert abs(np.mean(used) - 1.0) < 0.08
+    assert_array_equal(apply(PhotometricOperations(prob=0.0), noise_ := noise()), noise_)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_photometric_operations_stay_in_their_ranges(place):
+    """Of a uniform image: brighter, shifted, compressed, permuted, blurred."""
+    color = (100, 120, 140)
+    seen = set()
+    for _ in range(100):
+        operation = PhotometricOperations(prob=1.0).get_transform(noise()).transforms[place]
+        seen.add(color_of(operation.apply_image(uniform_image(color))))
+    changes = np.array(sorted(seen)) - color
+    if place == 0:  # 100 -> at least 1.1 * 100 + 25.5, at most 1.3 * 100 + 76.5
+        assert (changes[:, 0] >= 35).all() and (changes[:, 0] <= 107).all()
+    elif place == 1:
+        assert abs(changes).max() <= 75 and len(seen) > 50  # hue and saturation change most
+    elif place == 3:
+        assert seen == set(itertools.permutations(color))
+    else:
+        assert abs(changes).max() <= 2
+
+
+class TestCutout:
+    def test_squares_are_black_and_cut_off_at_the_border(self):
+        image = uniform_image((200, 100, 50))
+        for _ in range(50):
+            erased = apply(Cutout(holes=1, side=8), image)
+            black = (erased == 0).all(axis=2)
+            rows, columns = np.flatnonzero(black.any(axis=1)), np.flatnonzero(black.any(axis=0))
+            assert black.sum() == len(rows) * len(columns)  # a rectangle
+            for side in (rows, columns):
+                at_border = side[0] == 0 or side[-1] == SIDE - 1
+                assert len(side) == 8 or (at_border and 4 <= len(side) < 8)
+
+    def test_number_of_squares(self):
+        assert len(Cutout(holes=3).get_transform(noise()).patches) == 3
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+    def test_accepts_images_of_any_size(self, size):
+        assert apply(Cutout(), noise(*size)).shape == (*size, 3)
 
 
 class TestErasing:

@@ -123,3 +123,26 @@ def test_enhancements_have_the_mean_brightness_of_pillow():
         for factor in (0.137, 0.513, 1.487, 1.871):
             expected = np.asarray(pillow_enhancer(Image.fromarray(image)).enhance(factor), float)
             assert abs(operation(image, factor).mean() - expected.mean()) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        ((0, 0, 0), (255, 0, 0)),
+        ((60, 0, 0), (0, 255, 0)),
+        ((-60, 0, 0), (0, 0, 255)),
+        ((0, 0, -55), (200, 0, 0)),
+        ((0, -255, 0), (255, 255, 255)),
+        ((0, 99, 99), (255, 0, 0)),  # clipped
+    ],
+)
+def test_hsv_is_shifted(shift, expected):
+    red = np.full((4, 4, 3), (255, 0, 0), dtype=np.uint8)
+    assert color_ops.shift_hsv(red, *shift)[0, 0].tolist() == list(expected)
+
+
+def test_jpeg_keeps_channels_and_loses_more_with_a_lower_quality():
+    image = cv2.GaussianBlur(IMAGES["noise"], (0, 0), 3)
+    high, low = (color_ops.jpeg(image, quality).astype(float) for quality in (95, 30))
+    assert abs(high - image).mean() < 2 < abs(low - image).mean() < 10
+    assert abs(low.mean(axis=(0, 1)) - image.mean(axis=(0, 1))).max() < 1.5

@@ -42,3 +42,14 @@ def test_stac_policy_has_a_fixed_weak_view_and_random_strong_views(tmp_path):
     assert all(torch.equal(s.weak.image, first.weak.image) for s in samples)
     assert all(torch.equal(s.weak.matrix, first.weak.matrix) for s in samples)
     assert len({tuple(s.strong.matrix.flatten().tolist()) for s in samples}) > 4
+
+
+def test_instant_teaching_policy_changes_the_appearance_of_the_strong_view_only():
+    policy = build_augmentation_policy(
+        load_config("", ["INPUT.AUGMENTATION_POLICY", "InstantTeachingPolicy"])
+    )
+    (labeled,) = policy.labeled
+    names = [type(getattr(x, "aug", x)).__name__ for x in policy.strong]
+    assert names[len(labeled) :] == ["Cutout", "PhotometricOperations"]
+    assert [type(x).__name__ for x in labeled] == names[: len(labeled)]
+    assert not policy.strong_on_weak

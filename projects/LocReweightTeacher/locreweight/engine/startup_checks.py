@@ -23,10 +23,14 @@ from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolera
 from ..errors import UsageError
 from ..modeling import build_detector
 from ..modeling.backbones import uses_timm
+from .console import CONSOLE
+from .evaluation import count_test_images
 from .optimizer import amp_dtype
 from .training_step import StepSettings
 
 logger = logging.getLogger(__name__)
+
+_MAX_NAMED_CLASSES = 8  # more are counted only
 
 
 def check_device(
@@ -69,12 +73,21 @@ def check_device(
 
 
 def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
-    """Log batch size, learning rate, iterations and epochs, and warn about likely mistakes.
+    """Log data, batch size, learning rate, iterations and epochs, and warn of likely mistakes.
 
     Args:
         cfg: scaled to the number of GPUs.
         sets: the training images.
     """
+    names = sets.class_names
+    CONSOLE.info(
+        "data: %d labeled, %d unlabeled and %d test images; %d classes%s",
+        len(sets.labeled),
+        len(sets.unlabeled),
+        count_test_images(cfg),
+        len(names),
+        f" ({', '.join(names)})" if len(names) <= _MAX_NAMED_CLASSES else "",
+    )
     world_size = comm.get_world_size()
     labeled, unlabeled = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH_UNLABELED
     mutual = max(0, cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS)
@@ -97,7 +110,7 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
         len(sets.unlabeled),
     )
     if sets.unlabeled and not mutual:
-        logger.warning(
+        CONSOLE.info(  # no warning: supervised baselines do so on purpose
             "unlabeled images are not used: SEMI.BURN_IN_ITERS is not below SOLVER.MAX_ITER"
         )
     if fixes := untrained_random_layers(cfg):

@@ -10,19 +10,26 @@ All boxes are xyxy in absolute pixels of the view that is named.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import cat
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import Batch
-from ..data.transforms.views import UnlabeledSample, View
-from ..geometry import between_views, warp_boxes
-from ..methods import SampledProposals, SemiSupervisedMethod, build_method
+from ..data.transforms.views import UnlabeledSample, project_boxes, project_to_strong_view
+from ..errors import UsageError
+from ..methods import (
+    LabelingInputs,
+    SampledProposals,
+    SemiSupervisedMethod,
+    StudentImage,
+    build_method,
+)
 from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import BoxPredictions
 
@@ -69,10 +76,12 @@ class StepResult:
     Attributes:
         losses: weighted scalar losses by name. Their sum is minimized.
         metrics: scalars to log, by name; NaN if there was nothing to measure.
+        observation: what the method's state learns from this step; None without such a state.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    observation: object = None
 
     @property
     def total(self) -> Tensor:
@@ -98,22 +107,34 @@ def training_step(
 
     # Teacher: weak views -> pseudo-labels, in the frame of the strong views.
     teacher_output = teacher.detect([{"image": sample.weak.image} for sample in samples])
-    selected = method.select_pseudo_labels(teacher, teacher_output)
+    inputs = LabelingInputs(teacher, teacher_output, samples)
+    selected = method.select_pseudo_labels(inputs)
+    observation = method.observe(inputs, selected)
     pseudo_labels = [
         project_to_strong_view(labels, sample)
         for labels, sample in zip(selected, samples, strict=True)
     ]
 
     # Student: labeled images and strong views -> supervised losses, sampled proposals.
-    strong_views = [
+    images = method.compose(
+        [
+            StudentImage(sample.strong.image, labels, sample)
+            for sample, labels in zip(samples, pseudo_labels, strict=True)
+        ],
+        batch.labeled,
+    )
+    unlabeled = [
         {
-            "image": sample.strong.image,
-            "instances": labels,
-            "rpn_instances": method.rpn_labels(labels),
+            "image": x.image,
+            "instances": x.pseudo_labels,
+            "rpn_instances": method.rpn_labels(x.pseudo_labels),
+            "loss_weight": x.loss_weight,
         }
-        for sample, labels in zip(samples, pseudo_labels, strict=True)
+        for x in images
     ]
-    losses, output = student(batch.labeled, strong_views)
+    losses, output = student(
+        batch.labeled, unlabeled, mixing=method.backbone_mixing(len(unlabeled))
+    )
 
     # Method: sampled proposals -> unsupervised losses.
     proposals = SampledProposals(
@@ -121,28 +142,20 @@ def training_step(
         output.predictions,
         _unwrap(student).roi_heads.box_predictor,
         predict_rois=lambda: predict_student_rois(
-            teacher, teacher_output, output.proposals, samples
+            teacher, teacher_output, output.proposals, [x.sample for x in images]
         ),
+        loss_weights=[x.loss_weight for x in images],
     )
     for name, loss in (output.rpn_losses | method.losses(proposals)).items():
         losses[name + UNLABELED_SUFFIX] = settings.weight_of(name) * loss
-    return StepResult(losses, _metrics(teacher_output, pseudo_labels, proposals))
-
-
-def project_to_strong_view(pseudo_labels: Instances, sample: UnlabeledSample) -> Instances:
-    """Project pseudo-labels from the weak to the strong view, and drop those outside of it."""
-    projected = Instances(sample.strong.image_size, **pseudo_labels.get_fields())
-    projected.gt_boxes = Boxes(
-        project_boxes(pseudo_labels.gt_boxes.tensor, sample.weak, sample.strong)
-    )
-    return projected[projected.gt_boxes.nonempty(threshold=1.0).nonzero().squeeze(1)]
+    return StepResult(losses, _metrics(teacher_output, pseudo_labels, proposals), observation)
 
 
 def predict_student_rois(
     teacher: SemiSupervisedRCNN,
     teacher_output: TeacherOutput,
     proposals: list[Instances],
-    samples: list[UnlabeledSample],
+    samples: Sequence[UnlabeledSample | None],
 ) -> BoxPredictions:
     """Project the student's proposals to the weak views and predict there (Sec. 3.4).
 
@@ -150,21 +163,24 @@ def predict_student_rois(
         teacher: the model that made the output, in evaluation mode.
         teacher_output: its features of the weak views.
         proposals: one ``Instances`` per image with ``proposal_boxes``, strong view.
-        samples: the images.
+        samples: the images; None for one that was mixed from several.
 
     Returns:
         The teacher's predictions for all proposals, in their order.
+
+    Raises:
+        UsageError: if an image was mixed. Its proposals are in no single weak view.
     """
-    boxes = [
-        project_boxes(x.proposal_boxes.tensor, sample.strong, sample.weak)
-        for x, sample in zip(proposals, samples, strict=True)
-    ]
+    boxes = []
+    for x, sample in zip(proposals, samples, strict=True):
+        if sample is None:
+            raise UsageError(
+                "the method of SEMI.METHOD mixes images and also uses the teacher's predictions "
+                "for the student's proposals, but a mixed image has no weak view to predict in; "
+                "remove one of the two from the method"
+            )
+        boxes.append(project_boxes(x.proposal_boxes.tensor, sample.strong, sample.weak))
     return teacher.predict_rois(teacher_output, boxes)
-
-
-def project_boxes(boxes: Tensor, source: View, target: View) -> Tensor:
-    """Project ``(N, 4)`` boxes from one view of an image to another, clipped to its size."""
-    return warp_boxes(boxes, between_views(source.matrix, target.matrix), target.image_size)
 
 
 def _unwrap(student: nn.Module) -> SemiSupervisedRCNN:
@@ -186,6 +202,6 @@ def _metrics(
         # NaN if there are no pseudo-labels.
         "pseudo_labels/localization_quality": quality.mean(),
         HIGHEST_SCORE: scores.max() if len(scores) else counts.new_zeros(()),
-        "proposals/foreground_per_image": proposals.is_foreground.sum() / len(pseudo_labels),
+        "proposals/foreground_per_image": proposals.is_foreground.sum() / len(proposals.instances),
         **proposals.metrics,
     }

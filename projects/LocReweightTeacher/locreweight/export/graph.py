@@ -90,10 +90,13 @@ def export_graphs(
     return lines
 
 
-def graph_metadata(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, Any]:
-    """Class names and the size and channel order of input images, for json."""
+def graph_metadata(
+    cfg: CfgNode, class_names: Sequence[str], score_threshold: float | None = None
+) -> dict[str, Any]:
+    """Class names, best score threshold, and size and channel order of input images, for json."""
     return {
         "class_names": list(class_names),
+        "score_threshold": score_threshold,  # with the best F1 on the test set; None if unknown
         "format": cfg.INPUT.FORMAT,  # order of the channels
         "shortest_side": cfg.INPUT.MIN_SIZE_TEST,  # resize images to this, in pixels,
         "longest_side": cfg.INPUT.MAX_SIZE_TEST,  # unless the longer side would exceed this

@@ -29,9 +29,23 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod, build_method
+from .base import (
+    METHOD_REGISTRY,
+    LabelingInputs,
+    SampledProposals,
+    SemiSupervisedMethod,
+    StudentImage,
+    build_method,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["METHOD_REGISTRY", "SampledProposals", "SemiSupervisedMethod", "build_method"]
+__all__ = [
+    "METHOD_REGISTRY",
+    "LabelingInputs",
+    "SampledProposals",
+    "SemiSupervisedMethod",
+    "StudentImage",
+    "build_method",
+]

@@ -19,8 +19,9 @@ from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import Tensor, zeros_like
 
+from ..data.transforms.views import UnlabeledSample
 from ..errors import get_registered
-from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
+from ..modeling.meta_arch import BackboneMixing, SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import (
     BoxPredictions,
     ForegroundBoxes,
@@ -41,16 +42,52 @@ def build_method(cfg: CfgNode) -> SemiSupervisedMethod:
 
 
 @dataclass(frozen=True)
+class LabelingInputs:
+    """What pseudo-labels are made from.
+
+    Attributes:
+        teacher: the model that made the output, in evaluation mode.
+        output: its features and detections in N weak views.
+        samples: the N images: file names, and views with their matrices.
+    """
+
+    teacher: SemiSupervisedRCNN
+    output: TeacherOutput
+    samples: list[UnlabeledSample]
+
+
+@dataclass(frozen=True)
+class StudentImage:
+    """An unlabeled image as the student sees it.
+
+    Attributes:
+        image: ``(3, H, W)`` pixel values in [0, 255], channels in the order of ``INPUT.FORMAT``.
+        pseudo_labels: with ``gt_boxes`` (xyxy, absolute pixels of the image), ``gt_classes`` and
+            further ``gt_*`` fields.
+        sample: the views whose strong view this is; None for an image mixed from several.
+        loss_weight: factor on the RPN's losses in this image, before the mean over images. A method
+            that uses it applies :attr:`SampledProposals.image_weight` to the losses of the ROI
+            head.
+    """
+
+    image: Tensor
+    pseudo_labels: Instances
+    sample: UnlabeledSample | None
+    loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class SampledProposals:
-    """The student's sampled proposals in the strong views of the unlabeled images.
+    """The student's sampled proposals in the unlabeled images.
 
     Attributes:
         instances: one ``Instances`` per image with ``proposal_boxes`` (xyxy, absolute pixels,
-            strong view), ``gt_classes``, and the ``gt_*`` fields of the matched pseudo-labels.
+            student's image), ``gt_classes``, and the ``gt_*`` fields of the matched pseudo-labels.
         predictions: the student's predictions for all proposals.
         box_predictor: the student's output layers.
         predict_rois: returns the teacher's predictions for the same proposals, projected to the
             weak view. Called at most once, and only if the method uses them.
+        loss_weights: :attr:`StudentImage.loss_weight` of each image.
         metrics: scalars to log, by name. Methods may add to them.
     """
 
@@ -58,6 +95,7 @@ class SampledProposals:
     predictions: BoxPredictions
     box_predictor: LocalizationAwareOutputLayers
     predict_rois: Callable[[], BoxPredictions]
+    loss_weights: list[float] = field(default_factory=list)
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -79,6 +117,12 @@ class SampledProposals:
     def teacher_predictions(self) -> BoxPredictions:
         """The teacher's predictions for the proposals, in the same order."""
         return self.predict_rois()
+
+    @property
+    def image_weight(self) -> Tensor:
+        """``(R,)`` loss weight of the image that each proposal is in."""
+        pairs = zip(self.instances, self.loss_weights, strict=True)
+        return cat([x.proposal_boxes.tensor.new_full((len(x),), weight) for x, weight in pairs])
 
     def smooth_l1_box_loss(self) -> Tensor:
         """``(F, 4)`` unreduced smooth L1 loss of the foreground proposals."""
@@ -110,7 +154,9 @@ class SemiSupervisedMethod:
     override the parts in which they differ, and register themselves in ``METHOD_REGISTRY``.
 
     :func:`locreweight.engine.training_step.training_step` calls, in each iteration after burn-in,
-    :meth:`select_pseudo_labels`, :meth:`rpn_labels` for each image, and :meth:`losses`.
+    :meth:`select_pseudo_labels`, :meth:`observe`, :meth:`compose`, :meth:`rpn_labels` for each
+    image, :meth:`backbone_mixing`, and :meth:`losses`. The trainer then calls
+    :meth:`update_state`.
 
     Attributes:
         frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
@@ -128,14 +174,8 @@ class SemiSupervisedMethod:
     def from_config(cls, cfg: CfgNode) -> dict:
         return {"pseudo_label_threshold": cfg.SEMI.PSEUDO_LABEL_THRESHOLD}
 
-    def select_pseudo_labels(
-        self, teacher: SemiSupervisedRCNN, teacher_output: TeacherOutput
-    ) -> list[Instances]:
-        """Select pseudo-labels from the teacher's detections (Sec. 3.1).
-
-        Args:
-            teacher: the model that made the detections, in evaluation mode.
-            teacher_output: its features and detections in N weak views.
+    def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
+        """Select pseudo-labels from the teacher's detections in N weak views (Sec. 3.1).
 
         Returns:
             N ``Instances`` in the frame of the weak view, with ``gt_boxes``, ``gt_classes``,
@@ -143,11 +183,32 @@ class SemiSupervisedMethod:
             :meth:`SampledProposals.matched_gt_field` makes them available to the losses.
         """
         threshold = self.pseudo_label_threshold
-        return [to_pseudo_labels(x, threshold) for x in teacher_output.detections]
+        return [to_pseudo_labels(x, threshold) for x in inputs.output.detections]
+
+    def compose(self, images: list[StudentImage], labeled: list[dict]) -> list[StudentImage]:
+        """Compose the student's unlabeled images, for example by mixing. Default: unchanged.
+
+        Args:
+            images: the strong views, with the pseudo-labels projected to them.
+            labeled: the labeled images of this process in Detectron2's format; their ``instances``
+                are on the CPU.
+
+        Returns:
+            at least one image. Those that are still strong views are in the same places.
+        """
+        return images
 
     def rpn_labels(self, pseudo_labels: Instances) -> Instances:
         """Return the pseudo-labels of one image that the RPN is trained on. Default: all."""
         return pseudo_labels
+
+    def backbone_mixing(self, num_images: int) -> BackboneMixing | None:
+        """Return how the student's unlabeled images are mixed around the backbone. Default: not.
+
+        Args:
+            num_images: number of images that :meth:`compose` returned.
+        """
+        return None
 
     def classification_loss(self, proposals: SampledProposals) -> Tensor:
         """Return the unsupervised classification loss, a scalar. Default: unweighted."""
@@ -159,12 +220,46 @@ class SemiSupervisedMethod:
         return proposals.smooth_l1_box_loss().sum() / proposals.foreground.normalizer
 
     def losses(self, proposals: SampledProposals) -> dict[str, Tensor]:
-        """Return the unsupervised losses of the ROI head by name, not yet multiplied by beta."""
+        """Return the unsupervised losses by name, not yet multiplied by beta.
+
+        A subclass may add losses of other names, which are multiplied by beta too.
+        """
         losses = {"loss_cls": self.classification_loss(proposals)}
         box_loss = self.box_loss(proposals)
         if box_loss is not None:
             losses["loss_box_reg"] = box_loss
         return losses
+
+    # State over iterations, the same in all processes and saved in checkpoints. Default: none.
+
+    def observe(self, inputs: LabelingInputs, pseudo_labels: list[Instances]) -> object | None:
+        """Return what the state is to learn from this process's part of a step.
+
+        Args:
+            inputs: as for :meth:`select_pseudo_labels`.
+            pseudo_labels: its return value, in the frame of the weak views.
+
+        Returns:
+            a picklable object with tensors on the CPU only, because it is sent to all processes;
+            None if there is nothing to learn.
+        """
+        return None
+
+    def update_state(self, observations: list) -> None:
+        """Update the state at the end of a step.
+
+        Args:
+            observations: what :meth:`observe` returned in each process, in the order of the
+                processes and without None; at least one. The state of a step that failed in any
+                process is not updated.
+        """
+
+    def state_dict(self) -> dict:
+        """Return the state as nested dicts and lists of numbers, strings and tensors."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore a state returned by :meth:`state_dict`."""
 
 
 def to_pseudo_labels(detections: Instances, score_threshold: float) -> Instances:

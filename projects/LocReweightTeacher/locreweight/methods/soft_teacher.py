@@ -31,7 +31,13 @@ from torch.nn import functional as F
 from ..losses.localization import at_least_float32
 from ..losses.reweighting import quality_weighted_box_loss
 from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
-from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod, to_pseudo_labels
+from .base import (
+    METHOD_REGISTRY,
+    LabelingInputs,
+    SampledProposals,
+    SemiSupervisedMethod,
+    to_pseudo_labels,
+)
 
 
 @METHOD_REGISTRY.register()
@@ -51,18 +57,16 @@ class SoftTeacher(SemiSupervisedMethod):
     jitter_scale: float = 0.06
     max_variance: float = 0.02
 
-    def select_pseudo_labels(
-        self, teacher: SemiSupervisedRCNN, teacher_output: TeacherOutput
-    ) -> list[Instances]:
+    def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
         """Select all candidates that one of the losses can use; adds ``gt_variance`` (Sec. 3.3)."""
         threshold = min(self.candidate_threshold, self.pseudo_label_threshold)
-        candidates = [to_pseudo_labels(x, threshold) for x in teacher_output.detections]
+        candidates = [to_pseudo_labels(x, threshold) for x in inputs.output.detections]
         copies = [
             jitter_boxes(x.gt_boxes.tensor, self.num_jitters, self.jitter_scale) for x in candidates
         ]
         classes = [x.gt_classes.repeat_interleave(self.num_jitters) for x in candidates]
         regressed = regress_boxes(
-            teacher, teacher_output, [boxes.flatten(0, 1) for boxes in copies], classes
+            inputs.teacher, inputs.output, [boxes.flatten(0, 1) for boxes in copies], classes
         )
         for labels, boxes in zip(candidates, regressed, strict=True):
             labels.gt_variance = box_regression_variance(

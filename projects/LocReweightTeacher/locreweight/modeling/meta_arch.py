@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
 
 import torch
 from detectron2.config import CfgNode
@@ -10,6 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..installed_detectron2 import check_compiled_kernels, missing_kernels
 from .output_layers import BoxPredictions
@@ -32,6 +35,22 @@ class UnlabeledOutput:
     rpn_losses: dict[str, Tensor]  # loss_rpn_cls, loss_rpn_loc, unweighted
 
 
+class BackboneMixing(Protocol):
+    """Mixes the unlabeled images before the backbone, and separates their features after it.
+
+    Attributes:
+        size_divisibility: the batch is padded to multiples of this height and width, in pixels.
+    """
+
+    size_divisibility: int
+
+    def mix(self, images: Tensor) -> Tensor:
+        """Mix ``(N, 3, H, W)`` normalized and padded images; returns the same shape."""
+
+    def unmix(self, features: Tensor) -> Tensor:
+        """Undo the mixing in ``(N, C, h, w)`` features of one level; returns the same shape."""
+
+
 @META_ARCH_REGISTRY.register()
 class SemiSupervisedRCNN(GeneralizedRCNN):
     """Detectron2's ``GeneralizedRCNN`` that can also be trained on unlabeled images.
@@ -51,7 +70,10 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
             raise missing_kernels(f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}") from error
 
     def forward(
-        self, batched_inputs: list[dict], unlabeled_inputs: list[dict] | None = None
+        self,
+        batched_inputs: list[dict],
+        unlabeled_inputs: list[dict] | None = None,
+        mixing: BackboneMixing | None = None,
     ) -> list[dict] | dict[str, Tensor] | tuple[dict[str, Tensor], UnlabeledOutput]:
         """Run the backbone once on labeled and unlabeled images together, then both heads.
 
@@ -60,7 +82,9 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
                 ``instances`` with ``gt_boxes`` (xyxy, absolute pixels) and ``gt_classes``.
             unlabeled_inputs: strong views in the same format, whose ``instances`` are
                 pseudo-labels. Their other ``gt_*`` fields are copied to the sampled proposals.
-                The RPN is trained on ``rpn_instances`` if present.
+                The RPN is trained on ``rpn_instances`` if present, and its losses in an image are
+                multiplied by ``loss_weight`` if present.
+            mixing: mixes the unlabeled images around the backbone.
 
         Returns:
             Without unlabeled images, the output of ``GeneralizedRCNN``: losses in training,
@@ -75,14 +99,22 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         ground_truth = self._targets(batched_inputs)
         pseudo_labels = self._targets(unlabeled_inputs)
         rpn_labels = self._targets(unlabeled_inputs, "rpn_instances")
-        labeled, unlabeled = _split_features(self.backbone(images.tensor), count)
+        tensor = images.tensor if mixing is None else _mix(images.tensor, count, mixing)
+        labeled, unlabeled = _split_features(self.backbone(tensor), count)
+        if mixing is not None:
+            unlabeled = {name: mixing.unmix(x) for name, x in unlabeled.items()}
+        weights = [x.get("loss_weight", 1.0) for x in unlabeled_inputs]
 
         losses = self._supervised_losses(
             _select_images(images, slice(None, count)), labeled, ground_truth
         )
         with get_event_storage().name_scope("unlabeled"):
             output = self._unlabeled_output(
-                _select_images(images, slice(count, None)), unlabeled, rpn_labels, pseudo_labels
+                _select_images(images, slice(count, None)),
+                unlabeled,
+                rpn_labels,
+                pseudo_labels,
+                weights,
             )
         return losses, output
 
@@ -99,11 +131,40 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         features: dict[str, Tensor],
         rpn_labels: list[Instances],
         pseudo_labels: list[Instances],
+        weights: list[float],
     ) -> UnlabeledOutput:
-        proposals, rpn_losses = self.proposal_generator(images, features, rpn_labels)
+        proposals, rpn_losses = self._weighted_proposals(images, features, rpn_labels, weights)
         sampled = self.roi_heads.label_and_sample_proposals(proposals, pseudo_labels)
         predictions = self.roi_heads.predict(features, [p.proposal_boxes for p in sampled])
         return UnlabeledOutput(sampled, predictions, rpn_losses)
+
+    def _weighted_proposals(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        labels: list[Instances],
+        weights: list[float],
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Run the RPN with a weight for the losses in each image.
+
+        Detectron2 returns the mean over images, so each run of images with the same weight takes a
+        call.
+        """
+        if set(weights) == {1.0}:
+            return self.proposal_generator(images, features, labels)
+        proposals: list[Instances] = []
+        total: dict[str, Tensor] = {}
+        for weight, group in groupby(weights):
+            part = slice(len(proposals), len(proposals) + len(list(group)))
+            found, losses = self.proposal_generator(
+                _select_images(images, part),
+                {name: x[part] for name, x in features.items()},
+                labels[part],
+            )
+            proposals += found
+            factor = weight * len(found) / len(weights)
+            total = {name: factor * loss + total.get(name, 0.0) for name, loss in losses.items()}
+        return proposals, total
 
     @torch.no_grad()
     def detect(self, batched_inputs: list[dict]) -> TeacherOutput:
@@ -138,6 +199,14 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
 
 def _select_images(images: ImageList, part: slice) -> ImageList:
     return ImageList(images.tensor[part], images.image_sizes[part])
+
+
+def _mix(images: Tensor, count: int, mixing: BackboneMixing) -> Tensor:
+    """Pad a batch and mix its images, except the first ``count``, which are labeled."""
+    height, width = images.shape[-2:]
+    divisor = mixing.size_divisibility
+    images = F.pad(images, (0, -width % divisor, 0, -height % divisor))
+    return torch.cat([images[:count], mixing.mix(images[count:])])
 
 
 def _split_features(

@@ -127,6 +127,9 @@ class RandomGeometricOperation(T.Augmentation):
 class RandomColorOperation(T.Augmentation):
     """Apply one of nine color operations with random strength (Soft Teacher)."""
 
+    def __init__(self) -> None:
+        """No arguments. Detectron2 shows the arguments of augmentations in its log."""
+
     def get_transform(self, image: np.ndarray) -> T.Transform:
         strength = np.random.uniform(0.1, 1.9)  # 1 leaves the image unchanged in the last four
         operations: list[Callable[[np.ndarray], np.ndarray]] = [
@@ -171,6 +174,9 @@ class ColorJitter(T.Augmentation):
 class Grayscale(T.Augmentation):
     """Convert the image to grayscale, with three channels."""
 
+    def __init__(self) -> None:
+        """No arguments. Detectron2 shows the arguments of augmentations in its log."""
+
     def get_transform(self, image: np.ndarray) -> T.Transform:
         return T.ColorTransform(color_ops.grayscale)
 
@@ -189,6 +195,41 @@ class GaussianBlur(T.Augmentation):
     def get_transform(self, image: np.ndarray) -> T.Transform:
         sigma = np.random.uniform(self.min_sigma, self.max_sigma)
         return T.PILColorTransform(lambda img: img.filter(ImageFilter.GaussianBlur(sigma)))
+
+
+class PhotometricOperations(T.Augmentation):
+    """Apply each of five groups of color operations with a probability (Instant-Teaching)."""
+
+    def __init__(self, prob: float = 0.2) -> None:
+        """
+        Args:
+            prob: probability of each group.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        contrast, brightness = np.random.uniform(0.1, 0.3, size=2)
+        channels = np.random.uniform(-10, 10, size=3)
+        hsv = np.random.uniform(-1, 1, size=3) * (20, 30, 20)
+        quality = np.random.randint(85, 96)
+        order = np.random.permutation(3)
+        groups: list[list[Callable[[np.ndarray], np.ndarray]]] = [
+            [lambda img: _to_uint8((1 + contrast) * img + 255 * brightness)],
+            [lambda img: _to_uint8(img + channels), lambda img: color_ops.shift_hsv(img, *hsv)],
+            [lambda img: color_ops.jpeg(img, quality)],
+            [lambda img: np.ascontiguousarray(img[:, :, order])],
+            [lambda img: cv2.blur(img, (3, 3)), lambda img: cv2.medianBlur(img, 3)],
+        ]
+        drawn = [group[np.random.randint(len(group))] for group in groups]
+        used = np.random.uniform(size=len(groups)) < self.prob
+        return T.TransformList(
+            [T.ColorTransform(op) for op, use in zip(drawn, used, strict=True) if use]
+        )
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
 class EraseTransform(T.Transform):
@@ -253,3 +294,25 @@ class RandomErasing(T.Augmentation):
         x = np.random.randint(0, width - patch_width + 1)
         y = np.random.randint(0, height - patch_height + 1)
         return x, y, x + patch_width, y + patch_height
+
+
+class Cutout(T.Augmentation):
+    """Fill squares around random pixels with black (DeVries and Taylor, 2017)."""
+
+    def __init__(self, holes: int = 8, side: int = 8) -> None:
+        """
+        Args:
+            holes: number of squares, which may overlap.
+            side: of a square, in pixels. Squares are cut off at the border.
+        """
+        super().__init__()
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        height, width = image.shape[:2]
+        patches = []
+        for _ in range(self.holes):
+            x = np.random.randint(width) - self.side // 2
+            y = np.random.randint(height) - self.side // 2
+            patches.append((max(x, 0), max(y, 0), x + self.side, y + self.side))
+        return EraseTransform(patches, (0.0, 0.0, 0.0))

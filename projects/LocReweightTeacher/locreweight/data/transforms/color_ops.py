@@ -87,6 +87,21 @@ def hue(image: np.ndarray, shift: float) -> np.ndarray:
     return np.asarray(TF.adjust_hue(Image.fromarray(image), shift))
 
 
+def shift_hsv(image: np.ndarray, hue: float, saturation: float, value: float) -> np.ndarray:
+    """Shift the hue (180 is a full circle), and add to saturation and value (0 to 255)."""
+    shifted = cv2.cvtColor(image, cv2.COLOR_RGB2HSV) + np.array([hue, saturation, value])
+    shifted[:, :, 0] %= 180
+    return cv2.cvtColor(np.clip(shifted, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+
+
+def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """Compress as JPEG with a quality of 0 to 100, and decode again."""
+    _, encoded = cv2.imencode(
+        ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )
+    return cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
 def _apply_table(image: np.ndarray, operation: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """Apply a Pillow operation that maps each value independently, through a lookup table."""
     return cv2.LUT(image, np.asarray(operation(Image.fromarray(VALUES))))

@@ -24,8 +24,10 @@ from ...errors import get_registered
 from .augmentations import (
     Color,
     ColorJitter,
+    Cutout,
     GaussianBlur,
     Grayscale,
+    PhotometricOperations,
     RandomColorOperation,
     RandomErasing,
     RandomGeometricOperation,
@@ -112,6 +114,18 @@ def UnbiasedTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
     return AugmentationPolicy(
         labeled=[weak, [*weak, *appearance]], weak=weak, strong=appearance, strong_on_weak=True
     )
+
+
+@AUGMENTATION_POLICY_REGISTRY.register()
+def InstantTeachingPolicy(cfg: CfgNode) -> AugmentationPolicy:
+    """The augmentations of Instant-Teaching (Zhou et al., 2021).
+
+    All views have their own random size and flip. The strong view also has erased squares and color
+    operations. Labeled images have nothing more.
+    """
+    plain = resize_and_flip(cfg, is_train=True)
+    appearance = [T.RandomApply(Cutout(), prob=0.5), PhotometricOperations()]
+    return AugmentationPolicy(labeled=[plain], weak=plain, strong=[*plain, *appearance])
 
 
 def _mean_rgb(cfg: CfgNode) -> Color:

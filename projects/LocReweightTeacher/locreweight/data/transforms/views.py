@@ -1,4 +1,4 @@
-"""Augmented views of an image, with the matrix that maps the original image to each view."""
+"""Augmented views of an image, the matrix of each view, and projection of boxes between views."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
+
+from ...geometry import between_views, warp_boxes
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,20 @@ class UnlabeledSample:
     weak: View
     strong: View
     read_errors: tuple[str, ...] = ()
+
+
+def project_to_strong_view(pseudo_labels: Instances, sample: UnlabeledSample) -> Instances:
+    """Project pseudo-labels from the weak to the strong view, and drop those outside of it."""
+    projected = Instances(sample.strong.image_size, **pseudo_labels.get_fields())
+    projected.gt_boxes = Boxes(
+        project_boxes(pseudo_labels.gt_boxes.tensor, sample.weak, sample.strong)
+    )
+    return projected[projected.gt_boxes.nonempty(threshold=1.0).nonzero().squeeze(1)]
+
+
+def project_boxes(boxes: Tensor, source: View, target: View) -> Tensor:
+    """Project ``(N, 4)`` boxes from one view of an image to another, clipped to its size."""
+    return warp_boxes(boxes, between_views(source.matrix, target.matrix), target.image_size)
 
 
 def affine_matrix(transforms: T.TransformList, image_size: tuple[int, int]) -> Tensor:
