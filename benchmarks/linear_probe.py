@@ -114,7 +114,7 @@ def compare(cfg: CfgNode, per_class: int) -> list[list]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = ConfigArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, help="config with data and backbone")
+    parser.add_argument("--config-file", required=True, help="config of detector and data")
     parser.add_argument("--per-class", type=int, default=200, help="crops of each class")
     return parser.parse_args()
 

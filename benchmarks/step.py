@@ -27,6 +27,7 @@ from benchmarks.timing import (
     median_ratio,
     print_table,
     time_alternately,
+    use_cpu_time,
 )
 from benchmarks.workload import (
     BASE,
@@ -106,11 +107,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--unlabeled", type=int, default=default.unlabeled, help="unlabeled images")
     parser.add_argument("--objects", type=int, default=default.objects, help="per image")
     parser.add_argument("--repeats", type=int, default=5, help="number of repetitions")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time, for busy machines; with one thread"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.cpu_time:
+        use_cpu_time()
     workload = Workload.of_config(
         args.config_file,
         short_side=args.short_side,

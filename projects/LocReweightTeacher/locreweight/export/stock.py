@@ -36,6 +36,7 @@ _BUILD = '''
 #     model = instantiate(cfg.model)
 #     DetectionCheckpointer(model).load("{name}.pkl")
 
+import torch  # noqa: E402
 from detectron2.config import CfgNode, LazyCall, get_cfg  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 

@@ -92,13 +92,12 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) 
         )
     net = _build_net(cfg)
     names = stage_names(net)
-    if not wanted or not set(wanted) <= set(names):
+    # Detectron2's FPN needs the last map, and layers after the last used one would not be trained.
+    if not set(wanted) <= set(names) or wanted[-1:] != names[-1:]:
         raise UsageError(
             f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} has the feature maps {', '.join(names)}, but "
-            f"MODEL.FPN.IN_FEATURES is {wanted}: choose among these maps, or another model"
+            f"MODEL.FPN.IN_FEATURES is {wanted}: choose the last of these maps and those before it"
         )
-    if names[-1] != wanted[-1]:  # leave out layers that would not be trained
-        net = _build_net(cfg, out_indices=tuple(range(names.index(wanted[-1]) + 1)))
     bottom_up = TimmBackbone(_with_norms(net, cfg), wanted)
     _freeze_stages(net, cfg)
     return FPN(
