@@ -14,6 +14,7 @@ LAST_CHECKPOINT = "last_checkpoint"
 SKIPPED_STEPS_FILE = "skipped_steps.jsonl"
 EVALUATION_FOLDER = "evaluation"  # of --eval-only
 PANEL_FOLDER = "panels"
+CACHE_FOLDER = "dataset_cache"
 
 # Together with the config, each of these shows that a folder was written by a training.
 _EVIDENCE = {LOCK_FILE, METRICS_FILE, RUN_FILE, LAST_CHECKPOINT}
@@ -28,6 +29,7 @@ _WRITTEN_HERE = (
     SKIPPED_STEPS_FILE,
     EVALUATION_FOLDER,
     PANEL_FOLDER,
+    CACHE_FOLDER,
     "inference",
     "log.txt*",
     "model_*.pth",
