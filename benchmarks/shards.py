@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Images in tar shards: reading speed compared with loose files, and an index of 100 million images.
+"""Images in tar shards: reading speed compared with files, and an index of 100 million images.
 
     python -m benchmarks.shards
 

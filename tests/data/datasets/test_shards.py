@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from locreweight.data.datasets import shard_cache, shard_writer
 from locreweight.data.datasets.image_folders import load_folder
@@ -21,6 +22,7 @@ from locreweight.data.datasets.shards import BLOCK_TYPE, WINDOW, ShardedImages, 
 from locreweight.data.image_io import UnreadableImage, read_rgb
 from locreweight.data.loader import Stream, StreamDataset, StreamPosition
 from locreweight.errors import UsageError
+from tests.tiny_project import Project
 
 LONG = "ä" * 70 + "/" + "b" * 90
 COUNT = 23
@@ -333,3 +335,72 @@ class TestErrors:
         name = load_shards(str(packed), cache)[0]["file_name"]
         with pytest.raises(UnreadableImage, match="no tar member"):
             read_rgb(name + "1")
+
+
+class TestTrainingSets:
+    @pytest.fixture
+    def project(self, tmp_path, packed):
+        project = Project(tmp_path)
+        project.set("DATASETS.UNLABELED", [f"shards:{packed}"])
+        return project
+
+    def test_samples(self, project):
+        sets, dataset = project.read()
+        assert isinstance(sets.unlabeled, ShardedImages)
+        assert sets.fingerprint["unlabeled"].startswith(f"{COUNT} images (")
+        sample = dataset[StreamPosition(Stream.UNLABELED, 5)]
+        again = dataset[StreamPosition(Stream.UNLABELED, 5)]
+        assert sample.file_name.startswith("shard://")
+        assert sample.weak.image.equal(again.weak.image)
+        assert sample.strong.image.equal(again.strong.image)
+
+    def test_same_samples_in_forked_workers(self, project):
+        _, dataset = project.read()
+        positions = [StreamPosition(Stream.UNLABELED, i) for i in range(30)]
+        loader = DataLoader(
+            dataset, positions, batch_size=None, num_workers=2, multiprocessing_context="fork"
+        )
+        for position, sample in zip(positions, loader, strict=True):
+            expected = dataset[position]
+            assert sample.file_name == expected.file_name
+            assert sample.strong.image.equal(expected.strong.image)
+
+    def test_damaged_image_is_replaced(self, project, packed, tmp_path):
+        for file in packed.parent.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tar = tmp_path / "shard-000001.tar"
+        tar.write_bytes(bytes(tar.stat().st_size))
+        project.set("DATASETS.UNLABELED", [f"shards:{tmp_path / 'index.json'}"])
+        _, dataset = project.read()
+        samples = [dataset[StreamPosition(Stream.UNLABELED, i)] for i in range(COUNT)]
+        assert sum(bool(sample.read_errors) for sample in samples) == 4
+        assert not any("000001" in sample.file_name for sample in samples)
+
+    def test_monitored_images_are_of_one_shard(self, project):
+        project.set("VIS_PERIOD", 1)
+        sets, _ = project.read()
+        names = {record["file_name"].partition("#")[0] for record in sets.monitored}
+        assert len(names) == 1
+
+    def test_changed_shards_stop_a_resumed_run(self, project, images, tmp_path):
+        sets, _ = project.read()
+        other = write_shards(images, tmp_path / "other", images_per_shard=5)
+        project.set("DATASETS.UNLABELED", [f"shards:{other}"])
+        changed, _ = project.read()
+        with pytest.raises(UsageError, match="have changed since this run stopped"):
+            changed.check_same(sets.fingerprint, allow_changed=False)
+
+    def test_not_with_other_unlabeled_images(self, project):
+        project.set("DATASETS.LABELED_PERCENT", 50)
+        with pytest.raises(UsageError, match="cannot be combined with other unlabeled images"):
+            project.read()
+
+    def test_not_as_labeled_images(self, project, packed):
+        project.set("DATASETS.TRAIN", [f"shards:{packed}"])
+        with pytest.raises(UsageError, match=r"use it in DATASETS\.UNLABELED"):
+            project.read()
+
+    def test_missing_index(self, project, tmp_path):
+        project.set("DATASETS.UNLABELED", [f"shards:{tmp_path / 'none.json'}"])
+        with pytest.raises(UsageError, match=r"none\.json' of the data set .* does not exist"):
+            project.read()

@@ -75,20 +75,28 @@ class ShardCache:
         self.max_bytes = max_bytes
         self._requested: tuple[str, ...] = ()
 
-    def local_path(self, file: ShardFile) -> Path:
-        """Path of a file on this machine, after downloading it if necessary.
+    def open(self, file: ShardFile) -> BinaryIO:
+        """Open a file for reading, after downloading it if necessary.
 
         Raises:
-            OSError: if all attempts to download it failed; names the URL.
+            OSError: if it cannot be read, or all attempts to download it failed; names the URL.
         """
         if is_local(file.url):
-            return Path(file.url)
+            return open(file.url, "rb")
         path = self._path(file)
         with self._locked(path, wait=True):
-            if not path.exists():
+            while True:
+                # Another process may remove the file before it is open.
+                with contextlib.suppress(FileNotFoundError):
+                    opened = open(path, "rb")  # noqa: SIM115, the caller closes it
+                    os.utime(opened.fileno())
+                    return opened
                 self._download(file, path)
-        os.utime(path)
-        return path
+
+    def local_path(self, file: ShardFile) -> Path:
+        """Path of a file that stays in the folder, after downloading it if necessary."""
+        with self.open(file):
+            return Path(file.url) if is_local(file.url) else self._path(file)
 
     def prefetch(self, files: Sequence[ShardFile]) -> None:
         """Download files in a background thread, if they are not those of the last call."""

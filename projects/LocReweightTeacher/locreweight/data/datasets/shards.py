@@ -162,7 +162,7 @@ class ShardedImages(Packed):
             self._open.move_to_end(url)
             return self._open[url]
         file = self._file_of[url]
-        opened = open(self._cache.local_path(file), "rb")  # noqa: SIM115, kept open
+        opened = self._cache.open(file)
         size = os.fstat(opened.fileno()).st_size
         if size != file.size:
             opened.close()
