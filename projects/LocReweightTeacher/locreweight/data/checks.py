@@ -235,7 +235,7 @@ def _box_fault(annotation: dict, record: dict) -> str | None:
 def _corners(box: list, mode: BoxMode) -> Sequence[float]:
     if mode == BoxMode.XYWH_ABS and len(box) == 4 and {*map(type, box)} <= {int, float}:
         # Equal to Detectron2's conversion, which takes a minute for the boxes of COCO.
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             x, y, width, height = np.array(box, np.float32)
             return x, y, x + width, y + height
     return BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
@@ -315,6 +315,8 @@ def common_images(
         images: the images to search.
         real_paths: cache, shared between calls.
     """
+    if not images:
+        return []
     return real_paths.find({real_paths(record["file_name"]) for record in records}, images)
 
 

@@ -113,7 +113,8 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         allow_outside=data.CHECKS.ALLOW_OUTSIDE_PATHS,
         cache=RecordCache(Path(cfg.OUTPUT_DIR, CACHE_FOLDER)),
         shard_cache=ShardCache(
-            Path(expand_path(data.SHARDS.CACHE_DIR)), int(data.SHARDS.CACHE_GB * 1e9)
+            Path(expand_path(cfg.DATASETS.SHARDS.CACHE_DIR)),
+            int(cfg.DATASETS.SHARDS.CACHE_GB * 1e9),
         ),
     )
     add(annotated)
