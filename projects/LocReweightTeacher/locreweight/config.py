@@ -188,6 +188,12 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # that is also a test image gives a warning. True: remove both from the unlabeled images.
     cfg.DATASETS.EXCLUDE_LABELED = False
 
+    cfg.DATASETS.SHARDS = CfgNode()
+    # Folder for copies of remote shards ("shards:s3://..."), and its largest size in GB. Runs on
+    # the same machine can share it. It should hold 16 shards, which are used at the same time.
+    cfg.DATASETS.SHARDS.CACHE_DIR = "~/.cache/locreweight/shards"
+    cfg.DATASETS.SHARDS.CACHE_GB = 50.0
+
     cfg.DATASETS.CHECKS = CfgNode()
     # A labeled box with NaN, infinite or inverted coordinates is an error. True: drop the box.
     cfg.DATASETS.CHECKS.DROP_BAD_BOXES = False

@@ -18,6 +18,7 @@ EVALUATION_FOLDER = "evaluation"  # of --eval-only
 PANEL_FOLDER = "panels"
 ANALYSIS_FOLDER = "analysis"  # of the detections of each evaluation, see detection_analysis
 ANALYSIS_FILE = "analysis.json"  # of --eval-only, in its folder inference
+CACHE_FOLDER = "dataset_cache"
 
 # Together with the config, each of these shows that a folder was written by a training.
 _EVIDENCE = {LOCK_FILE, METRICS_FILE, RUN_FILE, LAST_CHECKPOINT}
@@ -33,6 +34,7 @@ _WRITTEN_HERE = (
     EVALUATION_FOLDER,
     PANEL_FOLDER,
     ANALYSIS_FOLDER,
+    CACHE_FOLDER,
     "inference",
     "log.txt*",
     "model_*.pth",

@@ -14,6 +14,7 @@ from torch import distributed
 from ..checkpoint.loading import check_weights_exist
 from ..checkpoint.timm_weights import find_pretrained, starts_from_timm_weights
 from ..config import scale_to_world_size
+from ..data.datasets.shards import ShardedImages
 from ..data.inspection.annotations import collected_warnings
 from ..data.inspection.findings import Finding, Severity
 from ..data.inspection.images import ImageFacts
@@ -189,6 +190,8 @@ def unreadable_findings(
     cfg: CfgNode, sets: TrainingSets, facts: dict[str, ImageFacts]
 ) -> list[Finding]:
     """Check whether training would stop because too many unlabeled images are unreadable."""
+    if isinstance(sets.unlabeled, ShardedImages):  # too many to read all
+        return []
     files = [record["file_name"] for record in sets.unlabeled]
     faulty = [file for file in files if facts[file].fault]
     if not faulty:
