@@ -240,12 +240,18 @@ class Memory:
     rss: int
     pss: int
     uss: int
+    anonymous: int = 0  # not of a mapped file
 
     @classmethod
     def of_this_process(cls) -> Memory:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
         size = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        return cls(size["Rss"], size["Pss"], size["Private_Clean"] + size["Private_Dirty"])
+        return cls(
+            size["Rss"],
+            size["Pss"],
+            size["Private_Clean"] + size["Private_Dirty"],
+            size["Anonymous"],
+        )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from local shards. Rounds alternate, and the table shows medians of CPU time and
 the files are in the disk cache.
 
 Index: a synthetic one, without the shards that it lists. A new process loads it and takes records
-in the order of training. Memory is the growth of USS, the private pages of the process. Pages of
-the file of blocks are shared by all processes and can be dropped at any time.
+in the order of training. Memory is the growth of anonymous pages. Pages of the file of blocks are
+not among them: all processes share them, and the system can drop them at any time.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def write_index(folder: Path, images: int) -> Path:
 
 def load_index(index: Path) -> None:
     """Measure in this process, and print the results as json."""
-    before = Memory.of_this_process().uss
+    before = Memory.of_this_process().anonymous
     start = time.perf_counter()
     cache = ShardCache(index.parent / "cache", 10**9)
     cache.prefetch = lambda files: None  # type: ignore[method-assign]
@@ -110,7 +110,7 @@ def load_index(index: Path) -> None:
     for position in range(RECORDS):
         shards[shards.index_at((1, 1, 0), position)]
     near = (time.perf_counter() - start) / RECORDS
-    growth = (Memory.of_this_process().uss - before) / MB
+    growth = (Memory.of_this_process().anonymous - before) / MB
     print(json.dumps([first, 1e6 * near, 1e6 * far, growth]))
 
 

@@ -73,7 +73,6 @@ class ShardCache:
         """
         self.folder = folder
         self.max_bytes = max_bytes
-        self._requested: tuple[str, ...] = ()
 
     def open(self, file: ShardFile) -> BinaryIO:
         """Open a file for reading, after downloading it if necessary.
@@ -99,17 +98,10 @@ class ShardCache:
             return Path(file.url) if is_local(file.url) else self._path(file)
 
     def prefetch(self, files: Sequence[ShardFile]) -> None:
-        """Download files in a background thread, if they are not those of the last call."""
-        urls = tuple(file.url for file in files)
-        if urls == self._requested:
-            return
-        self._requested = urls
+        """Download files in a background thread."""
         missing = [f for f in files if not is_local(f.url) and not self._path(f).exists()]
         if missing:
             threading.Thread(target=self._download_all, args=(missing,), daemon=True).start()
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_requested": ()}
 
     def _path(self, file: ShardFile) -> Path:
         return self.folder / (file.sha256 + Path(file.url).suffix)

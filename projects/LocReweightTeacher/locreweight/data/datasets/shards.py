@@ -68,6 +68,7 @@ class ShardedImages(Packed):
         self._cache = cache
         self._map: np.ndarray | None = None
         self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._prefetched: tuple[int, ...] = ()  # epoch and window
         self._orders: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
         self.digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
         _HANDLER.images = self
@@ -78,7 +79,7 @@ class ShardedImages(Packed):
 
     def __getstate__(self) -> dict:
         # The map would be pickled with its content; descriptors are of this process.
-        return self.__dict__ | {"_map": None, "_open": OrderedDict(), "_orders": {}}
+        return self.__dict__ | {"_map": None, "_open": OrderedDict(), "_prefetched": ()}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -121,8 +122,10 @@ class ShardedImages(Packed):
         window = int(np.searchsorted(ends, offset, side="right"))
         start = int(ends[window - 1]) if window else 0
         shards = order[window * WINDOW : (window + 1) * WINDOW]
-        following = order[(window + 1) * WINDOW : (window + 2) * WINDOW]
-        self._cache.prefetch([self.file(int(shard)) for shard in (*shards, *following)])
+        if self._prefetched != (*seed, window):
+            self._prefetched = (*seed, window)
+            soon = order[window * WINDOW : (window + 2) * WINDOW]
+            self._cache.prefetch([self.file(int(shard)) for shard in soon])
         mixed = _mixed((*seed, window), int(ends[window]) - start)
         place = int(mixed[offset - start])
         for shard in map(int, shards):
