@@ -2,12 +2,14 @@
 
 from .box_coding import CornerBoxTransform
 from .building import build_detector
+from .committee import Committee, members_of
 from .meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
 from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
 from .roi_heads import LocalizationAwareROIHeads
 
 __all__ = [
     "BoxPredictions",
+    "Committee",
     "CornerBoxTransform",
     "LocalizationAwareOutputLayers",
     "LocalizationAwareROIHeads",
@@ -15,4 +17,5 @@ __all__ = [
     "TeacherOutput",
     "UnlabeledOutput",
     "build_detector",
+    "members_of",
 ]
