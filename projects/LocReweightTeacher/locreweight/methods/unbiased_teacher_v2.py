@@ -1,10 +1,10 @@
 """Unbiased Teacher v2: regress to coordinates of which the teacher is more certain.
 
 Liu et al., "Unbiased Teacher v2: Semi-supervised Object Detection for Anchor-free and Anchor-based
-Detectors" (2022), "Listen2Student". The classification loss and the augmentations are those of Unbiased Teacher. The
-student regresses to a coordinate of a pseudo-label only if the teacher is certain of this
-coordinate, and more certain than the student. ``SEMI.RPN_BOX_LOSS False`` is set as in Unbiased
-Teacher.
+Detectors" (2022), "Listen2Student". The classification loss and the augmentations are those of
+Unbiased Teacher. The student regresses to a coordinate of a pseudo-label only if the teacher is
+certain of this coordinate, and more certain than the student. ``SEMI.RPN_BOX_LOSS False`` is set as
+in Unbiased Teacher.
 
 The certainty of a coordinate is ``1 - sigmoid(s) = 1 / (1 + variance)``, where ``s`` is the
 predicted log-variance.
