@@ -83,8 +83,9 @@ class LabelMatch(SemiSupervisedMethod):
     def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
         """Select reliable and uncertain pseudo-labels; adds ``gt_is_reliable``, 0 or 1."""
         selected = []
+        class_thresholds = self.thresholds.to(inputs.output.detections[0].scores.device)
         for detections in inputs.output.detections:
-            thresholds = self.thresholds.to(detections.scores.device)[:, detections.pred_classes]
+            thresholds = class_thresholds[:, detections.pred_classes]
             is_label = detections.scores >= thresholds[1]
             rows = is_label.nonzero().squeeze(1)
             labels = to_pseudo_labels(detections[rows], 0.0)

@@ -108,12 +108,13 @@ class RPL(SemiSupervisedMethod):
     def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
         """Select by class thresholds and quality; adds ``gt_weight``, the weight of the class."""
         selected = []
+        device = inputs.output.detections[0].scores.device
+        thresholds, weights = (x.float().to(device) for x in (self.thresholds, self.weights))
         for detections in inputs.output.detections:
-            device, classes = detections.scores.device, detections.pred_classes
-            is_label = detections.scores > self.thresholds.float().to(device)[classes]
+            is_label = detections.scores > thresholds[detections.pred_classes]
             is_label &= detections.localization_quality > self.min_quality
             labels = to_pseudo_labels(detections[is_label.nonzero().squeeze(1)], 0.0)
-            labels.gt_weight = self.weights.float().to(device)[labels.gt_classes]
+            labels.gt_weight = weights[labels.gt_classes]
             selected.append(labels)
         return selected
 

@@ -73,8 +73,7 @@ class UnbiasedTeacherV2(SemiSupervisedMethod):
         teacher = _matched_certainty(proposals)[foreground.rows]
         student = certainty(foreground.log_variance.detach())
         listens = (teacher > self.min_certainty) & (teacher > student + self.margin)
-        share = listens.float().mean(dim=1).sum() / len(listens) if len(listens) else torch.nan
-        proposals.metrics["proposals/coordinates_with_box_loss"] = torch.as_tensor(share)
+        proposals.metrics["proposals/coordinates_with_box_loss"] = listens.float().mean()
         return (proposals.smooth_l1_box_loss() * listens).sum() / foreground.normalizer
 
 
