@@ -29,7 +29,15 @@ from tests.engine.tiny_training import build_trainer, copy_of, make_datasets, tr
 BURN_IN, ITERATIONS, PERIOD = 1, 2, 2  # one step of each phase, and then a line of the log
 ON_THE_DEVICE = {"MODEL.DEVICE": NAME}
 SCHEDULE = {"SEMI.BURN_IN_ITERS": BURN_IN, "SOLVER.MAX_ITER": ITERATIONS}
-METHODS = ("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "Stac")
+METHODS: dict[str, dict] = {
+    name: {}
+    for name in ("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "Stac")
+} | {
+    # Enough images to mix. MixPL mixes once its cache is full, after the first step.
+    "Mum": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    "InstantTeaching": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    "MixPL": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": ITERATIONS + 1},
+}
 
 OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "with the host's": lambda far: far + torch.ones(2),
@@ -154,7 +162,10 @@ def answer(operation: Callable[[Tensor], Any]) -> str:
 def main(folder: Path) -> None:
     metrics_module.PERIOD = PERIOD
     datasets = make_datasets(folder / "datasets")
-    results = {name: compare(datasets, folder / name, {"SEMI.METHOD": name}) for name in METHODS}
+    results = {
+        name: compare(datasets, folder / name, {"SEMI.METHOD": name} | settings)
+        for name, settings in METHODS.items()
+    }
     half = {"SOLVER.AMP.ENABLED": True}
     results["float16"] = compare(datasets, folder / "float16", half)
     results["everything"] = compare_everything(datasets, folder / "everything")

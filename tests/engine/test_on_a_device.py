@@ -10,6 +10,9 @@ TRAININGS = [
     "SoftTeacher",
     "UnbiasedTeacher",
     "Stac",
+    "Mum",
+    "InstantTeaching",
+    "MixPL",
     "float16",
     "everything",
 ]

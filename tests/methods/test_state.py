@@ -25,6 +25,8 @@ def _stateful_method():
             return super().select_pseudo_labels(inputs)
 
         def observe(self, inputs, pseudo_labels):
+            if len(inputs.samples) == 1:
+                return None
             return max(x.scores.max().item() for x in inputs.output.detections)
 
         def update_state(self, observations):
@@ -62,6 +64,12 @@ def test_state_is_updated_once_per_step_and_restored_exactly(make_trainer, tmp_p
     record = recorded_training(resumed)
     assert resumed.settings.method.used == method.used[1:]
     assert all(same(a, b) for a, b in zip(record.students, whole.students[2:], strict=True))
+
+
+def test_state_is_not_updated_without_an_observation(make_trainer):
+    trainer = make_trainer(SETTINGS | {"SOLVER.IMS_PER_BATCH_UNLABELED": 1})
+    recorded_training(trainer)
+    assert len(trainer.settings.method.highest) == 1
 
 
 def test_failed_step_does_not_update_the_state(make_trainer, monkeypatch):

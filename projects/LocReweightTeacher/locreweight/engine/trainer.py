@@ -316,8 +316,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
             self._deferred_metrics.add(self.iter, reports)
         else:
             self._update(result, reports)
-            if observations and observations[0] is not None:
-                self.settings.method.update_state(observations)
+            if known := [x for x in observations if x is not None]:
+                self.settings.method.update_state(known)
         self.storage.put_scalar("data/unreadable", self.unreadable.files, smoothing_hint=False)
         if self._metrics_are_due():
             self._log_deferred_metrics()

@@ -184,7 +184,9 @@ def _inference(model: SemiSupervisedRCNN, inputs: list[dict]) -> tuple[Tensor, .
         detections.pred_boxes.tensor,
         detections.scores,
         detections.pred_classes,
-        detections.localization_quality,
+        # ONNX Runtime 1.23, the last one for Python 3.10, returns the mean over the coordinates of
+        # no detections with shape (0, 4). In PyTorch the shape is already this one.
+        detections.localization_quality.reshape(detections.scores.shape),
         detections.log_variance,
     )
 

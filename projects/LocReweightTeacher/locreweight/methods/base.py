@@ -298,8 +298,8 @@ class SemiSupervisedMethod:
 
         Args:
             observations: what :meth:`observe` returned in each process, in the order of the
-                processes, and of the members within a process. Not called in burn-in or in a step
-                that failed in any process.
+                processes, and of the members within a process, without None; at least one. The
+                state of a step that failed in any process is not updated.
         """
 
     def state_dict(self) -> dict:

@@ -90,10 +90,10 @@ def mixup(first: StudentImage, second: StudentImage, ratio: float, fill: Tensor)
         fill: ``(3,)`` color of areas that only one image covers.
     """
     size = common_size(first.image, second.image)
-    pixels, labels = torch.zeros(()), []
+    pixels, labels = torch.zeros((3, *size), device=first.image.device), []
     for x, weight in ((first, ratio), (second, 1 - ratio)):
         if weight > 0:
-            pixels = pixels.to(x.image.device) + weight * place(x.image, size, (0, 0), fill)
+            pixels += weight * place(x.image, size, (0, 0), fill)
             labels.append(_set_weight(place_labels(x.pseudo_labels, size, (0, 0)), weight))
     return StudentImage(pixels, Instances.cat(labels), sample=None)
 

@@ -20,7 +20,7 @@ def pixel_mean(cfg: CfgNode) -> Tensor:
 
 def blank(size: tuple[int, int], fill: Tensor, device: torch.device) -> Tensor:
     """Return a ``(3, H, W)`` float32 image of a ``(3,)`` color; the size is ``(H, W)``."""
-    return fill.to(device)[:, None, None].repeat(1, *size)
+    return fill.to(device, non_blocking=True)[:, None, None].repeat(1, *size)
 
 
 def place(image: Tensor, size: tuple[int, int], corner: tuple[int, int], fill: Tensor) -> Tensor:
@@ -53,9 +53,11 @@ def place_labels(labels: Instances, size: tuple[int, int], corner: tuple[int, in
         ``Instances`` of the canvas with ``gt_boxes`` and ``gt_classes``. Ground truth has no other
         fields, so those of pseudo-labels are dropped.
     """
-    boxes = labels.gt_boxes.tensor
-    shifted = Boxes(boxes + boxes.new_tensor([*corner, *corner]))
-    return Instances(size, gt_boxes=shifted, gt_classes=labels.gt_classes)
+    x, y = corner
+    boxes = labels.gt_boxes.tensor.clone()
+    boxes[:, 0::2] += x
+    boxes[:, 1::2] += y
+    return Instances(size, gt_boxes=Boxes(boxes), gt_classes=labels.gt_classes)
 
 
 def labeled_image(labeled: dict, device: torch.device) -> StudentImage:

@@ -173,11 +173,9 @@ def flip_and_fit(
             pixels[None], (new_height, new_width), mode="bilinear", antialias=True
         )[0]
     x1, y1, x2, y2 = boxes.unbind(dim=1)
-    flipped = torch.stack([width - x2, y1, width - x1, y2], dim=1)
-    scales = flipped.new_tensor([new_width / width, new_height / height]).repeat(2)
-    labels = Instances(
-        (new_height, new_width), gt_boxes=Boxes(flipped * scales), gt_classes=classes
-    )
+    flipped = Boxes(torch.stack([width - x2, y1, width - x1, y2], dim=1))
+    flipped.scale(new_width / width, new_height / height)
+    labels = Instances((new_height, new_width), gt_boxes=flipped, gt_classes=classes)
     return StudentImage(pixels.flip(2), labels, sample=None)
 
 
