@@ -74,7 +74,7 @@ def test_corrected_boxes_stay_in_the_image():
     model = Model([0.7, 0.1, 0.1, 0.1], shift=60.0)
     labels = labels_with([[50, 50, 90, 90]], [0.7])
     (corrected,) = rectify([labels], inputs_of(model, labels))
-    assert corrected.gt_boxes.tensor.tolist() == [[80, 80, 100, 100]]
+    assert_close(corrected.gt_boxes.tensor, torch.tensor([[80.0, 80, 100, 100]]))
 
 
 def test_nothing_to_correct():

@@ -68,7 +68,8 @@ class ISMT(SemiSupervisedMethod):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        ismt, side = cfg.SEMI.ISMT, cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+        ismt = cfg.SEMI.ISMT
+        side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
         if not 0 <= ismt.DROP_BLOCK_SHARE < 1:
             raise UsageError(
                 f"SEMI.ISMT.DROP_BLOCK_SHARE is {ismt.DROP_BLOCK_SHARE}; set a value in [0, 1)"
