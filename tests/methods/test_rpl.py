@@ -58,7 +58,7 @@ def select(method, detections):
 def test_pseudo_labels_pass_the_threshold_of_their_class_and_the_quality():
     method = make_method([100.0, 1.0, 100.0])  # thresholds 0.8, 0.635, 0.8
     detections = detections_with([0.81, 0.64, 0.79, 0.79, 0.63, 0.99])
-    detections.localization_quality = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.3, 0.2])
+    detections.localization_quality = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.3, 0.19])
     (labels,) = select(method, detections)
     assert labels.gt_classes.tolist() == [0, 1]
     assert_close(labels.gt_weight, torch.tensor([1.0, 100**0.6]))

@@ -132,7 +132,7 @@ def _add_method_keys(cfg: CfgNode) -> None:
     cfg.SEMI.RPL.THRESHOLD_EXPONENT = 0.05
     cfg.SEMI.RPL.WEIGHT_EXPONENT = 0.6
     # Pseudo-labels need a localization quality above this, which lies in (0, 0.5) (Eq. 5).
-    cfg.SEMI.RPL.MIN_QUALITY = 0.25
+    cfg.SEMI.RPL.MIN_QUALITY = 0.2
     # Lower bound of a class's relative certainty, for classes that are never found.
     cfg.SEMI.RPL.MIN_RATIO = 0.01
 
