@@ -276,7 +276,6 @@ class SemiSupervisedTrainer(ResumableTrainer):
         else:
             if resume:
                 self._warn_of_weights_of_run()
-            load_pretrained(self.cfg, self.teacher)
             self._copy_loaded_weights()
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
@@ -291,9 +290,12 @@ class SemiSupervisedTrainer(ResumableTrainer):
     def _copy_loaded_weights(self) -> None:
         """Copy the weights of ``MODEL.WEIGHTS``, which the first teacher has, to all models.
 
-        Layers that the file does not have stay different in each member.
+        Layers that the file does not have stay different in each member. Without the file, the
+        backbone of each member starts from ``MODEL.TIMM.PRETRAINED``.
         """
         self.student.load_state_dict(self.teacher.state_dict())
+        for student in members_of(self.students):
+            load_pretrained(self.cfg, student)
         if self.checkpointer.contents is not None:
             random = self.checkpointer.mismatched_weights
             loaded = {k: v for k, v in self.teacher.state_dict().items() if k not in random}
