@@ -29,6 +29,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from locreweight.checkpoint.files import choose_checkpoint
 from locreweight.config import check_supported, load_config, scale_to_world_size
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import (
@@ -54,6 +55,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Load the config and set up loggers, seeds and data sets; returns the frozen config."""
     # Other programs may use Detectron2's argument parser, which lacks our flags.
     cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
+    if cfg.MODEL.WEIGHTS and Path(cfg.MODEL.WEIGHTS).is_dir():
+        cfg.MODEL.WEIGHTS = str(choose_checkpoint(Path(cfg.MODEL.WEIGHTS)))
     overwrite = getattr(args, "overwrite", False)
     if args.eval_only:
         if overwrite:

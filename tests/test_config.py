@@ -343,6 +343,18 @@ VALUES = ("PSEUDO_LABEL_THRESHOLD", "UNSUPERVISED_WEIGHT", "EMA_KEEP_RATE", "BUR
             {"instant_teaching-coco": (0.9, 1.0, 0.0, 0)},
         ),
         ("mixpl", (0.6, 2.0, 0.99, 300), {"mixpl-coco": (0.7, 2.0, 0.9998, 0)}),
+        (
+            "instant_teaching_star",
+            (0.6, 2.0, 0.0, 300),
+            {"instant_teaching_star-coco": (0.9, 1.0, 0.0, 0)},
+        ),
+        (
+            "unbiased_teacher_v2",
+            (0.6, 2.0, 0.99, 300),
+            {"unbiased_teacher_v2-coco": (0.7, 4.0, 0.9996, 2000)},
+        ),
+        ("labelmatch", (0.6, 2.0, 0.99, 300), {"labelmatch-coco": (0.9, 2.0, 0.996, 40000)}),
+        *((method, (0.6, 2.0, 0.99, 300), {}) for method in ("rpl", "cst", "ismt")),
     ],
 )
 def test_method_keeps_the_values_of_the_config_unless_published(method, kept, published):

@@ -31,11 +31,17 @@ ON_THE_DEVICE = {"MODEL.DEVICE": NAME}
 SCHEDULE = {"SEMI.BURN_IN_ITERS": BURN_IN, "SOLVER.MAX_ITER": ITERATIONS}
 METHODS: dict[str, dict] = {
     name: {}
-    for name in ("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "Stac")
+    for name in (
+        *("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "Stac"),
+        *("UnbiasedTeacherV2", "RPL", "CST", "ISMT"),
+    )
 } | {
     # Enough images to mix. MixPL mixes once its cache is full, after the first step.
     "Mum": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
     "InstantTeaching": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    "InstantTeachingStar": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    # The thresholds of LabelMatch change after the first step.
+    "LabelMatch": {"SEMI.LABEL_MATCH.IMAGES": 2, "SOLVER.MAX_ITER": ITERATIONS + 1},
     "MixPL": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": ITERATIONS + 1},
 }
 

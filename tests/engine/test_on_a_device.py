@@ -13,6 +13,12 @@ TRAININGS = [
     "Mum",
     "InstantTeaching",
     "MixPL",
+    "InstantTeachingStar",
+    "UnbiasedTeacherV2",
+    "LabelMatch",
+    "RPL",
+    "CST",
+    "ISMT",
     "float16",
     "everything",
 ]

@@ -1,5 +1,7 @@
 """Trainings that start from weights of timm, and trained models that do not need them any more."""
 
+from itertools import chain
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from locreweight.checkpoint.timm_weights import timm_backbone
 from locreweight.engine import config_suggestion
 from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
+from locreweight.modeling.committee import members_of
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import TIMM_BACKBONES
 
@@ -33,10 +36,11 @@ def config(datasets, tmp_path, weights):
     return make
 
 
-@pytest.mark.parametrize("method", ["LocReweight", "Stac"])
+@pytest.mark.parametrize("method", ["LocReweight", "Stac", "CST"])
 def test_all_models_start_from_the_file(config, weights, method):
     trainer = build_trainer(config({"SEMI.METHOD": method}))
-    for model in (trainer.student, trainer.teacher, trainer.pseudo_labeler):
+    models = [*map(members_of, (trainer.students, trainer.teachers, trainer.pseudo_labelers))]
+    for model in chain(*models):
         stem = timm_backbone(model).net.conv_stem.weight
         assert torch.equal(stem, weights[1]["conv_stem.weight"])
 

@@ -126,6 +126,22 @@ def test_both_processes_have_the_same_cached_images(ranks):
     assert same(ranks[0]["cache_student"], ranks[1]["cache_student"])
 
 
+def test_both_processes_have_the_same_members(ranks):
+    for first, second in zip(*(rank["members"] for rank in ranks), strict=True):
+        assert any(name.startswith("members.1.") for name in first)
+        assert same(first, second)
+
+
+def test_both_processes_have_the_same_memory(ranks):
+    """It has the images of both processes."""
+    first, second = (rank["memory"] for rank in ranks)
+    assert len(first) == len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys() and len(a) > two_processes.MEMBERS["SOLVER.MAX_ITER"]
+        assert all(same(a[file], b[file]) for file in a)
+    assert any(len(entry["boxes"]) for entry in first[0].values())
+
+
 def test_logged_metrics_are_means_over_both_processes(ranks):
     """NaN is ignored, and the highest score is a maximum."""
     logged, first, second = (

@@ -71,15 +71,39 @@ MIXPL = {
 }
 
 
-def train_with_cache(datasets: dict, folder: Path) -> dict:
-    """Train with cached images; returns the cache and the student."""
-    cfg = training_config(datasets, folder, MIXPL)
+# Two students that share a backbone, and a memory of the pseudo-labels of each file.
+MEMBERS = {
+    "SEMI.METHOD": "ISMT",
+    "SEMI.BURN_IN_ITERS": 1,
+    "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
+    "SOLVER.MAX_ITER": 4,
+}
+
+
+def train_short(datasets: dict, folder: Path, settings: dict) -> SemiSupervisedTrainer:
+    """Train with a method; returns the trainer."""
+    cfg = training_config(datasets, folder, settings)
     register_datasets(cfg)
-    torch.manual_seed(cfg.SEED)
+    torch.manual_seed(cfg.SEED + comm.get_rank())
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
+    return trainer
+
+
+def train_with_cache(datasets: dict, folder: Path) -> dict:
+    """Train with cached images; returns the cache and the student."""
+    trainer = train_short(datasets, folder, MIXPL)
     return {"cache": trainer.settings.method.cache, "cache_student": copy_of(trainer.student)}
+
+
+def train_with_members(datasets: dict, folder: Path) -> dict:
+    """Train two students; returns all students and teachers, and the memory."""
+    trainer = train_short(datasets, folder, MEMBERS)
+    return {
+        "members": [copy_of(trainer.students), copy_of(trainer.teachers)],
+        "memory": trainer.settings.method.memory,
+    }
 
 
 def train(datasets: dict, folder: Path) -> None:
@@ -135,4 +159,5 @@ def train(datasets: dict, folder: Path) -> None:
         "labeled": [record["file_name"] for record in trainer.sets.labeled],
     }
     state |= train_with_cache(datasets, folder / "mixpl")
+    state |= train_with_members(datasets, folder / "ismt")
     torch.save(state, folder / f"rank_{rank}.pt")

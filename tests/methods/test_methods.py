@@ -373,7 +373,8 @@ def make_method(name, **settings):
     "name",
     [
         *("LocReweight", "ShuffledLocReweight", "Stac", "UnbiasedTeacher", "SoftTeacher"),
-        *("Mum", "InstantTeaching", "MixPL"),
+        *("Mum", "InstantTeaching", "InstantTeachingStar", "MixPL"),
+        *("UnbiasedTeacherV2", "LabelMatch", "RPL", "CST", "ISMT"),
     ],
 )
 def test_build_method_reads_the_config(name):
@@ -382,6 +383,7 @@ def test_build_method_reads_the_config(name):
     assert type(method).__name__ == name
     assert method.pseudo_label_threshold == 0.65
     assert method.frozen_pseudo_labeler == (name == "Stac")
+    assert method.num_members == (2 if name in ("InstantTeachingStar", "CST", "ISMT") else 1)
     if isinstance(method, LocReweight):
         assert method.ler and not method.prc
 

@@ -75,8 +75,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
     # Semi-supervised method (locreweight/methods/): "LocReweight", its control
     # "ShuffledLocReweight", or a published method: "Stac", "UnbiasedTeacher", "SoftTeacher", "Mum",
-    # "InstantTeaching", "MixPL". It decides which detections become pseudo-labels, what the student
-    # sees and which losses are used.
+    # "InstantTeaching", "InstantTeachingStar", "MixPL", "UnbiasedTeacherV2", "LabelMatch", "RPL",
+    # "CST", "ISMT". It decides which detections become pseudo-labels, what the student sees and
+    # which losses are used.
     cfg.SEMI.METHOD = "LocReweight"
     # Number of iterations on labeled images only, before the teacher makes pseudo-labels. Training
     # is fully supervised if this is at least SOLVER.MAX_ITER.
@@ -104,6 +105,7 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # Eq. 10, 11 and 14 divide by the number of foreground (or background) proposals. True: divide
     # by the number of all sampled proposals, as Detectron2 does.
     cfg.SEMI.NORMALIZE_BY_SAMPLED = False
+    _add_method_keys(cfg)
 
     # Number of unlabeled images per iteration over all GPUs. SOLVER.IMS_PER_BATCH is the number of
     # labeled images.
@@ -125,6 +127,36 @@ def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.EARLY_STOPPING_PATIENCE = 0
     # Data type for SOLVER.AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
+
+
+def _add_method_keys(cfg: CfgNode) -> None:
+    cfg.SEMI.LABEL_MATCH = CfgNode()
+    # For LabelMatch: number of unlabeled images after which the thresholds of the classes are
+    # computed again, from the detections in these images.
+    cfg.SEMI.LABEL_MATCH.IMAGES = 10000
+
+    # For RPL, whose constants are not known with certainty: exponents of a class's certainty,
+    # relative to the most certain class, in the threshold and in the weight of the losses.
+    cfg.SEMI.RPL = CfgNode()
+    cfg.SEMI.RPL.THRESHOLD_EXPONENT = 0.05
+    cfg.SEMI.RPL.WEIGHT_EXPONENT = 0.6
+    # Pseudo-labels need a localization quality above this, which lies in (0, 0.5) (Eq. 5).
+    cfg.SEMI.RPL.MIN_QUALITY = 0.2
+    # Lower bound of a class's relative certainty, for classes that are never found.
+    cfg.SEMI.RPL.MIN_RATIO = 0.01
+
+    cfg.SEMI.CST = CfgNode()
+    # For CST, whose weight is an assumption: a pseudo-label has the weight exp(-E * KL), where KL
+    # is the divergence between the class probabilities of the two teachers. 0: no weights.
+    cfg.SEMI.CST.AGREEMENT_EXPONENT = 1.0
+
+    # For ISMT, whose constants are unknown: IoU of the NMS that fuses new with stored detections;
+    # share of features that DropBlock sets to zero in the students' ROI heads, and the side of its
+    # blocks in the pooled features.
+    cfg.SEMI.ISMT = CfgNode()
+    cfg.SEMI.ISMT.NMS_IOU = 0.5
+    cfg.SEMI.ISMT.DROP_BLOCK_SHARE = 0.1
+    cfg.SEMI.ISMT.DROP_BLOCK_SIZE = 3
 
 
 def _add_model_keys(cfg: CfgNode) -> None:

@@ -80,7 +80,15 @@ class Batch:
 
         return Batch(
             [sample | {"image": function(sample["image"])} for sample in self.labeled],
-            [replace(x, weak=map_view(x.weak), strong=map_view(x.strong)) for x in self.unlabeled],
+            [
+                replace(
+                    x,
+                    weak=map_view(x.weak),
+                    strong=map_view(x.strong),
+                    further_strong=tuple(map(map_view, x.further_strong)),
+                )
+                for x in self.unlabeled
+            ],
         )
 
 

@@ -72,7 +72,12 @@ class ViewMapper:
 
     @configurable
     def __init__(
-        self, *, policy: AugmentationPolicy, image_format: str, reduced_decoding: bool = False
+        self,
+        *,
+        policy: AugmentationPolicy,
+        image_format: str,
+        reduced_decoding: bool = False,
+        strong_views: int = 1,
     ) -> None:
         """
         Args:
@@ -80,8 +85,10 @@ class ViewMapper:
             image_format: "RGB" or "BGR", the channel order of the model input.
             reduced_decoding: decode JPEGs at a reduced size where all views are much smaller than
                 the image.
+            strong_views: number of strong views of an unlabeled image.
         """
         _check_image_format(image_format)
+        self.strong_views = strong_views
         self.policy = policy
         self.image_format = image_format
         self._labeled_mappers = [
@@ -93,8 +100,9 @@ class ViewMapper:
         self._unlabeled_limit = _size_limit(unlabeled) if reduced_decoding else SizeLimit()
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode, strong_views: int = 1) -> dict:
         return {
+            "strong_views": strong_views,
             "policy": build_augmentation_policy(cfg),
             "image_format": cfg.INPUT.FORMAT,
             "reduced_decoding": cfg.INPUT.REDUCED_DECODING,
@@ -122,7 +130,7 @@ class ViewMapper:
         return views
 
     def unlabeled(self, record: dict) -> UnlabeledSample:
-        """Make the weak and the strong view of an image.
+        """Make the weak view and the strong views of an image.
 
         Args:
             record: dataset record; only ``file_name`` is used.
@@ -135,17 +143,21 @@ class ViewMapper:
             source = read_for_training(record["file_name"], self._unlabeled_limit)
             resize_cache: dict = {}
             weak, weak_transforms = _augment(source.pixels, self.policy.weak, resize_cache)
-            if self.policy.strong_on_weak:
-                strong, strong_transforms = _augment(weak, self.policy.strong)
-                strong_transforms = weak_transforms + strong_transforms
-            else:
-                strong, strong_transforms = _augment(
-                    source.pixels, self.policy.strong, resize_cache
-                )
+            strong_views = []
+            for _ in range(self.strong_views):
+                if self.policy.strong_on_weak:
+                    strong, strong_transforms = _augment(weak, self.policy.strong)
+                    strong_transforms = weak_transforms + strong_transforms
+                else:
+                    strong, strong_transforms = _augment(
+                        source.pixels, self.policy.strong, resize_cache
+                    )
+                strong_views.append(self._view(source, strong, strong_transforms))
         return UnlabeledSample(
             file_name=record["file_name"],
             weak=self._view(source, weak, weak_transforms),
-            strong=self._view(source, strong, strong_transforms),
+            strong=strong_views[0],
+            further_strong=tuple(strong_views[1:]),
         )
 
     def _view(self, source: TrainingImage, image: np.ndarray, transforms: T.TransformList) -> View:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import locreweight.modeling  # noqa: F401  (registers the model)
 
 from ..data.transforms.policies import build_augmentation_policy
-from ..methods import build_method
-from ..modeling import build_detector
+from ..methods import build_members, build_method
+from ..modeling.committee import members_of
 
 GIB = 2**30
 _DIVISIBILITY = 32  # images are padded to multiples of this
@@ -30,9 +30,9 @@ class MemoryEstimate:
     """Memory on one device.
 
     Attributes:
-        models: bytes of the weights of student and teacher, gradients and momentum.
+        models: bytes of the weights of students and teachers, gradients and momentum.
         per_image: bytes that autograd keeps for one image of the largest size.
-        images: number of images of the student per iteration.
+        images: number of images of all students per iteration.
     """
 
     models: int
@@ -59,16 +59,19 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-    model = build_detector(cfg).train()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    teachers = 2 if build_method(cfg).frozen_pseudo_labeler else 1
+    method = build_method(cfg)
+    students = build_members(cfg, method).train()
+    weights = sum(p.numel() * p.element_size() for p in students.parameters())
+    trained = sum(p.numel() * p.element_size() for p in students.parameters() if p.requires_grad)
+    teachers = 2 if method.frozen_pseudo_labeler else 1
     # Gradient and momentum. With several processes, DDP keeps a second copy of the gradients.
     models = weights * (1 + teachers) + trained * (3 if num_gpus > 1 else 2)
 
     largest = max(_pixels(size, cfg) for size in sizes)
     side = min(_LARGEST_MEASURED, _padded(int(largest**0.5)))
-    small, large = (_kept_bytes(model, s, cfg.SOLVER.AMP.ENABLED) for s in (side // 2, side))
+    small, large = (
+        _kept_bytes(members_of(students)[0], s, cfg.SOLVER.AMP.ENABLED) for s in (side // 2, side)
+    )
     per_pixel = (large - small) / (side**2 - (side // 2) ** 2)
     per_image = large + per_pixel * (largest - side**2)
 
@@ -76,7 +79,7 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     images = cfg.SOLVER.IMS_PER_BATCH * views + cfg.SOLVER.IMS_PER_BATCH_UNLABELED
     if cfg.SEMI.BURN_IN_ITERS >= cfg.SOLVER.MAX_ITER:
         images = cfg.SOLVER.IMS_PER_BATCH * views
-    return MemoryEstimate(models, round(per_image), images // num_gpus)
+    return MemoryEstimate(models, round(per_image), images // num_gpus * method.num_members)
 
 
 def _pixels(size: tuple[int, int], cfg: CfgNode) -> int:

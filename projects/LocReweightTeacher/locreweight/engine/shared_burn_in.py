@@ -127,7 +127,10 @@ def _settings_of_burn_in(run: Run) -> str:
         if key != "OUTPUT_DIR" and (not key.startswith("SEMI.") or key in _USED_IN_BURN_IN)
     }
     # A frozen pseudo-labeler is a further part of the checkpoint.
-    used["frozen_pseudo_labeler"] = build_method(run.cfg).frozen_pseudo_labeler
+    method = build_method(run.cfg)
+    used["frozen_pseudo_labeler"] = method.frozen_pseudo_labeler
+    if method.num_members > 1:  # the method prepares them, so all its settings can have an effect
+        used |= {key: value for key, value in settings.items() if key.startswith("SEMI.")}
     return yaml.safe_dump(used) + str(run.num_gpus)
 
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -33,8 +34,8 @@ from ..data.training_sets import load_training_sets
 from ..data.unreadable import UnreadableImageCounter
 from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
-from ..modeling import build_detector
-from ..modeling.meta_arch import SemiSupervisedRCNN
+from ..methods import build_members
+from ..modeling.committee import members_of
 from .console import CONSOLE
 from .evaluation import (
     count_test_images,
@@ -74,11 +75,13 @@ class SemiSupervisedTrainer(ResumableTrainer):
     Attributes:
         cfg: the effective config, scaled to the number of GPUs.
         student: the model that is optimized.
-        model: the student, wrapped in DistributedDataParallel if there are several processes.
         teacher: the moving average of the student, which is the result of training.
         pseudo_labeler: the model that makes pseudo-labels. It is the teacher itself, or, for
             methods that freeze it, a copy from the end of burn-in.
-        optimizer: updates the student.
+        students, teachers, pseudo_labelers: the three models above. For methods with several
+            members, committees whose first members they are.
+        model: the students, wrapped in DistributedDataParallel if there are several processes.
+        optimizer: updates the students.
         sets: the training images.
     """
 
@@ -103,20 +106,28 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.sets = load_training_sets(cfg)
         self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
 
-        self.student: SemiSupervisedRCNN = build_detector(cfg)
-        self.model = _distributed(self.student).train()
-        # DDP has copied the first process's student to all processes; the teacher copies it now.
-        self.teacher: SemiSupervisedRCNN = build_detector(cfg).eval()
-        self._average = MovingAverage(self.teacher, self.student)
+        method = self.settings.method
+        self.students = build_members(cfg, method)
+        self.student, *further_students = members_of(self.students)
+        self.model = _distributed(self.students).train()
+        # DDP has copied the first process's students to all processes; the teachers copy them now.
+        self.teachers = build_members(cfg, method).eval()
+        self.teacher, *further_teachers = members_of(self.teachers)
+        self._average = MovingAverage(self.teachers, self.students)
         self._average.update(keep_rate=0.0)
-        self.pseudo_labeler, frozen = self.teacher, {}
-        if self.settings.method.frozen_pseudo_labeler:
-            self.pseudo_labeler = build_detector(cfg).eval()
-            frozen = {"pseudo_labeler": self.pseudo_labeler}
+        self.pseudo_labelers = self.teachers
+        further_parts: dict[str, Any] = {}
+        if method.frozen_pseudo_labeler:
+            self.pseudo_labelers = build_members(cfg, method).eval()
+            further_parts["pseudo_labeler"] = self.pseudo_labelers
+        self.pseudo_labeler = members_of(self.pseudo_labelers)[0]
+        if further_students:
+            further_parts["further_students"] = nn.ModuleList(further_students)
+            further_parts["further_teachers"] = nn.ModuleList(further_teachers)
 
         self._amp_dtype = amp_dtype(cfg)
-        self.optimizer = SkipNonFiniteOptimizer(cfg, self.student, self._amp_dtype)
-        self._statistics = RunningStatistics(self.student)
+        self.optimizer = SkipNonFiniteOptimizer(cfg, self.students, self._amp_dtype)
+        self._statistics = RunningStatistics(self.students)
         self._skipped = SkippedSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
         self._deferred_metrics = DeferredMetrics()
         self._batches: Iterator[Batch] | None = None
@@ -136,7 +147,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
             score_threshold=lambda: this._best_threshold(),
             student=self.student,
             trainer=this,
-            **frozen,
+            **further_parts,
         )
         self.register_named_hooks(self.build_hooks())
         if comm.is_main_process():
@@ -224,7 +235,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
     def _build_loader(self) -> torch.utils.data.DataLoader:
         cfg = self.cfg
-        mapper = ViewMapper(cfg)
+        method = self.settings.method
+        mapper = ViewMapper(cfg, strong_views=method.num_members if method.own_strong_views else 1)
         dataset = StreamDataset(self.sets.labeled, self.sets.unlabeled, mapper, self.seed)
         batch_sampler = TwoStreamBatchSampler(
             labeled_batch=cfg.SOLVER.IMS_PER_BATCH,
@@ -264,9 +276,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         else:
             if resume:
                 self._warn_of_weights_of_run()
-            load_pretrained(self.cfg, self.teacher)
-            for module in (self.student, self.pseudo_labeler):
-                module.load_state_dict(self.teacher.state_dict())
+            self._copy_loaded_weights()
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise UsageError(
@@ -276,6 +286,23 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._writer.truncate_on_resume = resume
         if resume and comm.is_main_process():
             truncate_after(self._skipped.file, self.start_iter - 1)
+
+    def _copy_loaded_weights(self) -> None:
+        """Copy the weights of ``MODEL.WEIGHTS``, which the first teacher has, to all models.
+
+        Layers that the file does not have stay different in each member. Without the file, the
+        backbone of each member starts from ``MODEL.TIMM.PRETRAINED``.
+        """
+        self.student.load_state_dict(self.teacher.state_dict())
+        for student in members_of(self.students):
+            load_pretrained(self.cfg, student)
+        if self.checkpointer.contents is not None:
+            random = self.checkpointer.mismatched_weights
+            loaded = {k: v for k, v in self.teacher.state_dict().items() if k not in random}
+            for student in members_of(self.students)[1:]:
+                student.load_state_dict(loaded, strict=False)
+        for models in (self.teachers, self.pseudo_labelers):
+            models.load_state_dict(self.students.state_dict())
 
     def _warn_of_weights_of_run(self) -> None:
         if self.checkpointer.contents is CheckpointContents.TEACHER:
@@ -353,8 +380,9 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
         self._statistics.backup()
         result, report = self._compute_losses(batch, data_time)
-        gathered = comm.all_gather((report, result.observation if result else None))
-        reports, observations = map(list, zip(*gathered, strict=True))
+        gathered = comm.all_gather((report, result.observations if result else []))
+        reports = [report for report, _ in gathered]
+        observations = [x for _, observed in gathered for x in observed]
         self.stop_agreed = any(report.stop for report in reports)
         self.unreadable.update([report.unread for report in reports], read=len(batch.unlabeled))
         if result is None or any(report.failure for report in reports):
@@ -376,12 +404,12 @@ class SemiSupervisedTrainer(ResumableTrainer):
         autocast = self.cfg.SOLVER.AMP.ENABLED
         try:
             with torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=autocast):
-                return training_step(self.model, self.pseudo_labeler, batch, self.settings), report
+                return training_step(self.model, self.pseudo_labelers, batch, self.settings), report
         except FloatingPointError as error:  # Detectron2 raises it for non-finite proposals
             return None, replace(report, failure=str(error))
 
     def _update(self, result: StepResult, reports: list[StepReport]) -> None:
-        """Update the student by its losses and the teacher by the student.
+        """Update the students by their losses and the teachers by the students.
 
         Nothing here waits for the device.
         """
@@ -392,8 +420,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
         step = max(0, self.iter + 1 - self.cfg.SEMI.BURN_IN_ITERS)
         rate = keep_rate(step, self.cfg.SEMI.EMA_KEEP_RATE)
         self._average.update(rate)
-        if step == 0 and self.pseudo_labeler is not self.teacher:
-            update_teacher(self.pseudo_labeler, self.student, keep_rate=0.0)
+        if step == 0 and self.pseudo_labelers is not self.teachers:
+            update_teacher(self.pseudo_labelers, self.students, keep_rate=0.0)
         result = replace(result, metrics=result.metrics | self.optimizer.loss_scale)
         self._deferred_metrics.add(self.iter, reports, result, {"gradients": largest})
 
@@ -419,10 +447,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
             )
 
 
-def _distributed(student: SemiSupervisedRCNN) -> nn.Module:
-    is_gpu = student.device.type == "cuda"
+def _distributed(students: nn.Module) -> nn.Module:
+    is_gpu = members_of(students)[0].device.type == "cuda"
     return create_ddp_model(
-        student, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if is_gpu else None
+        students, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if is_gpu else None
     )
 
 

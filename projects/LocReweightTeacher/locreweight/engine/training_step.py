@@ -5,13 +5,16 @@ pseudo-labels from these detections, which are projected to the *strong* view. T
 trained on the labeled images and on the strong views. Some losses need the teacher's predictions
 for the student's proposals; for these, the proposals are projected back to the weak view.
 
+A method can have several members, each with a student and a teacher. The steps are then done for
+each of them.
+
 All boxes are xyxy in absolute pixels of the view that is named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from detectron2.config import CfgNode
@@ -30,7 +33,8 @@ from ..methods import (
     StudentImage,
     build_method,
 )
-from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
+from ..modeling.committee import Committee, members_of
+from ..modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
 from ..modeling.output_layers import BoxPredictions
 
 UNLABELED_SUFFIX = "_unlabeled"
@@ -76,12 +80,13 @@ class StepResult:
     Attributes:
         losses: weighted scalar losses by name. Their sum is minimized.
         metrics: scalars to log, by name; NaN if there was nothing to measure.
-        observation: what the method's state learns from this step; None without such a state.
+        observations: what the method's state learns from this step, one for each member; None for a
+            method without such a state.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
-    observation: object = None
+    observations: list = field(default_factory=list)
 
     @property
     def total(self) -> Tensor:
@@ -90,39 +95,85 @@ class StepResult:
 
 
 def training_step(
-    student: nn.Module, teacher: SemiSupervisedRCNN, batch: Batch, settings: StepSettings
+    student: nn.Module, teacher: nn.Module, batch: Batch, settings: StepSettings
 ) -> StepResult:
     """Compute the losses of a batch (Eq. 3), or the supervised ones alone during burn-in.
 
     Args:
-        student: a :class:`SemiSupervisedRCNN` in training mode, possibly wrapped in
-            ``DistributedDataParallel``.
-        teacher: the model that makes the pseudo-labels, in evaluation mode.
+        student: a :class:`SemiSupervisedRCNN` in training mode or a :class:`Committee` of several,
+            possibly wrapped in ``DistributedDataParallel``.
+        teacher: the model that makes the pseudo-labels, in evaluation mode; a committee if the
+            student is one.
         batch: the images of this process; without unlabeled images during burn-in.
         settings: from the config.
     """
+    teachers = members_of(teacher)
     if not batch.unlabeled:
-        return StepResult(student(batch.labeled), {})
-    method, samples = settings.method, batch.unlabeled
+        outputs = _forward(student, [(batch.labeled,)] * len(teachers))
+        return StepResult(_join_losses(outputs), {})
+    method = settings.method
 
-    # Teacher: weak views -> pseudo-labels, in the frame of the strong views.
-    teacher_output = teacher.detect([{"image": sample.weak.image} for sample in samples])
-    inputs = LabelingInputs(teacher, teacher_output, samples)
-    selected = method.select_pseudo_labels(inputs)
-    observation = method.observe(inputs, selected)
-    pseudo_labels = [
-        project_to_strong_view(labels, sample)
-        for labels, sample in zip(selected, samples, strict=True)
+    # Teachers: weak views -> pseudo-labels, in the frame of the weak views.
+    weak_views = [{"image": sample.weak.image} for sample in batch.unlabeled]
+    inputs = [
+        LabelingInputs(
+            member,
+            member.detect(weak_views),
+            [sample.for_student(i) for sample in batch.unlabeled],
+            batch.labeled,
+            i,
+        )
+        for i, member in enumerate(teachers)
     ]
+    selected = method.select_for_members(inputs)
+    observations = [method.observe(*x) for x in zip(inputs, selected, strict=True)]
 
-    # Student: labeled images and strong views -> supervised losses, sampled proposals.
-    images = method.compose(
-        [
-            StudentImage(sample.strong.image, labels, sample)
-            for sample, labels in zip(samples, pseudo_labels, strict=True)
-        ],
-        batch.labeled,
-    )
+    # Students: labeled images and strong views -> supervised losses, sampled proposals.
+    pseudo_labels = [
+        [project_to_strong_view(*pair) for pair in zip(labels, x.samples, strict=True)]
+        for x, labels in zip(inputs, selected, strict=True)
+    ]
+    images = [
+        method.compose(
+            [
+                StudentImage(sample.strong.image, labels, sample)
+                for sample, labels in zip(x.samples, member_labels, strict=True)
+            ],
+            batch.labeled,
+        )
+        for x, member_labels in zip(inputs, pseudo_labels, strict=True)
+    ]
+    outputs = _forward(student, [_student_inputs(method, batch, x) for x in images])
+
+    # Method: sampled proposals -> unsupervised losses.
+    losses, metrics = [], {}
+    students = members_of(_unwrap(student))
+    for i, (supervised, output) in enumerate(outputs):
+        proposals = _sampled_proposals(students[i], inputs[i], images[i], output)
+        unsupervised = output.rpn_losses | method.losses(proposals)
+        losses.append(
+            supervised
+            | {
+                name + UNLABELED_SUFFIX: settings.weight_of(name) * loss
+                for name, loss in unsupervised.items()
+            }
+        )
+        if i == 0:
+            metrics = _metrics(inputs[i].output, pseudo_labels[i], proposals)
+    return StepResult(_join_losses(losses), metrics, observations)
+
+
+def _forward(student: nn.Module, inputs: list[tuple]) -> list:
+    """Run each member of a student on its own arguments, in one forward pass."""
+    if isinstance(_unwrap(student), Committee):
+        return student(inputs)
+    return [student(*inputs[0])]
+
+
+def _student_inputs(
+    method: SemiSupervisedMethod, batch: Batch, images: list[StudentImage]
+) -> tuple:
+    """Arguments of :meth:`SemiSupervisedRCNN.forward` for one member."""
     unlabeled = [
         {
             "image": x.image,
@@ -132,23 +183,33 @@ def training_step(
         }
         for x in images
     ]
-    losses, output = student(
-        batch.labeled, unlabeled, mixing=method.backbone_mixing(len(unlabeled))
-    )
+    return batch.labeled, unlabeled, method.backbone_mixing(len(unlabeled))
 
-    # Method: sampled proposals -> unsupervised losses.
-    proposals = SampledProposals(
+
+def _sampled_proposals(
+    student: SemiSupervisedRCNN,
+    inputs: LabelingInputs,
+    images: list[StudentImage],
+    output: UnlabeledOutput,
+) -> SampledProposals:
+    return SampledProposals(
         output.proposals,
         output.predictions,
-        _unwrap(student).roi_heads.box_predictor,
+        student.roi_heads.box_predictor,
         predict_rois=lambda: predict_student_rois(
-            teacher, teacher_output, output.proposals, [x.sample for x in images]
+            inputs.teacher, inputs.output, output.proposals, [x.sample for x in images]
         ),
         loss_weights=[x.loss_weight for x in images],
     )
-    for name, loss in (output.rpn_losses | method.losses(proposals)).items():
-        losses[name + UNLABELED_SUFFIX] = settings.weight_of(name) * loss
-    return StepResult(losses, _metrics(teacher_output, pseudo_labels, proposals), observation)
+
+
+def _join_losses(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the losses of all members. From the second on, the number is appended to the name."""
+    return {
+        name if i == 0 else f"{name}_{i + 1}": loss
+        for i, losses in enumerate(members)
+        for name, loss in losses.items()
+    }
 
 
 def predict_student_rois(
@@ -183,10 +244,8 @@ def predict_student_rois(
     return teacher.predict_rois(teacher_output, boxes)
 
 
-def _unwrap(student: nn.Module) -> SemiSupervisedRCNN:
-    model = student.module if isinstance(student, DistributedDataParallel) else student
-    assert isinstance(model, SemiSupervisedRCNN)
-    return model
+def _unwrap(student: nn.Module) -> nn.Module:
+    return student.module if isinstance(student, DistributedDataParallel) else student
 
 
 @torch.no_grad()

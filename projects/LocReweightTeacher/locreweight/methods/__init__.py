@@ -35,6 +35,7 @@ from .base import (
     SampledProposals,
     SemiSupervisedMethod,
     StudentImage,
+    build_members,
     build_method,
 )
 
@@ -47,5 +48,6 @@ __all__ = [
     "SampledProposals",
     "SemiSupervisedMethod",
     "StudentImage",
+    "build_members",
     "build_method",
 ]

@@ -17,10 +17,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
-from torch import Tensor, zeros_like
+from torch import Tensor, nn, zeros_like
 
 from ..data.transforms.views import UnlabeledSample
 from ..errors import get_registered
+from ..modeling.building import build_detector
+from ..modeling.committee import Committee
 from ..modeling.meta_arch import BackboneMixing, SemiSupervisedRCNN, TeacherOutput
 from ..modeling.output_layers import (
     BoxPredictions,
@@ -41,6 +43,20 @@ def build_method(cfg: CfgNode) -> SemiSupervisedMethod:
     return get_registered(METHOD_REGISTRY, "SEMI.METHOD", cfg.SEMI.METHOD)(cfg)
 
 
+def build_members(cfg: CfgNode, method: SemiSupervisedMethod) -> nn.Module:
+    """Build the students or the teachers of a method, with random weights.
+
+    Returns:
+        a detector, or a :class:`Committee` of several with different weights.
+
+    Raises:
+        UsageError: if the config does not describe a detector.
+    """
+    members = [build_detector(cfg) for _ in range(method.num_members)]
+    method.prepare_members(members)
+    return members[0] if len(members) == 1 else Committee(members)
+
+
 @dataclass(frozen=True)
 class LabelingInputs:
     """What pseudo-labels are made from.
@@ -48,12 +64,18 @@ class LabelingInputs:
     Attributes:
         teacher: the model that made the output, in evaluation mode.
         output: its features and detections in N weak views.
-        samples: the N images: file names, and views with their matrices.
+        samples: the N images: file names, and views with their matrices. The strong views are those
+            of this member's student.
+        labeled: the labeled images of the batch of this process, in Detectron2's format; their
+            ``instances`` are on the CPU.
+        member: index of the teacher, for methods with several.
     """
 
     teacher: SemiSupervisedRCNN
     output: TeacherOutput
     samples: list[UnlabeledSample]
+    labeled: list[dict] = field(default_factory=list)
+    member: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,16 +176,24 @@ class SemiSupervisedMethod:
     override the parts in which they differ, and register themselves in ``METHOD_REGISTRY``.
 
     :func:`locreweight.engine.training_step.training_step` calls, in each iteration after burn-in,
-    :meth:`select_pseudo_labels`, :meth:`observe`, :meth:`compose`, :meth:`rpn_labels` for each
-    image, :meth:`backbone_mixing`, and :meth:`losses`. The trainer then calls
-    :meth:`update_state`.
+    :meth:`select_for_members`, which calls :meth:`select_pseudo_labels`, then :meth:`observe`,
+    :meth:`compose`, :meth:`rpn_labels` for each image, :meth:`backbone_mixing`, and :meth:`losses`.
+    The trainer then calls :meth:`update_state`. With several members, all but
+    :meth:`select_for_members` and :meth:`update_state` are called for each member.
 
     Attributes:
+        num_members: number of students, and of teachers. Each student is trained on all images, by
+            gradients of its own losses, and each teacher is the moving average of its student. The
+            first teacher is the result of training.
+        own_strong_views: whether each member has its own strong view of an unlabeled image.
+            Otherwise they share one.
         frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
             pseudo-labels. Otherwise the current teacher makes them.
         pseudo_label_threshold: a detection is a pseudo-label if its score is above this.
     """
 
+    num_members: int = 1
+    own_strong_views: bool = False
     frozen_pseudo_labeler: bool = False
 
     @configurable
@@ -184,6 +214,24 @@ class SemiSupervisedMethod:
         """
         threshold = self.pseudo_label_threshold
         return [to_pseudo_labels(x, threshold) for x in inputs.output.detections]
+
+    def prepare_members(self, members: list[SemiSupervisedRCNN]) -> None:
+        """Change newly built members, for example let them share a backbone. Default: unchanged.
+
+        Called once for the students and once for the teachers. A module that members share must be
+        the same object in all of them. The names of parameters must not change.
+        """
+
+    def select_for_members(self, inputs: list[LabelingInputs]) -> list[list[Instances]]:
+        """Select the pseudo-labels of each student. Default: those of its own teacher.
+
+        Args:
+            inputs: one for each teacher, all with the same weak views.
+
+        Returns:
+            for each student the pseudo-labels as returned by :meth:`select_pseudo_labels`.
+        """
+        return [self.select_pseudo_labels(x) for x in inputs]
 
     def compose(self, images: list[StudentImage], labeled: list[dict]) -> list[StudentImage]:
         """Compose the student's unlabeled images, for example by mixing. Default: unchanged.
@@ -237,7 +285,7 @@ class SemiSupervisedMethod:
 
         Args:
             inputs: as for :meth:`select_pseudo_labels`.
-            pseudo_labels: its return value, in the frame of the weak views.
+            pseudo_labels: those of the student of the same member, in the frame of the weak views.
 
         Returns:
             a picklable object with tensors on the CPU only, because it is sent to all processes;
@@ -250,8 +298,8 @@ class SemiSupervisedMethod:
 
         Args:
             observations: what :meth:`observe` returned in each process, in the order of the
-                processes and without None; at least one. The state of a step that failed in any
-                process is not updated.
+                processes, and of the members within a process, without None; at least one. The
+                state of a step that failed in any process is not updated.
         """
 
     def state_dict(self) -> dict:

@@ -3,12 +3,14 @@
 from . import backbones  # registers them
 from .box_coding import CornerBoxTransform
 from .building import build_detector
+from .committee import Committee, members_of
 from .meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
 from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
 from .roi_heads import LocalizationAwareROIHeads
 
 __all__ = [
     "BoxPredictions",
+    "Committee",
     "CornerBoxTransform",
     "LocalizationAwareOutputLayers",
     "LocalizationAwareROIHeads",
@@ -17,4 +19,5 @@ __all__ = [
     "UnlabeledOutput",
     "backbones",
     "build_detector",
+    "members_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class UnlabeledSample:
         file_name: the image file.
         weak: the view that the teacher labels.
         strong: the view that the student learns from.
+        further_strong: strong views of further students, for methods that train several.
         read_errors: one message for each image that was drawn first but could not be read.
     """
 
@@ -46,6 +47,13 @@ class UnlabeledSample:
     weak: View
     strong: View
     read_errors: tuple[str, ...] = ()
+    further_strong: tuple[View, ...] = ()
+
+    def for_student(self, i: int) -> UnlabeledSample:
+        """Return the sample with the strong view of a student; the first if all share one."""
+        if i == 0 or not self.further_strong:
+            return self
+        return replace(self, strong=self.further_strong[i - 1])
 
 
 def project_to_strong_view(pseudo_labels: Instances, sample: UnlabeledSample) -> Instances:
