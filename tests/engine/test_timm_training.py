@@ -7,7 +7,7 @@ import torch
 from locreweight.checkpoint.safe_loading import write_safetensors
 from locreweight.checkpoint.timm_weights import timm_backbone
 from locreweight.engine import config_suggestion
-from locreweight.engine.predictor import load_predictor
+from  import load_predictor
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import TIMM_BACKBONES
