@@ -7,7 +7,7 @@ import torch
 from locreweight.checkpoint.safe_loading import write_safetensors
 from locreweight.checkpoint.timm_weights import timm_backbone
 from locreweight.engine import config_suggestion
-from  import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import TIMM_BACKBONES
@@ -48,7 +48,7 @@ def test_resumed_and_trained_models_do_not_need_the_file(config, weights, tmp_pa
     resumed = build_trainer(config({"SOLVER.MAX_ITER": 6}), resume=True)
     assert resumed.start_iter == 4
     assert same(copy_of(resumed.teacher), copy_of(trainer.teacher))
-    predictor = load_predictor(str(tmp_path / "output"), device="cpu")
+    predictor = Predictor(str(tmp_path / "output"), device="cpu")
     assert same(copy_of(predictor.model), copy_of(trainer.teacher))
 
 
