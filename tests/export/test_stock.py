@@ -82,7 +82,9 @@ def exported(tmp_path_factory):
         settings = SETTINGS | {"MODEL.ROI_BOX_HEAD.CORNER_CODING": corners} | BACKBONES[backbone]
         models[name] = decisive_model(settings)
         weights = models[name].state_dict()
-        files[name] = write_stock_detector(folder / name, tiny_config(settings), weights)
+        cfg = tiny_config(settings)
+        cfg.freeze()
+        files[name] = write_stock_detector(folder / name, cfg, weights)
     np.savez(folder / "images.npz", *[image.numpy() for image in IMAGES])
     paths = [folder / "images.npz", folder / "outputs.npz", *itertools.chain(*files.values())]
     done = subprocess.run(

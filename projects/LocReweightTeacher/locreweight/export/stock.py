@@ -82,8 +82,7 @@ def stock_config(cfg: CfgNode) -> CfgNode:
         stock.DATASETS[key] = ()  # not registered in plain Detectron2
     stock.OUTPUT_DIR = "./output"
     if uses_timm(cfg):
-        stock.MODEL.TIMM = cfg.MODEL.TIMM.clone()
-        stock.MODEL.TIMM.PRETRAINED = ""
+        stock.MODEL.TIMM = CfgNode(dict(cfg.MODEL.TIMM) | {"PRETRAINED": ""})
     return stock
 
 
