@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a detector on labeled and unlabeled images, resume training, or evaluate a checkpoint.
 
-The command line is Detectron2's (see ``--help``) plus ``--method``, ``--overwrite`` and
-``--timeout``. Flags and KEY VALUE pairs can be given in any order:
+The command line is Detectron2's (see ``--help``) plus ``--method``, ``--overwrite``, ``--verbose``
+and ``--timeout``. Flags and KEY VALUE pairs can be given in any order:
 
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml
     python train_net.py --num-gpus 2 --config-file configs/quickstart.yaml --method soft_teacher
@@ -24,11 +24,12 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.env import seed_all_rng
 
+from locreweight.checkpoint.files import choose_checkpoint
 from locreweight.config import check_supported, load_config, scale_to_world_size
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import (
@@ -40,6 +41,8 @@ from locreweight.engine import (
     launch,
     load_for_evaluation,
 )
+from locreweight.engine.console import CONSOLE, LOG_FILE, log_setup, setup_logging
+from locreweight.engine.evaluation import results_table
 from locreweight.engine.output_folder import prepare_output_dir
 from locreweight.engine.run_record import write_run_record
 from locreweight.errors import UsageError
@@ -52,6 +55,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Load the config and set up loggers, seeds and data sets; returns the frozen config."""
     # Other programs may use Detectron2's argument parser, which lacks our flags.
     cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
+    if cfg.MODEL.WEIGHTS and Path(cfg.MODEL.WEIGHTS).is_dir():
+        cfg.MODEL.WEIGHTS = str(choose_checkpoint(Path(cfg.MODEL.WEIGHTS)))
     overwrite = getattr(args, "overwrite", False)
     if args.eval_only:
         if overwrite:
@@ -72,12 +77,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
                 overwrite=overwrite,
                 used_files=_used_files(args, cfg),
             )
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="locreweight")
+        setup_logging(cfg.OUTPUT_DIR, verbose=getattr(args, "verbose", False))
+        log_setup(cfg, args)
     except OSError as error:
         raise UsageError(f"cannot write to OUTPUT_DIR {cfg.OUTPUT_DIR!r}: {error}") from error
     logger = logging.getLogger("locreweight")
     logger.info("Detectron2 %s", describe_detectron2())
+    CONSOLE.info("log: %s", Path(cfg.OUTPUT_DIR, LOG_FILE))
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    if not args.eval_only:  # benchmarks of cuDNN take longer than the evaluation of a small set
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if moved:
         logger.warning("moved the earlier run in OUTPUT_DIR %s to %s", cfg.OUTPUT_DIR, moved)
     return cfg
@@ -85,7 +94,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def _used_files(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     """Local files that training reads after the config."""
-    files = [args.config_file, cfg.MODEL.WEIGHTS, cfg.DATASETS.SPLIT_FILE]
+    files = [args.config_file, cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED]
+    files.append(cfg.DATASETS.SPLIT_FILE)
     return [file for file in files if file and "://" not in file]
 
 
@@ -96,13 +106,15 @@ def main(args: argparse.Namespace) -> dict:
         check_evaluation(cfg)
         model = build_detector(cfg)
         contents = load_for_evaluation(cfg, model)
-        logging.getLogger("locreweight").info(
-            "evaluating %s of %s", contents.value, cfg.MODEL.WEIGHTS
-        )
-        return evaluate(cfg, model)
+        CONSOLE.info("evaluating %s of %s", contents.value, cfg.MODEL.WEIGHTS)
+        results = evaluate(cfg, model, model_name=contents.value, show_progress=True)
+        if comm.is_main_process():
+            CONSOLE.info("%s", results_table(results))
+        return results
     trainer = SemiSupervisedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if comm.is_main_process() and trainer.start_iter < trainer.max_iter:
+    starts = trainer.start_iter < trainer.max_iter and not trainer.is_finished
+    if comm.is_main_process() and starts:
         write_run_record(Path(cfg.OUTPUT_DIR), sys.argv, comm.get_world_size())
     return trainer.train()
 

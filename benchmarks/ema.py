@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import format_range, median_ratio, print_table, time_alternately
 from benchmarks.workload import Workload, make_config, update_by_state_dict
+from locreweight.command_line import HelpFormatter
 from locreweight.ema import MovingAverage, update_teacher
 
 KEEP_RATE = 0.9996
@@ -42,9 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=30, help="number of repetitions")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cfg = make_config(Workload(), Path(folder), [])

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from benchmarks.memory import Cost, measure_in_subprocess
 from benchmarks.timing import print_table
 from benchmarks.workload import Workload
+from locreweight.command_line import HelpFormatter
 
 SMALL = Workload(short_side=192, labeled=1, unlabeled=1, classes=20, proposals=256)
 # Name of a quantity -> its values and the workload for each. Costs should grow at most linearly.
@@ -77,10 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("output/growth.png"))
+    parser.add_argument("--repeats", type=int, default=2, help="number of repetitions")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/growth.png"), help="picture to write"
+    )
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Points] = {name: [] for name in SERIES}

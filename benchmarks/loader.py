@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from tabulate import tabulate
 
 from benchmarks.timing import environment
+from locreweight.command_line import HelpFormatter
 from locreweight.config import load_config
 from locreweight.data.image_io import MIN_OVERSAMPLING, SizeLimit, read_for_training
 from locreweight.data.mapper import ViewMapper
@@ -332,7 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--images", type=Path, help="folder of JPEGs; default: generated images")
     parser.add_argument("--count", type=int, default=18, help="number of 640x480 images")

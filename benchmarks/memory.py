@@ -2,6 +2,7 @@
 """Peak memory of a training step, compared with plain Detectron2 on the same images.
 
     python -m benchmarks.memory
+    python -m benchmarks.memory --config-file configs/detectors/gpu-convnext-tiny.yaml
     python -m benchmarks.memory --paper     # 2 + 8 images of 800 x 1333 pixels' area; for a GPU
 
 The baseline holds two models and the activations of student and teacher. The step also holds the
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import print_table, seconds_of
-from benchmarks.workload import Detectron2Baseline, TrainerStep, Workload
+from benchmarks.workload import BASE, Detectron2Baseline, TrainerStep, Workload
 from locreweight.command_line import ConfigArgumentParser
 
 
@@ -77,10 +78,11 @@ def peak_mib(device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ConfigArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--short-side", type=int, default=Workload().short_side, help="of the images, in pixels"
     )
-    parser.add_argument("--short-side", type=int, default=Workload().short_side)
+    parser.add_argument("--config-file", default=BASE, help="config of the detector")
     parser.add_argument(
         "--paper", action="store_true", help="2 + 8 images of 800 x 1333 pixels' area; for a GPU"
     )
@@ -90,7 +92,8 @@ def main() -> None:
         workload, baseline, repeats, options = json.loads(args.measure)
         print(json.dumps(asdict(measure(Workload(**workload), baseline, repeats, options))))
         return
-    workload = Workload(894, labeled=2, unlabeled=8) if args.paper else Workload(args.short_side)
+    sizes = {"short_side": 894, "labeled": 2, "unlabeled": 8} if args.paper else {}
+    workload = Workload.of_config(args.config_file, **{"short_side": args.short_side} | sizes)
     costs = {
         name: measure_in_subprocess(workload, baseline=baseline, repeats=2, options=options)
         for name, baseline, options in (

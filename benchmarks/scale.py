@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import environment
+from locreweight.command_line import HelpFormatter
 from locreweight.config import load_config
 from locreweight.data.loader import Stream, StreamDataset, StreamPosition
 from locreweight.data.mapper import ViewMapper
@@ -78,6 +80,7 @@ class Files:
     images = property(lambda self: self.root / "images")
     index = property(lambda self: self.root / "index.txt")
     annotations = property(lambda self: self.root / "annotations.json")
+    output = property(lambda self: self.root / "output")  # of training, for the cache
     few_images = property(lambda self: self.root / "few")
     few_annotations = property(lambda self: self.root / "few.json")
 
@@ -137,8 +140,14 @@ class Source:
     record: Callable[[int], dict]
 
 
-def build_config(**datasets: Sequence[str]) -> CfgNode:
-    keys = {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "DATASETS.TEST": (), "VIS_PERIOD": 0}
+def build_config(output: Path | None = None, **datasets: Sequence[str]) -> CfgNode:
+    keys: dict[str, Any] = {
+        "MODEL.ROI_HEADS.NUM_CLASSES": 80,
+        "DATASETS.TEST": (),
+        "VIS_PERIOD": 0,
+    }
+    if output:
+        keys["OUTPUT_DIR"] = output
     keys |= {f"DATASETS.{key}": tuple(value) for key, value in datasets.items()}
     keys |= {"INPUT.MIN_SIZE_TRAIN": (32,), "DATASETS.CHECKS.DECODE_IMAGES": False}
     if not datasets.get("UNLABELED"):
@@ -174,8 +183,15 @@ def unlabeled_key(files: Files, dataset: str) -> Source:
 
 
 def coco_key(files: Files) -> Source:
-    cfg = build_config(TRAIN=[f"coco:{files.annotations}:{files.images}"], UNLABELED=[])
+    train = [f"coco:{files.annotations}:{files.images}"]
+    cfg = build_config(files.output, TRAIN=train, UNLABELED=[])
     return stream_source(cfg, Stream.LABELED)
+
+
+def coco_key_first(files: Files) -> Source:
+    shutil.rmtree(files.output, ignore_errors=True)
+    files.output.mkdir()
+    return coco_key(files)
 
 
 def plain_unlabeled(paths: Sequence[str]) -> Source:
@@ -208,7 +224,8 @@ UNLABELED_SOURCES: dict[str, Callable[[Files], Source]] = {
 }
 ANNOTATED_SOURCES: dict[str, Callable[[Files], Source]] = {
     "list of dicts, by Detectron2": plain_coco,
-    "`coco:`": coco_key,
+    "`coco:`, first start": coco_key_first,
+    "`coco:`, next start, from the cache": coco_key,
 }
 SOURCES = UNLABELED_SOURCES | ANNOTATED_SOURCES
 
@@ -334,7 +351,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--images", type=int, default=1_000_000, help="number of unlabeled images")
     parser.add_argument(
@@ -343,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
         default=120_000,
         help="number of annotated images, at most --images",
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="number of repetitions")
     # For measure_in_subprocess:
     parser.add_argument("--source", choices=SOURCES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

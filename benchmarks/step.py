@@ -4,6 +4,7 @@
     python -m benchmarks.step                          # R50-FPN, short side 640, 2 + 2 images
     python -m benchmarks.step --short-side 320 --repeats 7
     python -m benchmarks.step SEMI.METHOD SoftTeacher
+    python -m benchmarks.step --config-file configs/detectors/cpu-mobilenetv2.yaml --short-side 224
 
 The baseline is a forward and backward pass of the student and a forward pass of the teacher,
 without optimizer, EMA update and the teacher's predictions for the student's proposals. The passes
@@ -26,8 +27,10 @@ from benchmarks.timing import (
     median_ratio,
     print_table,
     time_alternately,
+    use_cpu_time,
 )
 from benchmarks.workload import (
+    BASE,
     Detectron2Baseline,
     TrainerStep,
     UnbiasedTeacherBaseline,
@@ -94,21 +97,33 @@ def break_down(workload: Workload, repeats: int, options: list[str]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
     default = Workload()
-    parser.add_argument("--short-side", type=int, default=default.short_side)
-    parser.add_argument("--labeled", type=int, default=default.labeled)
-    parser.add_argument("--unlabeled", type=int, default=default.unlabeled)
+    parser.add_argument("--config-file", default=BASE, help="config of the detector")
+    parser.add_argument(
+        "--short-side", type=int, default=default.short_side, help="of the images, in pixels"
+    )
+    parser.add_argument("--labeled", type=int, default=default.labeled, help="labeled images")
+    parser.add_argument("--unlabeled", type=int, default=default.unlabeled, help="unlabeled images")
     parser.add_argument("--objects", type=int, default=default.objects, help="per image")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="number of repetitions")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time, for busy machines; with one thread"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    workload = Workload(args.short_side, args.labeled, args.unlabeled, args.objects)
+    if args.cpu_time:
+        use_cpu_time()
+    workload = Workload.of_config(
+        args.config_file,
+        short_side=args.short_side,
+        labeled=args.labeled,
+        unlabeled=args.unlabeled,
+        objects=args.objects,
+    )
     compare(workload, args.repeats, args.opts)
     break_down(workload, args.repeats, args.opts)
 

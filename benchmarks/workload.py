@@ -32,6 +32,7 @@ from locreweight.engine import SemiSupervisedTrainer
 from locreweight.methods import LabelingInputs
 
 ROOT = Path(__file__).resolve().parents[1]
+BASE = str(ROOT / "configs" / "Base-LocReweight.yaml")
 ORIGINAL = (480, 640)  # height and width of the images before augmentation, in pixels
 
 
@@ -45,6 +46,7 @@ class Workload:
         objects: number of objects per image, labeled or pseudo-labeled.
         classes: number of foreground classes.
         proposals: number of sampled proposals per image.
+        config_file: config of the detector.
     """
 
     short_side: int = 640
@@ -53,6 +55,13 @@ class Workload:
     objects: int = 5
     classes: int = 80
     proposals: int = 512
+    config_file: str = BASE
+
+    @classmethod
+    def of_config(cls, config_file: str, **sizes: int) -> Workload:
+        """The input for a config's detector, with its number of sampled proposals."""
+        proposals = load_config(config_file, []).MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+        return cls(**sizes, proposals=proposals, config_file=config_file)
 
     @property
     def view_size(self) -> tuple[int, int]:
@@ -62,6 +71,7 @@ class Workload:
     def __str__(self) -> str:
         height, width = self.view_size
         return (
+            f"{Path(self.config_file).stem}, "
             f"{self.labeled} labeled + {self.unlabeled} unlabeled images of {width}x{height}, "
             f"{self.objects} objects each, {self.classes} classes, {self.proposals} proposals"
         )
@@ -88,6 +98,7 @@ def make_config(workload: Workload, folder: Path, options: list[str]) -> CfgNode
         "DATASETS.EXCLUDE_LABELED": True,
         "DATALOADER.NUM_WORKERS": 0,
         "MODEL.WEIGHTS": "",
+        "MODEL.TIMM.PRETRAINED": "",
         "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
         "MODEL.ROI_HEADS.NUM_CLASSES": workload.classes,
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": workload.proposals,
@@ -101,7 +112,7 @@ def make_config(workload: Workload, folder: Path, options: list[str]) -> CfgNode
         "VIS_PERIOD": 0,
     }
     pairs = [str(part) for pair in settings.items() for part in pair]
-    return load_config(str(ROOT / "configs" / "Base-LocReweight.yaml"), [*pairs, *options])
+    return load_config(workload.config_file, [*pairs, *options])
 
 
 def make_batch(workload: Workload, seed: int = 0) -> Batch:

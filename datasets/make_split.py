@@ -11,7 +11,6 @@ file, but is an error if the annotations differ from those that the file was mad
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,9 +24,7 @@ from locreweight.errors import UsageError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument(
         "--config-file", default="", metavar="FILE", help="config with DATASETS.TRAIN"
     )
@@ -36,10 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         nargs="+",
         default=[1.0, 5.0, 10.0],
-        help="percentages of labeled images (1 5 10)",
+        help="percentages of labeled images",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds (1 2 3 4 5)"
+        "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of the splits"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="json file to write"

@@ -311,11 +311,14 @@ def make_dataset(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__.split("\n")[0], formatter_class=formatter
+        allow_abbrev=False,
+        description=__doc__.split("\n\n")[0],
+        epilog="example: python datasets/make_synthetic.py --output datasets/mine --unlabeled 1000",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "synthetic")
+    folder = Path(__file__).parent / "synthetic"
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the data set")
     for split, count in zip(SPLITS, (40, 500, 200), strict=True):
         parser.add_argument(f"--{split}", type=int, default=count, help="number of images")
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,7 +20,7 @@ import pytest
 import yaml
 
 import compare
-from locreweight.engine.comparison import last_line, plan_runs, run_all
+from locreweight.engine.comparison import _Progress, last_line, plan_runs, run_all
 from locreweight.engine.run_folder import ATTEMPTS_FILE, Attempt, read_attempts
 from locreweight.engine.run_queue import CONSOLE_FILE, Run, RunQueue, gpu_slots
 from locreweight.engine.run_record import RUN_FILE, RunRecord
@@ -143,6 +145,12 @@ def test_option_that_distinguishes_runs_is_an_error(tmp_path, option, message):
         plan(*words, *option)
 
 
+def test_early_stopping_is_an_error(tmp_path):
+    words = ["--config-file", QUICKSTART, "--output", tmp_path]
+    with pytest.raises(UsageError, match=r"seed 1 may end early, .*EARLY_STOPPING_PATIENCE 0"):
+        plan(*words, "SOLVER.EARLY_STOPPING_PATIENCE", 2)
+
+
 def test_missing_fold_is_an_error_before_the_first_run(tmp_path):
     split = tmp_path / "splits.json"
     split.write_text(json.dumps({"sets": [{"labeled": {"100.0": {"1": [], "2": []}}}]}))
@@ -166,7 +174,7 @@ def test_method_that_is_not_a_config_file_is_an_error(tmp_path):
 def test_counts_below_one_are_an_error(tmp_path, words, capsys):
     with pytest.raises(SystemExit):
         plan("--config-file", QUICKSTART, "--output", tmp_path, *words)
-    assert f"{words[0]}: {words[1]} is less than 1" in capsys.readouterr().err
+    assert f"{words[0]}: '{words[1]}' is not an integer of at least 1" in capsys.readouterr().err
 
 
 def test_output_folder_that_cannot_be_created_is_an_error(tmp_path):
@@ -308,6 +316,18 @@ def test_table_has_mean_and_standard_deviation_of_finished_runs(three_rows):
     assert single.count("2 x CPU") == 5 and "33 of 40" in single
 
 
+def test_tables_leave_out_empty_columns(three_rows):
+    results = [read_results(run) for run in three_rows]
+    header, *_ = as_markdown(results).splitlines()
+    assert "11-point AP50" in header and "peak RAM, MiB" in header
+    assert "precision" not in header and "recall" not in header  # not measured
+    others = [replace(result, voc_ap50=float("nan"), precision=0.5) for result in results]
+    others[3] = replace(others[3], memory_of="GPU")
+    header, *_ = as_markdown(others).splitlines()
+    assert "11-point AP50" not in header and "precision" in header
+    assert "peak RAM, MiB" in header and "peak GPU, MiB" in header
+
+
 def test_csv_has_all_runs_and_no_unknown_values(three_rows):
     rows = list(csv.DictReader(io.StringIO(as_csv([read_results(run) for run in three_rows]))))
     assert [row["ap"] for row in rows] == ["30.0", "32.0", "34.0", "18.0", ""]
@@ -332,6 +352,38 @@ def test_curves_are_drawn_for_evaluated_runs_only(three_rows, tmp_path):
         return int((np.ptp(image.astype(int), axis=2) > 40).sum())
 
     assert colored(empty) == 0 < colored(drawn)
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_progress_names_runs_logs_and_the_remaining_time(tmp_path, monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    first, second, _ = runs = [run_of(tmp_path / f"{seed}", seed) for seed in (1, 2, 3)]
+    progress = _Progress(runs, num_finished=0, num_slots=1)
+    progress.update([])
+    progress.update([first])
+    first.output.mkdir()
+    (first.output / "metrics.json").write_text('{"iteration": 9, "eta_seconds": 180.0}\n')
+    clock.now = 60.0
+    progress.update([first])
+    write_results(second, {40: 30.0})
+    progress.on_run_end(second, Attempt(seconds=120.0, exit_code=0, peak_ram_mib=1.0))
+    clock.now = 120.0
+    progress.update([first])
+    progress.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "3 runs: 0 already finished, 1 at a time",
+        f"started quickstart, seed 1; log: {first.output / 'log.txt'}",
+        # 180 s, and two runs of 60 + 180 s
+        "running quickstart, seed 1 (iter 10); about 11:00 left",
+        f"started quickstart, seed 2; log: {second.output / 'log.txt'}",
+        "quickstart, seed 2: AP 30.00, after 120 s",
+        # 180 s, and one run of the mean of 120 + 180 s and 120 s
+        "running quickstart, seed 1 (iter 10); about 6:30 left",
+    ]
+    assert progress.failed == []
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_config_files_in_the_text_can_be_loaded(page, tmp_path):
             content = yaml.safe_load(block)
             base = content.get("_BASE_")
             if base:
-                content["_BASE_"] = str(ROOT / "configs" / Path(base).name)
+                content["_BASE_"] = str(next((ROOT / "configs").rglob(Path(base).name)))
             file = tmp_path / f"{number}.yaml"
             file.write_text(yaml.safe_dump(content))
             load_config(str(file), [])

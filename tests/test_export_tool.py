@@ -58,7 +58,7 @@ def test_export_writes_all_formats_and_compares_graphs(run, tmp_path, monkeypatc
     assert (metadata["shortest_side"], metadata["longest_side"]) == (96, 160)
     files = [str(folder / f"images/{i}.png") for i in range(2)]
     detector = export.load_detector(str(folder / "model.pth"), "")
-    inputs = export.load_images(detector, files)
+    inputs = export.load_images(detector.cfg, files)
     assert [tuple(image.shape) for image in inputs] == [(3, 96, 128), (3, 160, 89)]
     graph = load_onnx(tmp_path / "mine.onnx")
     assert max(largest_differences(model, graph, inputs)) < 1e-3

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "checkpoint": {"modeling", "file_io", "run_files"},
     "config": {"checkpoint", "modeling", "installed_detectron2"},
     "export": TORCH_ONLY | {"modeling", "checkpoint"},
-    "visualization.drawing": set(),
+    "visualization.labels": set(),
+    "visualization.drawing": {"visualization.labels"},
     "engine": TORCH_ONLY
     | {"modeling", "data", "methods", "checkpoint", "config", "visualization.drawing"}
     | {"installed_detectron2", "file_io", "run_files", "command_line"},

@@ -20,11 +20,12 @@ from detectron2.engine import default_argument_parser
 import publish
 import train_net
 from locreweight import model_zoo
+from locreweight.checkpoint.loading import read_score_threshold
 from locreweight.checkpoint.safe_loading import read_safetensors
 from locreweight.checkpoint.zoo import VARIABLE
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from locreweight.file_io import sha256_of
 from locreweight.publish import PublishOptions, read_trained_model
@@ -134,8 +135,8 @@ def test_model_zoo_get_builds_the_published_model(run, served):
     assert not same(model_zoo.get("tiny/v1").state_dict(), model.state_dict())
 
 
-def test_load_predictor_takes_the_address_of_a_model(run, served):
-    detector = load_predictor("locreweight://tiny/v1", device="cpu")
+def test_predictor_takes_the_address_of_a_model(run, served):
+    detector = Predictor("locreweight://tiny/v1", device="cpu")
     assert detector.class_names == ["cat", "dog", "owl"] and detector.has_localization_quality
     assert same(detector.model.state_dict(), copy_of(run[1].teacher))
 
@@ -205,12 +206,21 @@ def test_publish_writes_all_files_of_an_entry(run, zoo):
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
+def test_published_weights_have_the_score_threshold(run, zoo):
+    (file,) = zoo.rglob("*.safetensors")
+    threshold = read_trained_model(run[0], last=True).metrics["bbox/F1-threshold"]
+    assert 0 < threshold < 1
+    assert read_score_threshold(str(file)) == threshold
+    assert Predictor(str(file), device="cpu").score_threshold == threshold
+
+
 def test_published_weights_contain_only_the_teacher(run, zoo):
     (file,) = zoo.rglob("*.safetensors")
     content = read_safetensors(str(file))
     assert same(content["model"], copy_of(run[1].teacher))
     assert not same(content["model"], copy_of(run[1].student))
-    assert set(content) == {"model", "corner_coding", "config", "class_names"}
+    fields = {"corner_coding", "config", "class_names", "score_threshold"}
+    assert set(content) == {"model"} | fields
     size = sum(value.nbytes for value in content["model"].values())
     assert file.stat().st_size < size + 50_000
 

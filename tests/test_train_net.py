@@ -14,6 +14,7 @@ from pathlib import Path
 import detectron2
 import pytest
 
+from locreweight.checkpoint.files import choose_checkpoint
 from locreweight.engine.run_record import read_run_records
 from locreweight.file_io import sha256_of
 from locreweight.installed_detectron2 import describe_detectron2
@@ -77,12 +78,13 @@ def test_train_resume_and_evaluate(make_arguments, tmp_path):
     assert metrics()[-1]["iteration"] == 4
 
     before = content_of(tmp_path)
-    weights = {"MODEL.WEIGHTS": tmp_path / "model_final.pth", "TEST.DETECTIONS_PER_IMAGE": 9}
+    weights = {"MODEL.WEIGHTS": tmp_path, "TEST.DETECTIONS_PER_IMAGE": 9}
     run_script(*make_arguments("--eval-only", **weights))
     assert content_of(tmp_path) == before, "--eval-only changed the record of the run"
     evaluation = tmp_path / "evaluation"
     log = evaluation / "log.txt"
-    assert "evaluating the teacher" in log.read_text()
+    best = choose_checkpoint(tmp_path)
+    assert f"evaluating the teacher of {best}" in log.read_text()
     assert "copypaste: AP,AP50,AP75" in log.read_text()
     assert "DETECTIONS_PER_IMAGE: 9" in (evaluation / "config.yaml").read_text()
     assert json.loads((evaluation / "inference/coco_instances_results.json").read_text())
@@ -328,6 +330,7 @@ def test_method_is_found_by_its_short_name(make_arguments, tmp_path):
         ([], {"MODEL.WEIGHTS": "none.pth"}, "'none.pth' does not exist"),
         (["--eval-only"], {"MODEL.WEIGHTS": "none.pth"}, "'none.pth' does not exist"),
         ([], {"OUTPUT_DIR": "/dev/null/run"}, "cannot write to OUTPUT_DIR '/dev/null/run'"),
+        (["--eval-only"], {"MODEL.WEIGHTS": "docs"}, "the folder docs has no checkpoint"),
         (["--eval-only"], {"MODEL.WEIGHTS": ""}, "--eval-only needs MODEL.WEIGHTS"),
         (["--method", "stca"], {}, "method 'stca' does not exist"),
         ([], {"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, "2 lists for 5 feature levels"),

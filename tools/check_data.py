@@ -22,7 +22,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, positive
 from locreweight.config import load_config
 from locreweight.engine.config_suggestion import write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
@@ -39,15 +39,13 @@ def training_command(args: argparse.Namespace, options: list[str]) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", default="", metavar="FILE")
+    parser = ConfigArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", default="", metavar="FILE", help="config of the training")
     parser.add_argument(
         "--method", default="", metavar="NAME", help="a method of configs/methods, or a file"
     )
     parser.add_argument(
-        "--num-gpus", type=int, default=1, help="number of GPUs that training will use (1)"
+        "--num-gpus", type=positive, default=1, help="number of GPUs that training will use"
     )
     parser.add_argument("--list", type=Path, metavar="FILE", help="write all findings with files")
     parser.add_argument(

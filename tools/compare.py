@@ -25,16 +25,14 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, positive
 from locreweight.engine.comparison import plan_runs, run_all
 from locreweight.errors import UsageError
 from locreweight.visualization.comparison_report import CURVES, TABLE, write_report
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument(
         "--config-file",
         type=Path,
@@ -51,7 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="names of files in configs/methods, such as soft_teacher, or paths of config files; "
         "each is combined with each config. Default: the config's own method",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], metavar="N", help="random seeds"
+    )
     parser.add_argument("--num-gpus", type=positive, default=1, help="number of GPUs per run")
     parser.add_argument(
         "--parallel",
@@ -68,14 +68,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.output = args.output.absolute()
     return args
-
-
-def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

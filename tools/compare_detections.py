@@ -16,9 +16,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from locreweight.command_line import (
+    HelpFormatter,
+    add_device_argument,
+    add_weights_arguments,
+    positive,
+    score,
+)
 from locreweight.engine.inference import INPUT_HELP, picture_file
 from locreweight.engine.localization_analysis import annotated_records
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.engine.run_folder import unique_names
 from locreweight.errors import UsageError
 from locreweight.visualization.detections import draw_comparison, select_annotated
@@ -31,16 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--weights", nargs="+", required=True, help="checkpoints or OUTPUT_DIRs")
+    add_weights_arguments(parser, nargs="+", help="checkpoints or OUTPUT_DIRs")
     parser.add_argument("--names", nargs="+", help="captions of the columns. Default: their paths")
     parser.add_argument(
         "--config-file", default="", help="for checkpoints that do not contain their config"
     )
-    parser.add_argument(
-        "--device", default="", help="cuda or cpu. Default: a GPU if there is one, else the CPU"
-    )
+    add_device_argument(parser)
     parser.add_argument(
         "--dataset", default="", help="annotated dataset. Default: the first of DATASETS.TEST"
     )
@@ -53,8 +58,8 @@ def main() -> None:
     parser.add_argument(
         "--output", type=picture_file, required=True, help="the picture, .jpg or .png"
     )
-    parser.add_argument("--count", type=int, default=6, help="maximum number of images. Default: 6")
-    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score. Default: 0.5")
+    parser.add_argument("--count", type=positive, default=6, help="maximum number of images")
+    parser.add_argument("--threshold", type=score, default=0.5, help="minimum score")
     args = parser.parse_args()
     names = args.names or unique_names([Path(weights) for weights in args.weights])
     try:
@@ -63,7 +68,7 @@ def main() -> None:
                 f"{len(args.weights)} checkpoints need {len(args.weights)} different --names"
             )
         detectors = {
-            name: load_predictor(weights, args.config_file, device=args.device)
+            name: Predictor(weights, args.config_file, device=args.device, last=args.last)
             for name, weights in zip(names, args.weights, strict=True)
         }
         for name, detector in detectors.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from locreweight.checkpoint.conversion import resnet_from_torchvision, torchvision_resnet_settings
 from locreweight.checkpoint.safe_loading import read_weights
+from locreweight.command_line import HelpFormatter
 from locreweight.errors import UsageError
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("weights", type=Path, help="weight file of torchvision")
     parser.add_argument("output", type=Path, help="file to write; its name must end with .pkl")

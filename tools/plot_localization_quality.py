@@ -22,14 +22,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments
+from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments, positive
 from locreweight.engine.localization_analysis import (
     annotated_records,
     calibration,
     correlations,
     localize,
 )
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from locreweight.visualization.figures import plot_localization
 
@@ -42,9 +42,7 @@ def figure_file(text: str) -> Path:
 
 
 def main() -> None:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
     add_checkpoint_arguments(parser)
     parser.add_argument(
         "--dataset", default="", help="annotated dataset. Default: the first of DATASETS.TEST"
@@ -52,11 +50,11 @@ def main() -> None:
     parser.add_argument(
         "--output", type=figure_file, required=True, help="the figure, .png, .svg or .pdf"
     )
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--count", type=int, help="maximum number of images")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
+    parser.add_argument("--count", type=positive, help="maximum number of images. Default: all")
     args = parser.parse_args()
     try:
-        detector = load_predictor(args.weights, args.config_file, args.opts, args.device)
+        detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
         data = localize(detector, annotated_records(detector, args.dataset, args.count))
     except UsageError as error:
         sys.exit(f"error: {error}")

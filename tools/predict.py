@@ -1,54 +1,150 @@
 #!/usr/bin/env python
-"""Detect objects in images and videos with a checkpoint and draw them.
+"""Detect objects in images, videos and streams with a checkpoint.
 
-    python tools/predict.py --weights output/mine/model_best.pth \\
-        --input photos --output detections --json detections.json
+    python tools/predict.py --weights output/mine --input photos --output pictures
+    python tools/predict.py --weights output/mine --input photos --save-json found.json
+    python tools/predict.py --weights output/mine --input 0 --frames 500 --output recorded
 
-Checkpoints of train_net.py contain their config and class names. The pictures show class, score and
-localization quality of each box. --json writes a list in COCO's result format: ``image_id`` counts
-the images from 1, ``category_id`` the classes from 1, ``bbox`` is (x, y, width, height) in pixels
-of the image. Additional fields are ``file_name``, ``category_name``, ``localization_quality`` (null
-for a plain Detectron2 detector) and, for videos, ``frame`` (from 0). Unreadable files are skipped
-and listed at the end; the exit code is then 1.
+At least one kind of output is required; several can be combined:
+
+--output      images and videos with class, score and localization quality of each box
+--save-json   a list in COCO's result format: ``image_id`` counts the images from 1, ``category_id``
+              the classes from 1, ``bbox`` is (x, y, width, height) in pixels of the image.
+              Additional fields are ``file_name``, ``category_name``, ``localization_quality`` (null
+              for a plain Detectron2 detector) and, for videos, ``frame`` (from 0)
+--save-coco   a COCO annotation file, which is a data set: coco:<file>:<folder of the images>
+--save-yolo   YOLO label files and classes.txt: yolo:<folder of the images>:<folder>
+--save-crops  the part of the image inside each box, in a folder for each class
+
+Checkpoints of train_net.py contain their config and class names. Unreadable inputs are skipped and
+listed at the end; the exit code is then 1. Ctrl-C ends a stream; everything up to there is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments
-from locreweight.engine.inference import INPUT_HELP, exit_if_unreadable, find_inputs
+from locreweight.command_line import (
+    THRESHOLD_HELP,
+    ConfigArgumentParser,
+    add_checkpoint_arguments,
+    positive,
+    score,
+)
+from locreweight.engine.detection_files import (
+    CocoDataset,
+    CocoResults,
+    CropWriter,
+    DetectionWriter,
+    PictureWriter,
+    YoloLabels,
+    common_folder,
+)
+from locreweight.engine.inference import (
+    INPUT_HELP,
+    STREAM_HELP,
+    add_drawing_arguments,
+    drawing_style,
+    exit_if_unreadable,
+    find_inputs,
+)
 from locreweight.engine.prediction import predict_files
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
+
+OUTPUTS = ("output", "save_json", "save_coco", "save_yolo", "save_crops")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ConfigArgumentParser(description=__doc__)
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--input", nargs="+", required=True, help=f"{INPUT_HELP}; {STREAM_HELP}")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for pictures")
+    parser.add_argument("--save-json", "--json", type=Path, metavar="FILE", help="COCO results")
+    parser.add_argument("--save-coco", type=Path, metavar="FILE", help="COCO annotations")
+    parser.add_argument("--save-yolo", type=Path, metavar="FOLDER", help="YOLO labels")
+    parser.add_argument("--save-crops", type=Path, metavar="FOLDER", help="objects, cut out")
+    parser.add_argument("--threshold", type=score, help=THRESHOLD_HELP)
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="classes to keep. Default: all"
+    )
+    parser.add_argument("--count", type=positive, help="maximum number of inputs. Default: all")
+    parser.add_argument(
+        "--frames", type=positive, help="maximum number of frames of each video. Default: all"
+    )
+    add_drawing_arguments(parser)
+    args = parser.parse_args()
+    if not any(getattr(args, name) for name in OUTPUTS):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in OUTPUTS)
+        parser.error(f"nothing to write: use at least one of {flags}")
+    return args
+
+
+def describe_threshold(detector: Predictor, given: float | None) -> str:
+    """What is kept, and why."""
+    reason = ""
+    if given is None:
+        known = detector.score_threshold is not None
+        reason = ", the best F1 on the test set" if known else "; its best threshold is not known"
+    return f"objects with a score above {detector.threshold:.2g}{reason}"
 
 
 def main() -> None:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--input", nargs="+", required=True, help=f"{INPUT_HELP}; videos too")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--json", type=Path, help="write all detections to this file")
-    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score. Default: 0.5")
-    parser.add_argument("--count", type=int, help="maximum number of files")
-    args = parser.parse_args()
+    args = parse_arguments()
     try:
         files = find_inputs(args.input, args.output)[: args.count]
-        detector = load_predictor(args.weights, args.config_file, args.opts, args.device)
-        batch = args.batch or detector.default_batch_size
-        results, unreadable = predict_files(detector, files, args.output, args.threshold, batch)
+        is_stream = any(file.stream for file in files)
+        if (args.save_coco or args.save_yolo) and any(file.is_video for file in files):
+            raise UsageError(
+                "--save-coco and --save-yolo are for images: use --save-json for videos"
+            )
+        detector = Predictor(
+            args.weights,
+            args.config_file,
+            args.opts,
+            args.device,
+            last=args.last,
+            threshold=args.threshold,
+        )
+        print(f"{detector.cfg.MODEL.WEIGHTS}: {describe_threshold(detector, args.threshold)}")
+        if note := detector.threshold_note:
+            print(f"note: {note}")
+        writers: list[DetectionWriter] = []
+        if args.output:
+            writers.append(PictureWriter(args.output, drawing_style(args)))
+        if args.save_json:
+            writers.append(CocoResults(args.save_json))
+        if args.save_coco:
+            root = common_folder(file.path for file in files)
+            writers.append(CocoDataset(args.save_coco, detector.class_names, root))
+        if args.save_yolo:
+            writers.append(YoloLabels(args.save_yolo, detector.class_names))
+        if args.save_crops:
+            writers.append(CropWriter(args.save_crops))
+        summary = predict_files(
+            detector,
+            files,
+            writers,
+            classes=args.classes,
+            batch=args.batch,
+            max_frames=args.frames,
+        )
     except UsageError as error:
         sys.exit(f"error: {error}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results.entries))
-    print(f"{len(results.entries)} detections in {results.num_images} images: {args.output}")
-    exit_if_unreadable(unreadable, len(files))
+    except OSError as error:
+        sys.exit(f"error: cannot write {error.filename}: {error.strerror}")
+    written = " ".join(str(getattr(args, name)) for name in OUTPUTS if getattr(args, name))
+    kind = "frames" if all(file.is_video for file in files) else "images"
+    print(f"{summary.objects} detections in {summary.images} {kind}: {written}")
+    if args.save_coco:
+        print(f"as a data set: coco:{args.save_coco}:{root}")
+    if summary.interrupted:
+        print("stopped by Ctrl-C")
+        if not is_stream:
+            sys.exit(130)
+    exit_if_unreadable(summary.unreadable, len(files))
 
 
 if __name__ == "__main__":

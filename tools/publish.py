@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import locreweight.modeling  # noqa: F401  (registers the model)
+from locreweight.command_line import HelpFormatter
 from locreweight.errors import UsageError
 from locreweight.publish import PublishOptions, publish, read_trained_model
 from locreweight.visualization.model_card import PICTURE
@@ -26,11 +27,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of the run")
     parser.add_argument("--to", type=Path, required=True, help="folder of the zoo")
-    parser.add_argument("--name", help="name of the model (name of the run's folder)")
+    parser.add_argument("--name", help="name of the model. Default: name of the run's folder")
     parser.add_argument(
         "--last", action="store_true", help="publish the last teacher instead of the best"
     )
@@ -42,10 +43,10 @@ def main() -> None:
         "--pkl", action="store_true", help="also export the weights for plain Detectron2"
     )
     parser.add_argument(
-        "--pictures", type=int, default=6, help="number of images in the model card (6)"
+        "--pictures", type=int, default=6, help="number of images in the model card"
     )
     parser.add_argument(
-        "--images", default="", help="folder of these images (default: the test set)"
+        "--images", default="", help="folder of these images. Default: the test set"
     )
     parser.add_argument(
         "--replace", action="store_true", help="replace an existing entry of this name"

@@ -1,28 +1,33 @@
 #!/usr/bin/env python
 """Complete example: create a synthetic dataset, train on it, draw detections, write a report.
 
-    make quickstart        or        python tools/quickstart.py [KEY VALUE ...]
+    make quickstart        or        python tools/quickstart.py [--verbose] [KEY VALUE ...]
 
-If it was interrupted, the same command resumes the training. After that, it shows the results.
+It trains with the unlabeled images and, to compare, without them. If it was interrupted, the same
+command resumes it. Once it has finished, the command shows the results.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
+from tabulate import tabulate
 
 from locreweight.command_line import ConfigArgumentParser
 from locreweight.config import load_config
+from locreweight.engine.detection_files import PictureWriter
 from locreweight.engine.inference import find_inputs
 from locreweight.engine.prediction import predict_files
-from locreweight.engine.predictor import load_predictor
-from locreweight.engine.run_folder import open_runs, summary_table
+from locreweight.engine.predictor import Predictor
+from locreweight.engine.run_folder import SUMMARY_METRICS, RunFolder
+from locreweight.engine.shared_burn_in import start_from_checkpoint
 from locreweight.errors import UsageError
+from locreweight.run_files import LAST_CHECKPOINT, METRICS_FILE
 from locreweight.visualization.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,34 +36,73 @@ NUM_PICTURES = 12
 
 
 def main() -> None:
-    parser = ConfigArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ConfigArgumentParser(description=__doc__)
+    parser.add_argument("--verbose", action="store_true", help="print the whole log of training")
+    args = parser.parse_args()
     os.chdir(ROOT)  # paths in the config are relative to the repository
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = ["MODEL.DEVICE", device, *parser.parse_args().opts]
+    options = ["MODEL.DEVICE", device, *args.opts]
+    cfg = load_config(CONFIG, options)
+    output = Path(cfg.OUTPUT_DIR)
+    baseline = output.with_name(f"{output.name}-labeled-only")
+    if is_finished(output, cfg) and is_finished(baseline, cfg) and report_of(output).is_file():
+        print(f"The quickstart has finished before. To repeat it, remove {output} and {baseline}.")
+        print_results(output, baseline)
+        return
 
-    print("1/3  creating the dataset: 40 labeled, 500 unlabeled and 200 test images", flush=True)
+    print("1/4  creating the dataset: 40 labeled, 500 unlabeled and 200 test images", flush=True)
     sizes = ["--labeled", "40", "--unlabeled", "500", "--val", "200", "--size", "64", "--seed", "0"]
     run_script("datasets/make_synthetic.py", *sizes)
 
-    arguments = ["--config-file", CONFIG, "--resume", *options]
-    print(f"2/3  training on {device}: python train_net.py {' '.join(arguments)}", flush=True)
-    run_script("train_net.py", *arguments)
+    print(f"2/4  training on {device} with labeled and unlabeled images", flush=True)
+    command = ["train_net.py", *(["--verbose"] if args.verbose else [])]
+    command += ["--config-file", CONFIG, "--resume"]
+    run_script(*command, *options)
 
-    print("3/3  drawing detections and writing the report", flush=True)
-    output = ROOT / load_config(str(ROOT / CONFIG), options).OUTPUT_DIR
+    print("3/4  training for as many iterations with the labeled images only", flush=True)
+    share_burn_in(output, baseline, cfg.SEMI.BURN_IN_ITERS)
+    labeled_only = ["SEMI.BURN_IN_ITERS", str(cfg.SOLVER.MAX_ITER), "TEST.MONITORED_IMAGES", "0"]
+    run_script(*command, *options, *labeled_only, "OUTPUT_DIR", str(baseline))
+
+    print("4/4  drawing detections and writing the report", flush=True)
     files = find_inputs(["datasets/synthetic/val"])[:NUM_PICTURES]
-    detector = load_predictor(str(output))
-    predict_files(detector, files, output / "detections", threshold=0.5, batch=1)
-    write_report([output], output / "report.html", images=200)
-    print(f"\n{summary_table(open_runs([output]))}\n")
-    print(f"report         {output / 'report.html'}")
-    print(f"detections     {output / 'detections'}")
-    print(f"pseudo-labels  {output / 'panels'}")
-    print(f"curves         tensorboard --logdir {output}")
-    print(f"checkpoints    {output}: model_best.pth, model_final.pth (the teacher is `model`)")
-    print("To train again from scratch, remove that folder. For your own data, see README.md.")
+    predict_files(Predictor(output), files, [PictureWriter(output / "detections")])
+    write_report([output, baseline], report_of(output), images=200)
+    print_results(output, baseline)
+
+
+def report_of(output: Path) -> Path:
+    return output / "report.html"
+
+
+def is_finished(output: Path, cfg: CfgNode) -> bool:
+    """Whether a run has been trained and evaluated to the end."""
+    is_evaluated = cfg.SOLVER.MAX_ITER in RunFolder(output).evaluations
+    return is_evaluated and (output / "model_final.pth").is_file()
+
+
+def share_burn_in(source: Path, target: Path, burn_in: int) -> None:
+    """Let a new run continue from the end of another run's burn-in, which is the same for both."""
+    checkpoint = source / f"model_{burn_in - 1:07d}.pth"
+    if checkpoint.is_file() and not (target / LAST_CHECKPOINT).is_file():
+        start_from_checkpoint(target, checkpoint, source / METRICS_FILE, checkpoint.name)
+
+
+def print_results(output: Path, baseline: Path) -> None:
+    labeled_only = [r._replace(model="labeled images only") for r in RunFolder(baseline).summary()]
+    rows = [*labeled_only, *RunFolder(output).summary()]
+    table = [[row.model, row.iteration, *row.values] for row in rows]
+    headers = ["model", "iterations", *SUMMARY_METRICS]
+    print(f"\n{tabulate(table, headers=headers, tablefmt='github', floatfmt='.2f')}\n")
+    for name, place in {
+        "report": report_of(output),
+        "detections": output / "detections",
+        "pseudo-labels": output / "panels",
+        "checkpoints": f"{output}: model_best.pth, model_final.pth (the teacher is `model`)",
+        "curves": f"tensorboard --logdir {output}",
+    }.items():
+        print(f"{name:15}{place}")
+    print("For your own data, see README.md.")
 
 
 def run_script(*command: str) -> None:

@@ -3,8 +3,9 @@
 
     python tools/report.py output/quickstart [output/another ...]
 
-The report shows results, curves, pictures, the config and how to reproduce the run. It is one file
-that needs neither a server nor a network. It can also be written during training.
+The report shows results, also by class, curves, pictures, the config and how to reproduce the run.
+It is one file that needs neither a server nor a network. It can also be written during training.
+A folder that compare.py has written stands for all its runs; details are those of the first seed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from locreweight.command_line import HelpFormatter, add_device_argument, non_negative
 from locreweight.errors import UsageError
 from locreweight.visualization.report import write_report
 
@@ -21,21 +23,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="OUTPUT_DIR of each run")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="OUTPUT_DIR of each run, or folder of a comparison"
+    )
     parser.add_argument(
         "--output", type=Path, help="HTML file. Default: report.html in the first OUTPUT_DIR"
     )
     parser.add_argument(
         "--images",
-        type=int,
+        type=non_negative,
         default=200,
-        help="maximum number of test images; 0 leaves out all detections. Default: 200",
+        help="maximum number of test images; 0 leaves out all detections",
     )
-    parser.add_argument(
-        "--device", default="", help="cuda or cpu. Default: a GPU if there is one, else the CPU"
-    )
+    add_device_argument(parser)
     args = parser.parse_args()
     output = args.output or args.runs[0] / "report.html"
     try:

@@ -312,6 +312,9 @@ def set_up(dev: bool) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"}.intersection(sys.argv[1:]):
+        print(__doc__)
+        sys.exit()
     os.environ["GIT_TERMINAL_PROMPT"] = "0"
     try:
         set_up(dev="dev" in sys.argv[1:])

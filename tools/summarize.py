@@ -1,7 +1,10 @@
 #!/usr/bin/env python
 """Print results of runs: teacher after burn-in, final student, final teacher.
 
-python tools/summarize.py output/quickstart [output/another ...]
+    python tools/summarize.py output/quickstart [output/another ...]
+
+F1 is the highest of all score thresholds, which the last column shows. A folder that compare.py has
+written stands for all its runs; then the means over the seeds are printed, too.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from locreweight.engine.run_folder import open_runs, summary_table
+from locreweight.command_line import HelpFormatter
+from locreweight.engine.run_folder import describe_test_sets, open_runs, summary_table
 from locreweight.errors import UsageError
 
 
@@ -18,13 +22,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="OUTPUT_DIR of each run")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="OUTPUT_DIR of each run, or of a comparison"
+    )
     try:
-        print(summary_table(open_runs(parser.parse_args().runs)))
+        runs = open_runs(parser.parse_args().runs)
+        print(summary_table(runs) or "nothing has been evaluated yet")
     except UsageError as error:
         sys.exit(f"error: {error}")
+    if warning := describe_test_sets(runs):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":

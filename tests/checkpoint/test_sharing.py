@@ -74,6 +74,12 @@ def test_shareable_config_changes_only_paths():
     assert shared == cfg
 
 
+@pytest.mark.parametrize(("start", "expected"), [("hub", "hub"), ("/home/jane/start.pth", "")])
+def test_shareable_config_keeps_only_public_weights_of_timm(start, expected):
+    cfg = tiny_config({"MODEL.TIMM.PRETRAINED": start})
+    assert shareable_config(cfg, "a").MODEL.TIMM.PRETRAINED == expected
+
+
 def test_shareable_config_keeps_public_weights():
     start = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
     assert shareable_config(tiny_config({"MODEL.WEIGHTS": start}), "a").MODEL.WEIGHTS == start

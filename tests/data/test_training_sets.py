@@ -5,10 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper
 from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc, write_voc_xml
 
 from locreweight.config import load_config
+from locreweight.data import training_sets
+from locreweight.data.datasets.catalog import register
 from locreweight.data.datasets.splits import split_indices
 from locreweight.data.monitored import has_annotations
 from locreweight.data.training_sets import TrainingSets, load_training_sets, register_datasets
@@ -273,3 +275,30 @@ def test_fingerprint_depends_on_files_and_order(names, same):
 
 def test_run_without_fingerprint():
     sets_of("a.png").check_same({}, allow_changed=False)
+
+
+class TestOneReaderPerMachine:
+    """A COCO json is read first by one process, and by the others once it is done."""
+
+    @pytest.mark.parametrize("content", ["valid", "{"])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_order(self, tmp_path, monkeypatch, rank, content):
+        json_file, images = make_coco(tmp_path)
+        if content != "valid":
+            json_file.write_text(content)
+        events = []
+        name = f"coco:{json_file}:{images}"
+        register([name])
+        read = DatasetCatalog.get
+        monkeypatch.setattr(training_sets.comm, "get_local_rank", lambda: rank)
+        monkeypatch.setattr(training_sets.comm, "synchronize", lambda: events.append("wait"))
+        monkeypatch.setattr(
+            training_sets.DatasetCatalog, "get", lambda name: (events.append("read"), read(name))[1]
+        )
+        if content == "valid":
+            training_sets._load(name)
+        else:
+            with pytest.raises(UsageError, match="is not json"):
+                training_sets._load(name)
+        # An error of the first process does not leave the others waiting.
+        assert events == (["read", "wait"] if rank == 0 else ["wait", "read"])

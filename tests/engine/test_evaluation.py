@@ -10,7 +10,7 @@ from locreweight.engine import evaluation
 from locreweight.engine.evaluation import evaluate, evaluate_teacher_and_student, main_metric
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import training_config
-from tests.modeling.tiny_model import tiny_model
+from tests.modeling.tiny_model import tiny_config, tiny_model
 from tests.tiny_data import CLASSES, make_coco, make_voc
 
 
@@ -79,13 +79,17 @@ def test_student_is_evaluated_unless_it_equals_the_teacher(monkeypatch, identica
     precision = {"teacher": 40.0, "student": 40.0 if identical else 30.0}
     evaluated = []
 
-    def fake_evaluate(_, model, keep_detections):
+    def fake_evaluate(_, model, model_name, keep_detections, analysis_file=None):
         assert not keep_detections  # one model's would overwrite the other's
+        assert model in model_name
+        assert (analysis_file is not None) == (model == "teacher")
         evaluated.append(model)
         return {"bbox": {"AP": precision[model]}}
 
     monkeypatch.setattr(evaluation, "evaluate", fake_evaluate)
-    results = evaluate_teacher_and_student(None, "teacher", "student", identical=identical)
+    results = evaluate_teacher_and_student(
+        tiny_config({}), "teacher", "student", iteration=3, identical=identical
+    )
     assert results["bbox"]["AP"] == 40.0
     assert results["student"]["bbox"]["AP"] == precision["student"]
     assert evaluated == (["teacher"] if identical else ["teacher", "student"])

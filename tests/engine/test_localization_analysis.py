@@ -17,7 +17,7 @@ from locreweight.engine.localization_analysis import (
     correlation,
     localize,
 )
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import detections_as_ground_truth
 from tests.tiny_data import make_coco
@@ -25,7 +25,7 @@ from tests.tiny_data import make_coco
 
 @pytest.fixture
 def detector(run):
-    return load_predictor(str(run.output), device="cpu")
+    return Predictor(str(run.output), device="cpu")
 
 
 def test_correlation_of_a_line_and_of_a_curve():
@@ -64,7 +64,7 @@ def test_fitted_error_grows_linearly_beyond_1():
 def test_detections_as_ground_truth_have_no_error(run, tmp_path, side):
     """At any input size."""
     sizes = ["INPUT.MIN_SIZE_TEST", str(side), "INPUT.MAX_SIZE_TEST", str(side)]
-    detector = load_predictor(str(run.output), options=sizes, device="cpu")
+    detector = Predictor(str(run.output), options=sizes, device="cpu")
 
     def detect(inputs):
         image = inputs[0]["image"].flip(0).permute(1, 2, 0).contiguous().numpy()

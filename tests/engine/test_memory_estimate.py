@@ -1,20 +1,22 @@
 """Estimated memory of training."""
 
+import pytest
 import torch
 from detectron2.modeling import build_model
 
 from locreweight.engine.memory_estimate import estimate_memory
-from tests.modeling.tiny_model import tiny_config
+from tests.modeling.tiny_model import BACKBONES, tiny_config
 
 
-def test_estimate_counts_models_exactly():
-    cfg = tiny_config()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_estimate_counts_models_exactly(backbone):
+    cfg = tiny_config(BACKBONES[backbone])
     torch.manual_seed(0)
     model_bytes = sum(p.numel() * 4 for p in build_model(cfg).parameters())
     one = estimate_memory(cfg, [(64, 64)], num_gpus=1)
     assert one.models == 4 * model_bytes  # student, teacher, gradients and momentum
     assert estimate_memory(cfg, [(64, 64)], num_gpus=2).models == 5 * model_bytes
-    stac = tiny_config({"SEMI.METHOD": "Stac"})
+    stac = tiny_config(BACKBONES[backbone] | {"SEMI.METHOD": "Stac"})
     assert estimate_memory(stac, [(64, 64)], num_gpus=1).models == 5 * model_bytes
 
 

@@ -47,17 +47,23 @@ def trained(make_trainer, tmp_path):
 def test_training_is_the_same_with_panels_and_without(trained, tmp_path):
     # Without burn-in, in which Detectron2 itself draws labeled images every VIS_PERIOD.
     with_panels, first = trained(1, **{"SEMI.BURN_IN_ITERS": 0})
-    assert len(list((tmp_path / "panels").iterdir())) == 4
+    assert len(list((tmp_path / "panels").glob("iter_*.jpg"))) == 4
     without, second = trained(0, **{"SEMI.BURN_IN_ITERS": 0})
     assert first == second
     assert same(copy_of(with_panels.student), copy_of(without.student))
     assert same(copy_of(with_panels.teacher), copy_of(without.teacher))
 
 
-def test_panels_are_written_every_period_and_at_the_end(trained, tmp_path):
-    trained(3)
+def test_panels_are_written_every_period_and_at_the_ends(trained, tmp_path):
+    trained(3)  # burn-in ends after 2 of 4 iterations
     files = sorted(file.name for file in (tmp_path / "panels").iterdir())
-    assert files == ["iter_0000003.jpg", "iter_0000004.jpg"]
+    assert files == [
+        "iter_0000002.jpg",
+        "iter_0000003.jpg",
+        "iter_0000004.jpg",
+        "teacher_0000002.jpg",
+        "teacher_0000004.jpg",
+    ]
     with Image.open(tmp_path / "panels" / files[0]) as image:
         assert min(image.size) > 300
 

@@ -1,5 +1,7 @@
 """Tests of loading a predictor or a student from a checkpoint."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,14 @@ import yaml
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from PIL import Image
 
-from locreweight.checkpoint.checkpointer import TeacherCheckpointer
+import locreweight
+from locreweight.checkpoint.checkpointer import CheckpointDescription, TeacherCheckpointer
 from locreweight.checkpoint.loading import read_description
 from locreweight.config import load_config
 from locreweight.engine import load_for_evaluation
-from locreweight.engine.predictor import load_predictor, load_student
+from locreweight.engine.predictor import Predictor, load_student
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import plain_config, tiny_config
@@ -40,8 +44,8 @@ def images(tmp_path):
     return [read_image(str(folder / "0000.png"), format="RGB") for folder in folders]
 
 
-def test_load_predictor_uses_config_and_class_names_of_the_checkpoint(trained, folder):
-    detector = load_predictor(str(folder / "model_final.pth"), device="cpu")
+def test_predictor_uses_config_and_class_names_of_the_checkpoint(trained, folder):
+    detector = Predictor(str(folder / "model_final.pth"), device="cpu")
     assert detector.class_names == list(CLASSES)
     expected = trained.cfg.clone()
     expected.defrost()
@@ -64,19 +68,25 @@ def test_checkpoint_with_a_description_can_be_resumed(trained, datasets, folder)
     assert build_trainer(cfg, resume=True).start_iter == 4
 
 
-def test_load_predictor_takes_the_last_checkpoint_of_a_folder(trained, folder):
-    assert load_predictor(str(folder), device="cpu").cfg.MODEL.WEIGHTS.endswith("model_final.pth")
+def test_predictor_takes_the_best_or_the_last_checkpoint_of_a_folder(trained, folder, tmp_path):
+    for name in ("model_final.pth", "last_checkpoint"):
+        (tmp_path / name).symlink_to(folder / name)
+    only_last = Predictor(tmp_path, device="cpu")
+    (tmp_path / "model_best.pth").symlink_to(folder / "model_final.pth")
+    best, last = Predictor(tmp_path, device="cpu"), Predictor(tmp_path, device="cpu", last=True)
+    names = [Path(detector.cfg.MODEL.WEIGHTS).name for detector in (only_last, best, last)]
+    assert names == ["model_final.pth", "model_best.pth", "model_final.pth"]
 
 
 def test_options_override_the_config_of_the_checkpoint(trained, folder):
-    detector = load_predictor(str(folder), options=["TEST.DETECTIONS_PER_IMAGE", "3"])
+    detector = Predictor(str(folder), options=["TEST.DETECTIONS_PER_IMAGE", "3"])
     assert detector.model.roi_heads.box_predictor.test_topk_per_image == 3
     with pytest.raises(UsageError, match=r"unknown config key TEST\.NO"):
-        load_predictor(str(folder), options=["TEST.NO", "3"])
+        Predictor(str(folder), options=["TEST.NO", "3"])
 
 
 def test_detect_gives_the_same_as_default_predictor(trained, folder, images):
-    detector = load_predictor(str(folder), device="cpu")
+    detector = Predictor(str(folder), device="cpu")
     cfg = trained.cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""
@@ -91,9 +101,103 @@ def test_detect_gives_the_same_as_default_predictor(trained, folder, images):
 
 
 def test_detect_takes_images_of_different_sizes(trained, folder, images):
-    detector = load_predictor(str(folder), device="cpu")
+    detector = Predictor(str(folder), device="cpu")
     detections = detector.detect(images)
     assert [d.image_size for d in detections] == [image.shape[:2] for image in images]
+
+
+# --- calling it -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def detector(trained, folder):
+    return Predictor(folder, device="cpu", threshold=0.1)
+
+
+def test_package_has_the_predictor_as_an_attribute():
+    assert locreweight.Predictor is Predictor
+    with pytest.raises(AttributeError, match="no attribute 'predictor_of_nothing'"):
+        locreweight.predictor_of_nothing  # noqa: B018
+
+
+def test_paths_pillow_images_and_arrays_give_the_same(detector, tmp_path):
+    file = make_folder(tmp_path / "one", images=1) / "0000.png"
+    array = read_image(str(file), format="RGB")
+    results = [detector(x) for x in (file, str(file), Image.open(file), array)]
+    assert [result.file for result in results] == [str(file), str(file), "", ""]
+    for result in results:
+        assert len(result) and (result.scores > 0.1).all()
+        assert np.array_equal(result.boxes, results[0].boxes)
+        assert np.array_equal(result.image, array)
+
+
+def test_several_images_give_a_list_in_their_order(detector, images):
+    first, second = detector(images)
+    assert [first.image.shape[:2], second.image.shape[:2]] == [(64, 64), (48, 80)]
+    for result, image in zip((first, second), images, strict=True):
+        assert np.array_equal(result.boxes, detector(image).boxes)
+    assert detector([]) == []
+    assert len(detector(image for image in images)) == 2
+
+
+def test_stream_reads_one_batch_at_a_time(detector, images):
+    read = []
+
+    def reading():
+        for image in images * 2:
+            read.append(1)
+            yield image
+
+    stream = detector.stream(reading(), batch=2)
+    assert not read
+    first = next(stream)
+    assert len(read) == 2
+    assert first.boxes == pytest.approx(detector(images[0]).boxes, abs=0.05)
+    assert len(list(stream)) == 3
+
+
+def test_call_gives_the_detections_above_the_threshold(detector, images, monkeypatch):
+    (instances,) = detector.detect([images[0]])
+    monkeypatch.setattr(detector, "threshold", float(instances.scores.median()))
+    result = detector(images[0])
+    expected = instances[instances.scores > detector.threshold]
+    assert 0 < len(result) < len(instances)
+    assert np.array_equal(result.boxes, expected.pred_boxes.tensor)
+    assert result.localization_quality.max() < 0.5
+    assert set(result.names) <= set(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((8, 8), np.uint8), r"\(8, 8\) uint8"),
+        (np.zeros((8, 8, 3)), r"\(8, 8, 3\) float64"),
+        (np.zeros((0, 8, 3), np.uint8), r"\(0, 8, 3\)"),
+        ([3], "not <class 'int'>"),
+        ("none.jpg", "none.jpg"),
+    ],
+)
+def test_other_images_are_an_error(detector, image, words):
+    with pytest.raises(UsageError, match=words):
+        detector(image)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "expected"), [(0.3, None, 0.3), (None, None, 0.5), (0.3, 0, 0)]
+)
+def test_threshold_with_the_best_f1_is_the_default(older, stored, given, expected):
+    content = torch.load(older, weights_only=True)
+    description = CheckpointDescription(tiny_config().dump(), list(CLASSES), stored)
+    torch.save(content | description.to_fields(), older)
+    detector = Predictor(older, device="cpu", threshold=given)
+    assert (detector.score_threshold, detector.threshold) == (stored, expected)
+
+
+def test_note_on_the_threshold_of_the_model(detector, folder):
+    assert detector.threshold_note == ""
+    low = Predictor(folder, device="cpu", threshold=0.01)
+    assert "below 0.05" in low.threshold_note
+    assert "MODEL.ROI_HEADS.SCORE_THRESH_TEST to 0.01" in low.threshold_note
 
 
 # --- checkpoints of earlier versions and other projects -------------------------------------------
@@ -108,16 +212,16 @@ def older(tmp_path):
     return folder / "model.pth"
 
 
-def test_load_predictor_uses_the_config_beside_an_older_checkpoint(older, datasets):
+def test_predictor_uses_the_config_beside_an_older_checkpoint(older, datasets):
     settings = {"DATASETS.TEST": datasets["DATASETS.TEST"]}
     older.with_name("config.yaml").write_text(tiny_config(settings).dump())
-    assert load_predictor(str(older), device="cpu").class_names == list(CLASSES)
+    assert Predictor(str(older), device="cpu").class_names == list(CLASSES)
 
 
 def test_classes_are_numbered_if_their_names_are_not_known(older):
     settings = {"DATASETS.TEST": ["coco:gone.json:gone"]}
     older.with_name("config.yaml").write_text(tiny_config(settings).dump())
-    names = load_predictor(str(older), device="cpu").class_names
+    names = Predictor(str(older), device="cpu").class_names
     assert names == ["class 0", "class 1", "class 2"]
 
 
@@ -125,37 +229,37 @@ def test_config_file_has_precedence_over_the_config_beside_the_checkpoint(older,
     older.with_name("config.yaml").write_text("not: a config")
     file = tmp_path / "given.yaml"
     file.write_text(tiny_config({"SEMI.PSEUDO_LABEL_THRESHOLD": 0.42}).dump())
-    detector = load_predictor(str(older), config_file=str(file), device="cpu")
+    detector = Predictor(str(older), config_file=str(file), device="cpu")
     assert detector.cfg == load_config(
         str(file), ["MODEL.WEIGHTS", str(older), "MODEL.DEVICE", "cpu"]
     )
 
 
-def test_load_predictor_without_a_config_names_the_option(older):
+def test_predictor_without_a_config_names_the_option(older):
     with pytest.raises(UsageError, match="--config-file"):
-        load_predictor(str(older))
+        Predictor(str(older))
 
 
 def test_plain_detector_has_no_localization_quality(tmp_path):
     plain = build_model(plain_config(tiny_config()))
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     (tmp_path / "config.yaml").write_text(tiny_config().dump())
-    assert not load_predictor(str(tmp_path / "plain.pth"), device="cpu").has_localization_quality
+    assert not Predictor(str(tmp_path / "plain.pth"), device="cpu").has_localization_quality
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
-def test_load_predictor_rejects_files_that_are_not_checkpoints(tmp_path, content):
+def test_predictor_rejects_files_that_are_not_checkpoints(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UsageError, match=r"a\.pth is not a checkpoint") as caught:
-        load_predictor(str(tmp_path / "a.pth"))
+        Predictor(str(tmp_path / "a.pth"))
     assert "\n" not in str(caught.value)
 
 
-def test_load_predictor_rejects_missing_files(tmp_path):
+def test_predictor_rejects_missing_files(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
-        load_predictor(str(tmp_path / "none.pth"))
+        Predictor(str(tmp_path / "none.pth"))
     with pytest.raises(UsageError, match="has no checkpoint"):
-        load_predictor(str(tmp_path))
+        Predictor(str(tmp_path))
 
 
 # --- the student ----------------------------------------------------------------------------------

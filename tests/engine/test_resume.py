@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
+from locreweight.checkpoint.loading import read_score_threshold
 from locreweight.engine import SemiSupervisedTrainer, preemption, resumable_trainer, writers
 from locreweight.engine import trainer as trainer_module
 from locreweight.engine.evaluation import evaluate_teacher_and_student
@@ -20,6 +21,7 @@ from tests.engine.tiny_training import (
     same,
     training_config,
 )
+from tests.modeling.tiny_model import TIMM_BACKBONES
 from tests.soak import metrics_of
 
 BURN_IN, MAX_ITER = 3, 8
@@ -41,8 +43,9 @@ def _metrics_every_third_iteration(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def settings(datasets):
-    return SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]}
+def settings(datasets, request):
+    backbone = getattr(request, "param", {})
+    return SETTINGS | {"DATASETS.TEST": datasets["DATASETS.TEST"]} | backbone
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +76,14 @@ STOPS = pytest.mark.parametrize(
     [(2, 0), (BURN_IN, 1), (5, 2), (7, 0)],
     ids=["in_burn_in", "at_end_of_burn_in", "after_burn_in", "before_last_iteration"],
 )
+# Drop path draws random numbers.
+WITH_TIMM = TIMM_BACKBONES["timm_efficientnet"] | {
+    "MODEL.TIMM.DROP_PATH": 0.3,
+    "SOLVER.BACKBONE_LR_FACTOR": 0.5,
+}
 
 
+@pytest.mark.parametrize("settings", [{}, WITH_TIMM], ids=["resnet", "timm"], indirect=True)
 @STOPS
 def test_resumed_run_equals_uninterrupted_run(
     uninterrupted, stopped_after, make_trainer, settings, iterations, workers, tmp_path
@@ -181,8 +190,14 @@ class ChangedHooks(SemiSupervisedTrainer):
         new = HookBase()
         new.after_step = lambda: self.ran_new_hook.append(self.iter)
         # Hooks move over the one that saves the checkpoint, in both directions.
-        order = ["preemption_checkpoint", "evaluation", "best_model", "iteration_timer"]
-        order += ["lr_schedule", "metrics", "final_checkpoint", "no_pseudo_label_warning"]
+        order = ["preemption_checkpoint", "evaluation", "best_model", "early_stopping"]
+        order += [
+            "iteration_timer",
+            "lr_schedule",
+            "metrics",
+            "final_checkpoint",
+            "no_pseudo_label_warning",
+        ]
         order += ["periodic_checkpoint"]
         assert set(order) == set(named)
         return {"new": new} | {name: named[name] for name in order}
@@ -329,7 +344,8 @@ def scripted(datasets, make_trainer, monkeypatch):
         remaining = iter(results)
 
         def evaluate_teacher_and_student(*_, **__):
-            result = {"bbox": {"AP": next(remaining)}}
+            precision = next(remaining)
+            result = {"bbox": {"AP": precision, "F1-threshold": precision / 100}}
             return {**result, "student": result}
 
         monkeypatch.setattr(
@@ -359,6 +375,29 @@ def best_model(folder):
 def test_best_teacher_is_saved(scripted, tmp_path):
     _, record = scripted([10.0, 30.0, 20.0], **{"SOLVER.MAX_ITER": 3})
     assert same(best_model(tmp_path), record.teachers[1])
+
+
+def test_checkpoints_have_the_score_threshold_of_their_teacher(scripted, tmp_path):
+    settings = {"SOLVER.MAX_ITER": 4, "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 1}
+    scripted([50.0, 20.0], **settings)
+    expected = {
+        "model_0000000": None,  # not evaluated
+        "model_0000001": 0.5,
+        "model_0000002": None,
+        "model_best": 0.5,
+        "model_final": 0.2,
+    }
+    for name, threshold in expected.items():
+        assert read_score_threshold(str(tmp_path / f"{name}.pth")) == threshold
+
+
+def test_score_threshold_survives_a_resume(scripted, tmp_path):
+    scripted([50.0, 20.0], **{"SOLVER.MAX_ITER": 2})
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_best.pth")  # saved after the first evaluation
+    scripted([30.0], resume=True, **{"SOLVER.MAX_ITER": 2})
+    assert read_score_threshold(str(tmp_path / "model_best.pth")) == 0.5
+    assert read_score_threshold(str(tmp_path / "model_final.pth")) == 0.3
 
 
 def test_resumed_run_keeps_the_best_result(scripted, tmp_path):

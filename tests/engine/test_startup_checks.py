@@ -9,13 +9,15 @@ from torch import distributed
 
 from locreweight.data.datasets.splits import split_indices
 from locreweight.data.inspection.findings import Severity
-from locreweight.engine import check_device, startup_checks
+from locreweight.engine import check_device
 from locreweight.engine.startup_checks import log_effective_values
 from locreweight.errors import UsageError
 from tests.checked_data import Project
 from tests.engine.tiny_training import TRAINING
-from tests.modeling.tiny_model import tiny_config
+from tests.modeling.tiny_model import TIMM_BACKBONES, tiny_config
 from tests.tiny_data import edit_json
+
+EFFICIENTNET = TIMM_BACKBONES["timm_efficientnet"]
 
 # --- device ---------------------------------------------------------------------------------------
 
@@ -67,8 +69,8 @@ def log_of(caplog):
     """The log of the effective values of a config, with 5 labeled and 5 unlabeled images."""
 
     def log(settings=None):
-        sets = SimpleNamespace(labeled=range(5), unlabeled=range(5))
-        with caplog.at_level(logging.INFO, logger=startup_checks.__name__):
+        sets = SimpleNamespace(labeled=range(5), unlabeled=range(5), class_names=["cat", "dog"])
+        with caplog.at_level(logging.INFO, logger="locreweight"):
             log_effective_values(tiny_config(TRAINING | (settings or {})), sets)
         return caplog.text
 
@@ -78,6 +80,7 @@ def log_of(caplog):
 def test_effective_values_are_logged(log_of):
     log = log_of({"SOLVER.IMS_PER_BATCH_UNLABELED": 3, "SOLVER.MAX_ITER": 12})
     for part in (
+        "data: 5 labeled, 5 unlabeled and 0 test images; 2 classes (cat, dog)",
         "on 1 process(es)",
         "2 labeled + 3 unlabeled images per iteration (2 + 3 per process)",
         "learning rate 0.001",
@@ -89,7 +92,7 @@ def test_effective_values_are_logged(log_of):
 
 
 @pytest.mark.parametrize("burn_in", [3, 4])
-def test_burn_in_without_end_gives_a_warning(log_of, burn_in):
+def test_burn_in_without_end_is_said(log_of, burn_in):
     log = log_of({"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 4})
     assert ("unlabeled images are not used" in log) == (burn_in == 4)
 
@@ -100,6 +103,9 @@ def test_burn_in_without_end_gives_a_warning(log_of, burn_in):
         ({}, ""),
         ({"MODEL.BACKBONE.FREEZE_AT": 2}, "set MODEL.BACKBONE.FREEZE_AT 0. "),
         ({"MODEL.RESNETS.NORM": "FrozenBN"}, "set MODEL.RESNETS.NORM BN. "),
+        (EFFICIENTNET, ""),
+        (EFFICIENTNET | {"MODEL.TIMM.NORM": "FrozenBN"}, "set MODEL.TIMM.NORM BN. "),
+        (EFFICIENTNET | {"MODEL.TIMM.NORM": "FrozenBN", "MODEL.TIMM.PRETRAINED": "hub"}, ""),
     ],
 )
 def test_frozen_random_backbone_gives_a_warning(log_of, settings, fix):

@@ -15,6 +15,7 @@ from tests.engine.tiny_training import (
     same,
     training_config,
 )
+from tests.modeling.tiny_model import BACKBONES
 
 SUPERVISED = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
 UNLABELED = {f"{name}_unlabeled" for name in SUPERVISED}
@@ -188,9 +189,10 @@ def test_equal_models_are_evaluated_once_during_burn_in(
 ):
     calls = []
 
-    def evaluate_teacher_and_student(*_, identical):
+    def evaluate_teacher_and_student(*_, iteration, identical):
+        assert iteration == len(calls) + 1
         calls.append(identical)
-        return {"bbox": {"AP": 1.0}}
+        return {"bbox": {"AP": 1.0}, "student": {"bbox": {"AP": 1.0}}}
 
     monkeypatch.setattr(
         trainer_module, "evaluate_teacher_and_student", evaluate_teacher_and_student
@@ -235,9 +237,12 @@ def results(monkeypatch):
     ],
     ids=lambda value: str(value) if isinstance(value, torch.dtype) else "",
 )
-def test_backbones_compute_in_the_configured_precision(make_trainer, results, settings, dtype):
+@pytest.mark.parametrize("backbone", ["resnet", "timm_efficientnet", "timm_convnext"])
+def test_backbones_compute_in_the_configured_precision(
+    make_trainer, results, settings, dtype, backbone
+):
     steps = {"SEMI.BURN_IN_ITERS": 1, "SOLVER.MAX_ITER": 2, "VIS_PERIOD": 2}
-    trainer = make_trainer(steps | settings)
+    trainer = make_trainer(steps | settings | BACKBONES[backbone])
     dtypes = {"student": set(), "teacher": set()}
     for name, found in dtypes.items():
         getattr(trainer, name).backbone.fpn_lateral3.register_forward_hook(

@@ -417,6 +417,24 @@ def test_student_gets_the_composed_images(student, teacher):
     assert result.metrics["pseudo_labels/images_without"] == 0
 
 
+def test_weights_of_images_apply_to_the_rpn_and_are_known_to_the_losses(student, teacher):
+    seen = []
+
+    class Doubled(SemiSupervisedMethod):
+        def compose(self, images, labeled):
+            return [replace(x, loss_weight=2.0) for x in images]
+
+        def losses(self, proposals):
+            seen.append(proposals.image_weight)
+            return super().losses(proposals)
+
+    once = custom_step(student, teacher, SemiSupervisedMethod).losses
+    twice = custom_step(student, teacher, Doubled).losses
+    for name in UNLABELED:
+        assert_close(twice[name], (2 if "rpn" in name else 1) * once[name])
+    assert (seen[0] == 2).all() and len(seen[0]) > 0
+
+
 def test_teacher_cannot_predict_for_proposals_in_mixed_images(student, teacher):
     class WithTeacher(Composing):
         def classification_loss(self, proposals):

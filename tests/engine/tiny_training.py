@@ -16,6 +16,7 @@ from detectron2.utils.logger import _cached_log_stream, setup_logger
 
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import SemiSupervisedTrainer, preemption
+from locreweight.engine.console import LOGGED
 from tests.modeling.tiny_model import tiny_config
 from tests.tiny_data import make_coco, make_folder
 
@@ -106,14 +107,18 @@ def restored_loggers_and_signals() -> Iterator[None]:
     """Restore loggers and signal handlers, which the command line changes for the process."""
     setup_logger.cache_clear()  # it adds handlers only once for each folder
     _cached_log_stream.cache_clear()  # the file may have been moved
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "locreweight")]
+    loggers = [logging.getLogger(name) for name in (*LOGGED, "torch")]
     before = [(logger.propagate, logger.handlers[:]) for logger in loggers]
+    levels = [(handler, handler.level) for handler in logging.getLogger("torch").handlers]
     handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     try:
         yield
     finally:
         for logger, (propagate, own) in zip(loggers, before, strict=True):
             logger.propagate, logger.handlers = propagate, own
+        for handler, level in levels:
+            handler.setLevel(level)
+        logging.captureWarnings(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

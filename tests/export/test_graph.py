@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from export import load_images
-from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 from locreweight.export.graph import (
     OUTPUTS,
     compare_with_model,
+    export_graphs,
     graph_metadata,
     graph_outputs,
     largest_differences,
@@ -24,21 +24,25 @@ from locreweight.export.graph import (
 )
 from locreweight.losses.localization import localization_quality
 from tests.export.decisive_model import SETTINGS, decisive_model
-from tests.modeling.tiny_model import random_image, tiny_config
+from tests.modeling.tiny_model import TIMM_BACKBONES, random_image, tiny_config
 
 ROOT = Path(__file__).parents[2]
 BCCD = Path(os.environ.get("LOCREWEIGHT_BCCD") or ROOT.parent / "shared/data/bccd")
 SIZES = [(64, 64), (96, 160), (131, 77)]  # the last is not a multiple of the stride
 
 
-@pytest.fixture(scope="module", params=["corners", "xywh, class-agnostic"])
+@pytest.fixture(
+    scope="module", params=["corners", "xywh, class-agnostic", "timm_efficientnet", "timm_convnext"]
+)
 def settings(request):
     plain = {
         "MODEL.ROI_BOX_HEAD.CORNER_CODING": False,
         "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
         "MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT": 0.5,
     }
-    return SETTINGS | (plain if "xywh" in request.param else {})
+    if "xywh" in request.param:
+        return SETTINGS | plain
+    return SETTINGS | TIMM_BACKBONES.get(request.param, {})
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def graphs(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graphs")
     example = random_image((80, 112), seed=9).float()
     write_torchscript(model, example, folder / "model.pt")
-    metadata = graph_metadata(tiny_config(SETTINGS), ["cat", "dog", "owl"])
+    metadata = graph_metadata(tiny_config(SETTINGS), ["cat", "dog", "owl"], 0.4)
     write_onnx(model, example, folder / "model.onnx", metadata)
     return folder
 
@@ -101,6 +105,17 @@ def test_graph_has_the_same_outputs_as_detectron2_inference(model, graph):
 
 
 @torch.no_grad()
+def test_plain_transformers(tmp_path):
+    """ONNX has no operator that interpolates their position embeddings."""
+    model = decisive_model(TIMM_BACKBONES["timm_vit"])
+    images = [random_image(size).float() for size in SIZES]
+    (line,) = export_graphs(model, images, {}, torchscript=tmp_path / "model.pt")
+    assert "on 3 images of 3 sizes" in line
+    with pytest.raises(UsageError, match="position embeddings.*use TorchScript"):
+        write_onnx(model, images[0], tmp_path / "model.onnx", {})
+
+
+@torch.no_grad()
 def test_graph_returns_no_detections_for_an_image_without_objects(tmp_path):
     """Tracing with an image with objects does not fix the number of detections."""
     model = decisive_model()
@@ -123,6 +138,7 @@ def test_onnx_file_has_metadata_and_standard_operators(graphs):
     properties = {p.key: json.loads(p.value) for p in session.metadata_props}
     assert properties == {
         "class_names": ["cat", "dog", "owl"],
+        "score_threshold": 0.4,
         "format": "BGR",
         "shortest_side": 96,
         "longest_side": 160,
@@ -164,10 +180,7 @@ def test_graph_detects_the_same_in_photos_of_three_sizes(model, graph):
     images = []
     for shortest in (96, 128, 200):
         sized = {"INPUT.MIN_SIZE_TEST": shortest, "INPUT.MAX_SIZE_TEST": 400}
-        detector = Predictor(
-            tiny_config(SETTINGS | sized), model, [], has_localization_quality=True
-        )
-        images += load_images(detector, files)
+        images += load_images(tiny_config(SETTINGS | sized), files)
     assert {tuple(image.shape[1:]) for image in images} == {(96, 128), (128, 171), (200, 267)}
     line = compare_with_model(Path("graph"), model, graph, images)
     assert "6 images of 3 sizes" in line

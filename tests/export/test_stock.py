@@ -20,7 +20,7 @@ from locreweight.export.stock import (
 )
 from locreweight.modeling.box_coding import CornerBoxTransform
 from tests.export.decisive_model import SETTINGS, decisive_model
-from tests.modeling.tiny_model import random_image, tiny_config
+from tests.modeling.tiny_model import BACKBONES, random_image, tiny_config
 
 # Script of a user who does not have this package.
 USER_SCRIPT = """
@@ -72,8 +72,14 @@ def exported(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("exported")
     models, files = {}, {}
-    for name, corners in (("corners", True), ("centers.v1", False)):
-        settings = SETTINGS | {"MODEL.ROI_BOX_HEAD.CORNER_CODING": corners}
+    for name, corners, backbone in (
+        ("corners", True, "resnet"),
+        ("centers.v1", False, "resnet"),
+        ("efficientnet", True, "timm_efficientnet"),
+        ("convnext", False, "timm_convnext"),
+        ("vit", True, "timm_vit"),
+    ):
+        settings = SETTINGS | {"MODEL.ROI_BOX_HEAD.CORNER_CODING": corners} | BACKBONES[backbone]
         models[name] = decisive_model(settings)
         weights = models[name].state_dict()
         files[name] = write_stock_detector(folder / name, tiny_config(settings), weights)
@@ -111,10 +117,13 @@ def detect(model):
     [
         ("corners", ["corners.pkl", "corners.py"]),
         ("centers.v1", ["centers.v1.pkl", "centers.v1.yaml"]),
+        ("efficientnet", ["efficientnet.pkl", "efficientnet.py"]),
+        ("convnext", ["convnext.pkl", "convnext.py"]),
+        ("vit", ["vit.pkl", "vit.py"]),
     ],
 )
 def test_plain_detectron2_detects_the_same(exported, name, expected):
-    """With corners, the Python config contains the box coding."""
+    """The Python config contains what Detectron2 lacks: the box coding, or a timm backbone."""
     models, files, detections = exported
     assert [file.name for file in files[name]] == expected
     for ours, theirs in zip(detect(models[name]), detections[name], strict=True):

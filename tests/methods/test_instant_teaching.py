@@ -141,7 +141,7 @@ def test_half_of_the_images_are_mixed_half_of_them_by_mixup():
             assert x.pseudo_labels.gt_weight.tolist() == [1.0]
 
 
-def test_ratio_and_cut_are_uniform(monkeypatch):
+def test_mixup_and_mosaic_are_equally_likely_and_ratio_and_cut_uniform(monkeypatch):
     ratios, cuts = [], []
     module = "locreweight.methods.instant_teaching"
     monkeypatch.setattr(f"{module}.mixup", lambda a, b, ratio, fill: ratios.append(ratio) or a)
@@ -149,6 +149,7 @@ def test_ratio_and_cut_are_uniform(monkeypatch):
         f"{module}.mosaic", lambda a, b, axis, cut, _: cuts.append((axis, cut)) or a
     )
     make_method().compose(strong_views(1600), labeled_inputs())
+    assert abs(len(ratios) - 400) < 60 and abs(len(cuts) - 400) < 60
     counts = torch.tensor(ratios).mul(4).int().bincount(minlength=4)
     assert counts.min() > 0.18 * len(ratios)
     assert {axis for axis, _ in cuts} == {0, 1}

@@ -241,11 +241,13 @@ def test_rpn_losses_are_linear_in_the_weights_of_the_images(storage):
     unweighted = train_forward(model, labeled_inputs(), unlabeled_inputs())[1].rpn_losses
     assert_close(losses(1.0, 1.0, 1.0), unweighted, rtol=0, atol=0)
     assert_close(losses(3.0, 3.0, 3.0), {n: 3 * loss for n, loss in unweighted.items()})
-    parts = [losses(1.0, 0.0, 0.0), losses(0.0, 2.0, 0.0), losses(0.0, 0.0, 0.5)]
+    parts = [losses(1.0, 0.0, 0.0), losses(0.0, 1.0, 0.0), losses(0.0, 0.0, 1.0)]
     total = losses(1.0, 2.0, 0.5)
     for name, loss in total.items():
-        assert_close(loss, sum(part[name] for part in parts))
-        assert parts[0][name] > 0
+        first, second, third = (part[name] for part in parts)
+        assert first > 0
+        assert_close(first + second + third, unweighted[name])
+        assert_close(first + 2 * second + 0.5 * third, loss)
 
 
 def test_image_with_a_weight_of_zero_has_no_part_in_the_rpn_losses(storage):

@@ -46,6 +46,24 @@ TINY = {
     "SOLVER.AMP.ENABLED": False,
 }
 
+# Tiny models of timm by kind, as settings.
+TIMM_BACKBONES = {
+    kind: {
+        "MODEL.BACKBONE.NAME": f"build_timm_{pyramid}_backbone",
+        "MODEL.TIMM.NAME": name,
+        "MODEL.TIMM.NORM": "BN",
+        # Instead of the standard deviation above; the mean is Detectron2's default.
+        "MODEL.PIXEL_STD": [255 * x for x in std],
+    }
+    for kind, pyramid, name, std in (
+        ("timm_efficientnet", "fpn", "test_efficientnet", (0.229, 0.224, 0.225)),
+        ("timm_convnext", "fpn", "test_convnext", (0.5, 0.5, 0.5)),
+        ("timm_vit", "simple_pyramid", "test_vit", (0.5, 0.5, 0.5)),
+    )
+}
+# The same with Detectron2's ResNet, for parametrized tests.
+BACKBONES = {"resnet": {}, **TIMM_BACKBONES}
+
 
 def as_options(settings: dict) -> list[str]:
     """Convert to ``KEY VALUE`` pairs, as on the command line."""

@@ -15,8 +15,9 @@ import export_pseudo_labels
 import plot_localization_quality
 import show_views
 from locreweight.data.datasets.catalog import load_coco
-from locreweight.engine.prediction import coco_entries
-from locreweight.engine.predictor import load_predictor
+from locreweight.engine.detection_files import coco_entries
+from locreweight.engine.detections import Detections
+from locreweight.engine.predictor import Predictor
 from tests.modeling.tiny_model import TINY, as_options
 
 BASE = Path(__file__).parents[2] / "configs/Base-LocReweight.yaml"
@@ -96,7 +97,7 @@ def test_export_pseudo_labels_writes_a_coco_dataset(run, call, tmp_path):
     assert name == f"coco:{file}:{run.unlabeled}"
     records = load_coco("exported", str(file), str(run.unlabeled))
     assert len(records) == 5 and all(Path(r["file_name"]).is_file() for r in records)
-    detector = load_predictor(str(run.output), device="cpu")
+    detector = Predictor(str(run.output), device="cpu")
     threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
     annotations = json.loads(file.read_text())["annotations"]
     assert annotations and all(a["score"] > threshold for a in annotations)
@@ -105,10 +106,11 @@ def test_export_pseudo_labels_writes_a_coco_dataset(run, call, tmp_path):
 
 @pytest.mark.parametrize(("has_localization_quality", "expected"), [(True, 0.25), (False, None)])
 def test_localization_quality_is_null_for_plain_detectors(has_localization_quality, expected):
-    detections = Instances((8, 8), pred_boxes=Boxes(torch.tensor([[1.0, 2, 5, 6]])))
-    detections.pred_classes, detections.scores = torch.tensor([0]), torch.tensor([0.9])
-    detections.localization_quality = torch.tensor([0.25])
-    (entry,) = coco_entries(detections, has_localization_quality=has_localization_quality)
+    instances = Instances((8, 8), pred_boxes=Boxes(torch.tensor([[1.0, 2, 5, 6]])))
+    instances.pred_classes, instances.scores = torch.tensor([0]), torch.tensor([0.9])
+    instances.localization_quality = torch.tensor([0.25])
+    image = np.zeros((8, 8, 3), np.uint8)
+    (entry,) = coco_entries(Detections(image, instances, ["cat"], has_localization_quality))
     assert entry["localization_quality"] == expected
     assert (entry["category_id"], entry["bbox"]) == (1, [1.0, 2.0, 4.0, 4.0])
 
@@ -117,7 +119,7 @@ def test_exported_boxes_are_those_of_the_detections(run, call, tmp_path):
     image = run.test_images / "0000.png"
     arguments = ["--weights", run.output, "--json", tmp_path / "a.json", "--input", image]
     call(export_pseudo_labels, *arguments, "--threshold", 0, "--device", "cpu")
-    detector = load_predictor(str(run.output), device="cpu")
+    detector = Predictor(str(run.output), device="cpu")
     with Image.open(image) as pixels:
         (detections,) = detector.detect([np.asarray(pixels.convert("RGB"))])
     annotations = json.loads((tmp_path / "a.json").read_text())["annotations"]

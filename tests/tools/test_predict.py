@@ -1,8 +1,12 @@
 """Detection in images and videos: inputs, pictures, json, unreadable files."""
 
+import functools
+import http.server
 import io
 import json
+import re
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -11,6 +15,7 @@ import pytest
 from PIL import Image
 
 import predict
+from locreweight.engine import inference
 from locreweight.engine.inference import find_inputs
 from locreweight.errors import UsageError
 
@@ -133,12 +138,7 @@ def test_unreadable_files_are_skipped_and_listed(run, predict_call, tmp_path):
 
 
 def test_video_with_detections(run, predict_call, tmp_path):
-    writer = cv2.VideoWriter(
-        str(tmp_path / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 5, (64, 48)
-    )
-    for value in (60, 120, 180):
-        writer.write(np.full((48, 64, 3), value, np.uint8))
-    writer.release()
+    make_film(tmp_path / "film.mp4")
     code, _ = predict_call(
         "--input", tmp_path / "film.mp4", "--json", tmp_path / "a.json", "--batch", "2"
     )
@@ -150,6 +150,177 @@ def test_video_with_detections(run, predict_call, tmp_path):
     assert frames <= {0, 1, 2} and frames
 
 
+def make_film(file, frames=3):
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), 5, (64, 48))
+    for i in range(frames):
+        writer.write(np.full((48, 64, 3), 60 + 30 * i, np.uint8))
+    writer.release()
+    return file
+
+
+def test_frames_limits_the_length_of_a_video(predict_call, tmp_path):
+    film = make_film(tmp_path / "film.mp4")
+    code, printed = predict_call("--input", film, "--frames", 2)
+    assert code == 0 and "in 2 frames" in printed.out
+    written = cv2.VideoCapture(str(tmp_path / "out" / "film.mp4"))
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 2
+
+
+@pytest.mark.parametrize(
+    ("item", "name"),
+    [
+        ("0", "camera-0.mp4"),
+        ("rtsp://user:secret@camera.example:554/live/door?channel=1", "door.mp4"),
+        ("http://camera.example/", "camera.example.mp4"),
+    ],
+)
+def test_cameras_and_addresses_are_streams(item, name):
+    (file,) = find_inputs([item])
+    assert (file.stream, file.name, file.is_video) == (item, Path(name), True)
+
+
+def test_file_whose_name_is_a_number_is_not_a_camera(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "0" / "a.png")
+    assert names(["0"]) == ["a.png"]
+
+
+def test_stream_of_a_server(predict_call, tmp_path):
+    film = make_film(tmp_path / "film.mp4")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{film.name}"
+        code, printed = predict_call("--input", address, "--json", tmp_path / "a.json")
+        server.shutdown()
+    assert code == 0 and "in 3 frames" in printed.out
+    assert {e["file_name"] for e in json.loads((tmp_path / "a.json").read_text())} == {address}
+
+
+def test_camera_that_does_not_exist_is_reported(predict_call):
+    code, printed = predict_call("--input", "77")
+    assert code == "error: 1 of 1 inputs could not be read"
+    assert "77: no frame of the stream can be read" in printed.err
+
+
+def test_interrupt_ends_a_stream_and_keeps_its_results(run, predict_call, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "_frames", interrupted_frames)
+    code, printed = predict_call("--input", "0", "--json", tmp_path / "a.json", "--batch", 1)
+    assert code == 0 and "in 2 frames" in printed.out and "stopped by Ctrl-C" in printed.out
+    assert (tmp_path / "a.json").is_file() and (tmp_path / "out/camera-0.mp4").is_file()
+    code, _ = predict_call("--input", make_film(tmp_path / "film.mp4"))
+    assert code == 130, "a file that is not finished is not a success"
+
+
+def interrupted_frames(video):
+    yield from [np.zeros((48, 64, 3), np.uint8)] * 2
+    raise KeyboardInterrupt
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_pictures(run, call):
+    """Call the tool on the tiny run, without --output."""
+    usual = ["--weights", run.output, "--device", "cpu", "--threshold", 0.1]
+    return lambda *arguments: call(predict, *usual, "--input", run.test_images, *arguments)
+
+
+def test_json_alone_writes_no_pictures(without_pictures, tmp_path):
+    code, printed = without_pictures("--save-json", tmp_path / "a.json")
+    assert code == 0 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert "model_best.pth: objects with a score above 0.1" in printed.out
+
+
+def test_nothing_to_write_is_an_error(without_pictures):
+    code, printed = without_pictures()
+    assert code == 2 and "--save-json" in printed.err
+
+
+def test_coco_yolo_and_crops_have_the_same_objects(run, without_pictures, tmp_path):
+    outputs = [("--save-coco", "c.json"), ("--save-yolo", "labels"), ("--save-crops", "crops")]
+    words = [word for flag, name in outputs for word in (flag, tmp_path / name)]
+    code, printed = without_pictures(*words)
+    count = int(re.search(r"(\d+) detections", printed.out)[1])
+    assert code == 0 and count
+    assert f"coco:{tmp_path / 'c.json'}:{run.test_images}" in printed.out
+    assert len(json.loads((tmp_path / "c.json").read_text())["annotations"]) == count
+    assert len(list((tmp_path / "crops").rglob("*.png"))) == count
+    labels = sorted((tmp_path / "labels").glob("0*.txt"))
+    assert [file.stem for file in labels] == ["0000", "0001", "0002"]
+    assert sum(len(file.read_text().splitlines()) for file in labels) == count
+
+
+def test_only_chosen_classes_are_kept(without_pictures, tmp_path):
+    file = tmp_path / "a.json"
+    without_pictures("--json", file)
+    expected = [e for e in json.loads(file.read_text()) if e["category_name"] in ("cat", "owl")]
+    assert without_pictures("--json", file, "--classes", "cat", "owl")[0] == 0
+    assert json.loads(file.read_text()) == expected != []
+
+
+def test_unknown_class_is_an_error(without_pictures, tmp_path):
+    code, _ = without_pictures("--json", tmp_path / "a.json", "--classes", "cat", "cow")
+    assert code == "error: the model has no class 'cow'; its classes are cat, dog, owl"
+
+
+def test_annotations_of_videos_are_an_error(predict_call, tmp_path):
+    code, _ = predict_call("--input", make_film(tmp_path / "a.mp4"), "--save-yolo", tmp_path / "y")
+    assert "--save-json" in code
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--threshold", "1.5"),
+        ("--threshold", "-0.1"),
+        ("--threshold", "nan"),
+        ("--threshold", "high"),
+        ("--batch", "0"),
+        ("--count", "-3"),
+        ("--frames", "2.5"),
+    ],
+)
+def test_numbers_out_of_range_are_an_error(predict_call, words):
+    code, printed = predict_call("--input", "a.jpg", *words)
+    assert code == 2 and f"argument {words[0]}: '{words[1]}' is not" in printed.err
+
+
+def test_note_if_the_threshold_of_the_model_is_higher(without_pictures, tmp_path):
+    _, printed = without_pictures("--json", tmp_path / "a.json", "--threshold", 0.01)
+    assert "note: the model itself drops objects with a score below 0.05" in printed.out
+
+
+def test_output_that_cannot_be_written_is_an_error(without_pictures, tmp_path):
+    (tmp_path / "file").touch()
+    code, _ = without_pictures("--json", tmp_path / "file" / "a.json")
+    assert code.startswith("error: cannot write") and "file" in code
+
+
 def test_error_is_one_line(predict_call):
     code, _ = predict_call("--input", "none.jpg")
     assert code == "error: the input 'none.jpg' does not exist"
+
+
+@pytest.mark.parametrize("width", ["0", "-1", "wide", "1000"])
+def test_invalid_line_width_is_an_error(call, width):
+    code, printed = call(
+        predict, "--weights", "a", "--input", "b", "--output", "c", f"--line-width={width}"
+    )
+    assert code == 2 and "is not a width from 1 to 100 pixels" in printed.err
+
+
+def test_labels_and_line_width_change_the_pictures(run, call, tmp_path):
+    contents = set()
+    for name, flags in {
+        "score": [],
+        "class": ["--labels", "class"],
+        "none": ["--labels", "none"],
+        "wide": ["--labels", "none", "--line-width", 6],
+    }.items():
+        image = run.test_images / "0000.png"
+        arguments = ["--weights", run.output, "--input", image, "--output", tmp_path / name]
+        assert call(predict, *arguments, "--threshold", 0, "--device", "cpu", *flags)[0] == 0
+        contents.add((tmp_path / name / "0000.png").read_bytes())
+    assert len(contents) == 4

@@ -9,13 +9,15 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import report
+from locreweight.engine.detection_analysis import ClassAnalysis, DetectionAnalysis
 from locreweight.engine.run_folder import Curve, open_run, unique_names
 from locreweight.errors import UsageError
-from locreweight.visualization.figures import Line, line_figure
-from locreweight.visualization.report import detect_test_images, write_report
+from locreweight.visualization.figures import Line, line_figure, mean_curve
+from locreweight.visualization.report import confusion_matrix, detect_test_images, write_report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
@@ -119,9 +121,17 @@ def test_report_of_one_run(pages, run):
         "python train_net.py --config-file tiny.yaml",
         "PyTorch",
         "MODEL.FPN.OUT_CHANNELS",
+        "After 4 iterations, the teacher has an AP of",
+        "End of burn-in, iteration 2",
+        "Final teacher, iteration 4",
+        "Results by class",
+        "Precision against recall at IoU 0.5",
+        "Confusion matrix",
+        "best score threshold",
     ):
         assert part.lower() in page.text.lower()
-    assert len(page.all("img")) == 2 + 2 * 1  # panels; of three images one is best, one is worst
+    # Before and after, panels; of three images one is best, one is worst.
+    assert len(page.all("img")) == 2 + 2 + 2 * 1
     assert len(page.all("svg")) > 8
 
 
@@ -129,6 +139,88 @@ def test_report_of_two_runs_compares_them(pages):
     text = Page((pages / "two.html").read_text()).text
     assert "Where the configs differ" in text and "SEMI.LER" in text
     assert "tiny" in text and "other" in text and "left out because of --images 0" in text
+
+
+@pytest.fixture(scope="module")
+def comparison(run, tmp_path_factory):
+    """Folder of a comparison of two methods, one of them with two seeds."""
+    folder = tmp_path_factory.mktemp("comparison")
+    for name in ("good/seed-1", "good/seed-2", "bad/seed-1"):
+        shutil.copytree(run.output, folder / name)
+    return folder
+
+
+def test_report_of_a_comparison_shows_means_and_the_first_seed(comparison):
+    write_report([comparison], comparison / "report.html", images=0)
+    page = Page((comparison / "report.html").read_text())
+    headings = [a["id"] for tag, a in page.elements if tag == "h2"]
+    assert headings == ["results", "compared", "run-1", "run-2"]
+    for part in (
+        "good, 2 seeds",
+        "± 0.00",
+        "All 3 runs",
+        "has the highest final AP",
+        "over the seeds",
+    ):
+        assert part in page.text
+    assert "Warning" not in page.text
+
+
+def test_different_test_sets_are_a_warning(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run.output, other)
+    config = (other / "config.yaml").read_text()
+    assert run.test_set in config
+    (other / "config.yaml").write_text(config.replace(run.test_set, "coco:elsewhere.json:images"))
+    write_report([run.output, other], tmp_path / "a.html", images=0)
+    page = Page((tmp_path / "a.html").read_text())
+    assert "Warning" in page.text and "different test sets" in page.text
+    assert "coco:elsewhere.json:images" in page.text
+
+
+def test_report_of_a_run_of_an_earlier_version(run, tmp_path):
+    """Such a run has neither analyses nor pictures before and after, nor F1."""
+    other = tmp_path / "earlier"
+    shutil.copytree(run.output, other)
+    shutil.rmtree(other / "analysis")
+    for file in (other / "panels").glob("teacher_*"):
+        file.unlink()
+    lines = map(json.loads, (other / "metrics.json").read_text().splitlines())
+    kept = [{key: value for key, value in line.items() if "F1" not in key} for line in lines]
+    (other / "metrics.json").write_text("\n".join(map(json.dumps, kept)))
+    write_report([other], tmp_path / "a.html", images=0)
+    page = Page((tmp_path / "a.html").read_text())
+    assert "by an earlier version" in page.text and "nan" not in page.text.lower()
+
+
+def analysis_of(confusion):
+    names = [f"class {i}" for i in range(len(confusion) - 1)]
+    classes = [ClassAnalysis(name, 1, 50.0, 60.0, 40.0, 0.5, 0.5, [0.5] * 101) for name in names]
+    return DetectionAnalysis(None, [], classes, confusion)
+
+
+def test_confusion_matrix_has_shares_of_each_row():
+    matrix = confusion_matrix(analysis_of([[6, 1, 1], [0, 0, 0], [2, 2, 0]]))
+    assert matrix.names == ["class 0", "class 1"]
+    assert matrix.rows == [
+        ("class 0", [(6, 0.75), (1, 0.125), (1, 0.125)]),
+        ("class 1", [(0, 0), (0, 0), (0, 0)]),
+        ("nothing", [(2, 0.5), (2, 0.5), (0, 0)]),
+    ]
+
+
+def test_confusion_matrix_keeps_the_most_confused_classes():
+    counts = np.zeros((5, 5), int)
+    counts[np.arange(4), np.arange(4)] = 9
+    counts[3, 1] = 5
+    matrix = confusion_matrix(analysis_of(counts.tolist()), limit=2)
+    assert (matrix.names, matrix.left_out) == (["class 1", "class 3"], 2)
+    assert [name for name, _ in matrix.rows] == ["class 1", "class 3", "nothing"]
+
+
+def test_mean_curve_has_the_iterations_of_all_curves():
+    mean = mean_curve([Curve([1, 2, 4], [1.0, 2.0, 5.0]), Curve([2, 3, 4], [4.0, 9.0, 7.0])])
+    assert mean == Curve([2, 4], [3.0, 6.0])
 
 
 def test_report_of_a_started_run_names_missing_parts(pages):
@@ -149,6 +241,8 @@ def test_missing_checkpoint_is_reported(run, tmp_path):
     shutil.copytree(run.output, other)
     file = other / "gone.pth"
     (other / "last_checkpoint").write_text(file.name)
+    for name in ("model_best.pth", "model_final.pth"):
+        (other / name).unlink()
     detections = detect_test_images(open_run(other, "a"), 3, "cpu")
     assert "does not exist" in detections.missing
 

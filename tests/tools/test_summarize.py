@@ -1,16 +1,22 @@
 """Summary of a run: the rows and the table."""
 
 import json
+import math
 
+import pytest
 import yaml
 
 import summarize
-from locreweight.engine.run_folder import open_run, summary_table
+from locreweight.engine.run_folder import open_run, open_runs, summary_table
 
 
-def write_run(folder, burn_in, end, evaluations):
-    folder.mkdir()
-    config = {"SEMI": {"BURN_IN_ITERS": burn_in}, "SOLVER": {"MAX_ITER": end}}
+def write_run(folder, burn_in, end, evaluations, test_set="coco:a:b"):
+    folder.mkdir(parents=True)
+    config = {
+        "SEMI": {"BURN_IN_ITERS": burn_in},
+        "SOLVER": {"MAX_ITER": end},
+        "DATASETS": {"TEST": [test_set]},
+    }
     (folder / "config.yaml").write_text(yaml.dump(config))
     lines = [{"iteration": 5, "total_loss": 1.0}]
     for iteration, teacher, student in evaluations:
@@ -36,7 +42,7 @@ def test_summary_has_the_teacher_after_burn_in_and_both_final_models(tmp_path):
 def test_summary_of_a_supervised_run_has_one_row(tmp_path):
     run = write_run(tmp_path / "a", 100, 60, [(39, 2.0, 2.0), (60, 5.0, 5.0)])
     assert [(r.model, r.values) for r in open_run(run).summary()] == [
-        ("supervised", (5.0, 5.0, 5.0))
+        ("supervised", pytest.approx((5.0, 5.0, 5.0, math.nan, math.nan), nan_ok=True))
     ]
 
 
@@ -49,6 +55,49 @@ def test_summary_table_is_markdown(tmp_path):
     lines = summary_table([open_run(run)]).splitlines()
     assert len(lines) == 2 + 3
     assert "mine" in lines[-1] and "5.12" in lines[-1] and lines[0].startswith("|")
+
+
+def test_summary_shows_the_best_f1_and_its_threshold(tmp_path):
+    run = write_run(tmp_path / "mine", 0, 60, [(60, 5.0, 4.0)])
+    record = json.loads((run / "metrics.json").read_text().splitlines()[-1])
+    record |= {"bbox/F1": 71.25, "bbox/F1-threshold": 0.6349}
+    (run / "metrics.json").write_text(json.dumps(record))
+    student, teacher = summary_table([open_run(run)]).splitlines()[-2:]
+    assert teacher.split()[-5:] == ["|", "71.25", "|", "0.63", "|"]
+    assert student.split()[-2:] == ["|", "|"]
+
+
+def test_folder_of_a_comparison_stands_for_its_runs(tmp_path, call):
+    for method, values in {"a": (10.0, 20.0, 30.0), "b": (5.0, 6.0, 7.0)}.items():
+        for seed, value in enumerate(values, 1):
+            write_run(tmp_path / method / f"seed-{seed}", 0, 60, [(60, value, value)])
+    (tmp_path / "a" / "seed-4").mkdir()  # not started yet
+    names = [run.name for run in open_runs([tmp_path])]
+    assert names == [f"{method}/seed-{seed}" for method in "ab" for seed in (1, 2, 3)]
+    code, printed = call(summarize, tmp_path)
+    assert code == 0 and not printed.err
+    means, single = printed.out.split("\n\n")
+    assert [line for line in means.splitlines() if "a, 3 seeds" in line and "20.00 ± 10.00" in line]
+    assert len(single.splitlines()) == 2 + 2 * 6
+
+
+def test_seeds_are_sorted_as_numbers(tmp_path):
+    for seed in (10, 9, 1):
+        write_run(tmp_path / "a" / f"seed-{seed}", 0, 60, [])
+    assert [run.path.name for run in open_runs([tmp_path])] == ["seed-1", "seed-9", "seed-10"]
+
+
+def test_different_test_sets_are_a_warning(tmp_path, call):
+    first = write_run(tmp_path / "a", 0, 60, [(60, 5.0, 5.0)])
+    second = write_run(tmp_path / "b", 0, 60, [(60, 5.0, 5.0)], test_set="coco:c:d")
+    code, printed = call(summarize, first, second)
+    assert code == 0 and "different test sets" in printed.err and "coco:c:d" in printed.err
+    assert "warning" not in call(summarize, first, first)[1].err
+
+
+def test_summarize_without_evaluations_says_so(tmp_path, call):
+    code, printed = call(summarize, write_run(tmp_path / "a", 20, 60, []))
+    assert code == 0 and "nothing has been evaluated yet" in printed.out
 
 
 def test_summarize_folder_that_is_not_a_run_is_an_error(call, tmp_path):

@@ -7,10 +7,17 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from locreweight.visualization.drawing import (
+    CLASS_COLORS,
+    OUTLINE,
+    WHITE,
+    DrawingStyle,
+    LabelDetail,
     Layer,
     captioned,
     detection_labels,
     draw,
+    draw_detections,
+    explained,
     grid,
     quality_colors,
     quality_legend,
@@ -54,7 +61,7 @@ def test_draw_keeps_the_colors_of_the_image():
 
 def test_boxes_outside_or_without_area_are_not_drawn():
     boxes = [[60, 60, 80, 80], [10, 10, 10, 30], [-20, -20, -5, -5]]
-    picture = draw(gray(50, 50), [layer(*boxes, labels=["a", "b", "c"])], side=50)
+    picture = draw(gray(50, 50), [layer(*boxes, labels=[["a"], ["b"], ["c"]])], side=50)
     assert np.array_equal(picture, gray(50, 50))
 
 
@@ -81,8 +88,81 @@ def test_detection_labels_have_class_score_and_quality():
         scores=torch.tensor([0.931, 0.5]),
         localization_quality=torch.tensor([0.412, 0.2]),
     )
-    assert detection_labels(detections, ["cat", "dog"]) == ["dog 93% q 0.41", "cat 50% q 0.20"]
-    assert detection_labels(detections, ["cat", "dog"], quality=False) == ["dog 93%", "cat 50%"]
+    assert detection_labels(detections, ["cat", "dog"]) == [
+        ["dog 93% q 0.41", "dog 93%", "dog"],
+        ["cat 50% q 0.20", "cat 50%", "cat"],
+    ]
+    assert detection_labels(detections, ["cat", "dog"], quality=False) == [
+        ["dog 93%", "dog"],
+        ["cat 50%", "cat"],
+    ]
+
+
+def two_detections(first_score):
+    """Two equal boxes, a cat with the given score and a dog with a score of 0.5."""
+    return Instances(
+        (60, 60),
+        pred_boxes=Boxes(torch.tensor([[10.0, 20, 50, 50]] * 2)),
+        pred_classes=torch.tensor([0, 1]),
+        scores=torch.tensor([first_score, 0.5]),
+        localization_quality=torch.tensor([0.3, 0.3]),
+    )
+
+
+@pytest.mark.parametrize(("score", "visible"), [(0.9, 0), (0.1, 1)])
+def test_detections_with_high_scores_cover_others(score, visible):
+    style = DrawingStyle(LabelDetail.NONE)
+    picture = draw_detections(
+        gray(60, 60), two_detections(score), ["cat", "dog"], 60, quality=True, style=style
+    )
+    shown = [bool((picture == CLASS_COLORS[i]).all(axis=2).any()) for i in (0, 1)]
+    assert shown == [visible == 0, visible == 1]
+
+
+def test_label_detail_and_line_width():
+    def pixels(style):
+        detections = two_detections(0.9)[:1]
+        picture = draw_detections(gray(60, 60), detections, ["cat"], 240, quality=True, style=style)
+        return int((picture == CLASS_COLORS[0]).all(axis=2).sum())
+
+    counts = [pixels(DrawingStyle(detail)) for detail in LabelDetail]  # none, class, score
+    assert counts == sorted(set(counts))
+    assert pixels(DrawingStyle(LabelDetail.NONE, 6)) > 2 * pixels(DrawingStyle(LabelDetail.NONE, 2))
+
+
+@pytest.mark.parametrize("shade", [0, 128, 255])
+def test_boxes_are_visible_on_any_background(shade):
+    image = np.full((60, 60, 3), shade, np.uint8)
+    for color in (*CLASS_COLORS, (255, 255, 255)):
+        boxes = torch.tensor([[10.0, 10, 50, 50]])
+        picture = draw(image, [Layer(boxes, [color])], 60)
+        luma = picture[30, :30].astype(int) @ (0.299, 0.587, 0.114)
+        assert luma.max() - luma.min() > 60
+
+
+def test_ground_truth_is_dashed():
+    truth = Instances((60, 60), gt_boxes=Boxes(torch.tensor([[5.0, 5, 55, 55]])))
+    truth.gt_classes = torch.tensor([0])
+    picture = draw(gray(60, 60), [Layer.of_ground_truth(truth)], 60)
+    white, dark = ((picture[5] == color).all(axis=1).sum() for color in (WHITE, OUTLINE))
+    assert white > 20 and dark > 10
+
+
+def test_labels_become_shorter_if_they_have_no_room():
+    """Both texts would need the same place: the short one is used, and fits."""
+    texts = ["a text that is far too long for the picture", "a"]
+    boxes = torch.tensor([[10.0, 20, 50, 50]])
+    long, short, fallback = (
+        draw(gray(60, 60), [Layer(boxes, [RED], [labels])], 60)
+        for labels in (texts[:1], texts[1:], texts)
+    )
+    assert np.array_equal(fallback, short) and not np.array_equal(fallback, long)
+
+
+def test_explanation_is_wrapped_below_the_picture():
+    picture = explained(gray(30, 200), "word " * 60)
+    assert picture.shape[1] == 200 and picture.shape[0] > 30 + 2 * 22
+    assert np.array_equal(picture[:30], gray(30, 200))
 
 
 def test_quality_colors_go_from_red_to_blue():

@@ -7,6 +7,7 @@ import torch
 from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine.predictor import load_student
 from locreweight.visualization import views
+from locreweight.visualization.drawing import OUTLINE
 from tests.modeling.tiny_model import tiny_config
 from tests.tiny_data import make_folder
 
@@ -30,10 +31,11 @@ def test_draw_views_shows_a_wrong_matrix(is_wrong):
         "a", View(weak, torch.eye(3, dtype=torch.float64)), View(strong, shift)
     )
     record = {"annotations": [{"bbox": [10, 10, 20, 20], "bbox_mode": 1, "category_id": 0}]}
-    _, picture = views.draw_views(sample, record, torch.zeros(0, 4), "RGB")
-    box = extent_of_color(picture, views.GROUND_TRUTH_COLOR)
+    _, picture = views.draw_views(sample, record, torch.zeros(0, 4), [""], "RGB")
+    box = extent_of_color(picture, OUTLINE)
     square = [4 * v for v in (30, 50, 50, 70)]
-    assert (np.abs(np.subtract(box, square)).max() < 8) != is_wrong
+    differences = np.abs(np.subtract(box, square))
+    assert (differences[[0, 2, 3]].max() < 8) != is_wrong  # the label is above the box
 
 
 def test_draw_views_projects_proposals_to_the_weak_view():
@@ -43,10 +45,11 @@ def test_draw_views_projects_proposals_to_the_weak_view():
         "a", View(image, torch.eye(3, dtype=torch.float64)), View(image, shift)
     )
     boxes = torch.tensor([[40.0, 50, 80, 90]])
-    weak, strong = views.draw_views(sample, {"file_name": "a"}, boxes, "RGB")
+    weak, strong = views.draw_views(sample, {"file_name": "a"}, boxes, ["cat"], "RGB")
     (color,) = views.proposal_colors(1)
-    assert extent_of_color(strong, color) == pytest.approx([160, 200, 320, 360], abs=4)
-    assert extent_of_color(weak, color) == pytest.approx([80, 40, 240, 200], abs=4)
+    for view, (left, right, bottom) in ((strong, (160, 320, 360)), (weak, (80, 240, 200))):
+        x1, _, x2, y2 = extent_of_color(view, color)  # the label is above the box
+        assert (x1, x2, y2) == pytest.approx((left, right, bottom), abs=4)
 
 
 def test_draw_view_table_keeps_the_order_of_the_records(tmp_path):
@@ -60,6 +63,7 @@ def test_draw_view_table_keeps_the_order_of_the_records(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(views, "captioned", lambda _, title: titles.append(title))
             patch.setattr(views, "grid", lambda rows: rows)
+            patch.setattr(views, "explained", lambda picture, _: picture)
             views.draw_view_table(cfg, records, student, num_proposals=1, seed=seed)
     expected = ["weak: 0002.png", "strong", "weak: 0000.png", "strong", "weak: 0001.png", "strong"]
     assert titles == 4 * expected

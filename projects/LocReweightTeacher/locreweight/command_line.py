@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+Number = TypeVar("Number", int, float)
 Arguments = TypeVar("Arguments", bound=argparse.Namespace)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of descriptions, and add its default to the help of each option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        has_default = bool(default) or (default == 0 and default is not False)
+        if action.help is None or not has_default or default == argparse.SUPPRESS:
+            return action.help
+        if "default" in action.help.lower() or not action.option_strings:
+            return action.help
+        values = default if isinstance(default, list | tuple) else [default]
+        shown = " ".join(map(str, values)).replace("%", "%%")
+        return f"{action.help}. Default: {shown}"
 
 
 class ConfigArgumentParser(argparse.ArgumentParser):
@@ -22,7 +38,8 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         Args:
             kwargs: arguments of ``argparse.ArgumentParser``.
         """
-        super().__init__(**{"allow_abbrev": False} | kwargs)
+        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(**defaults | kwargs)
         self.add_argument_group(
             "KEY VALUE ...",
             "config keys and their values, such as SOLVER.MAX_ITER 1000, before or after the flags",
@@ -39,15 +56,71 @@ class ConfigArgumentParser(argparse.ArgumentParser):
         return parsed
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of tools that load one checkpoint."""
-    parser.add_argument("--weights", required=True, help="a checkpoint or an OUTPUT_DIR")
+THRESHOLD_HELP = (
+    "minimum score. Default: the one with the best F1 on the test set of the training; 0.5 if that "
+    "is not known"
+)
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1, for ``argparse``."""
+    return _number_in(int, text, lambda value: value >= 1, "an integer of at least 1")
+
+
+def non_negative(text: str) -> int:
+    """Parse an integer of at least 0, for ``argparse``."""
+    return _number_in(int, text, lambda value: value >= 0, "an integer of at least 0")
+
+
+def score(text: str) -> float:
+    """Parse a score in [0, 1], for ``argparse``."""
+    return _number_in(float, text, lambda value: 0 <= value <= 1, "a score between 0 and 1")
+
+
+def _number_in(
+    kind: type[Number], text: str, is_valid: Callable[[Number], bool], expected: str
+) -> Number:
+    try:
+        if is_valid(value := kind(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser, **kwargs: Any) -> None:
+    """Add ``--weights`` and ``--last``.
+
+    Args:
+        parser: the parser of a tool.
+        kwargs: arguments of ``add_argument`` for ``--weights`` that differ from the usual ones.
+    """
+    usual: dict[str, Any] = {
+        "required": True,
+        "help": "a checkpoint, an OUTPUT_DIR, or locreweight://<name>",
+    }
+    parser.add_argument("--weights", **usual | kwargs)
     parser.add_argument(
-        "--config-file", default="", help="for checkpoints that do not contain their config"
+        "--last",
+        action="store_true",
+        help="use the last model of an OUTPUT_DIR. Default: the best one in the evaluations",
     )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``."""
     parser.add_argument(
         "--device", default="", help="cuda or cpu. Default: a GPU if there is one, else the CPU"
     )
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of tools that run one checkpoint on images."""
+    add_weights_arguments(parser)
     parser.add_argument(
-        "--batch", type=int, default=0, help="images per batch. Default: 8 on a GPU, 1 on the CPU"
+        "--config-file", default="", help="for checkpoints that do not contain their config"
+    )
+    add_device_argument(parser)
+    parser.add_argument(
+        "--batch", type=positive, help="images per batch. Default: 8 on a GPU, 1 on the CPU"
     )

@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
 from .installed_detectron2 import check_compiled_kernels
+from .modeling.backbones import set_timm_input, uses_timm
 from .modeling.building import check_anchors
 
 CONFIGS_FOLDER = Path(__file__).resolve().parents[3] / "configs"
@@ -116,6 +117,14 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # A step with a NaN or infinite loss or gradient is skipped, and its images are written to
     # OUTPUT_DIR/skipped_steps.jsonl. Training stops after this number of skipped steps in a row.
     cfg.SOLVER.MAX_SKIPPED_STEPS = 10
+    # Factor on the learning rate of the backbone without its feature pyramid, of any kind.
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
+    # Factor on the learning rate of a plain vision transformer for each block further from the
+    # output, as in ViTDet (0.7 to 0.9). Other backbones must leave it at 1.
+    cfg.SOLVER.BACKBONE_LR_DECAY = 1.0
+    # Training ends early after this number of evaluations (TEST.EVAL_PERIOD) in a row without a
+    # better teacher. Evaluations in burn-in do not count. 0: train for SOLVER.MAX_ITER iterations.
+    cfg.SOLVER.EARLY_STOPPING_PATIENCE = 0
     # Data type for SOLVER.AMP.ENABLED: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
 
@@ -156,6 +165,21 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Only numbers are read from MODEL.WEIGHTS. True: unpickle the whole file, which can run
     # arbitrary code; only for files from people you trust.
     cfg.MODEL.TRUST_WEIGHTS = False
+    # Backbones of timm (docs/pretrained_backbones.md), for MODEL.BACKBONE.NAME
+    # "build_timm_fpn_backbone" or, for plain vision transformers,
+    # "build_timm_simple_pyramid_backbone". Pixel mean, pixel std and channel order follow from it.
+    cfg.MODEL.TIMM = CfgNode()
+    # timm's name of the model with the tag of its weights, such as "resnet50.a1_in1k".
+    cfg.MODEL.TIMM.NAME = ""
+    # Pretrained weights that a training without MODEL.WEIGHTS starts from: "hub" for those that
+    # timm publishes under this name, downloaded once to the machine's cache, or a file of weights
+    # in timm's names. Empty: random weights. Neither resuming nor using a trained model reads them.
+    cfg.MODEL.TIMM.PRETRAINED = ""
+    # Batch norm in the backbone: "FrozenBN" (pretrained statistics, not trained), "BN" or "SyncBN",
+    # as MODEL.RESNETS.NORM.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # Drop path rate (stochastic depth) of the last block; those of earlier blocks are smaller.
+    cfg.MODEL.TIMM.DROP_PATH = 0.0
     # Box coordinates that the box branch predicts and Eq. 4 models. True: corner offsets over the
     # proposal's width and height. False: Detectron2's (dx, dy, dw, dh). Both are multiplied by
     # MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS; corners use its first two numbers.
@@ -195,6 +219,12 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # By default an unlabeled image that is also a labeled one is an error, and an unlabeled image
     # that is also a test image gives a warning. True: remove both from the unlabeled images.
     cfg.DATASETS.EXCLUDE_LABELED = False
+
+    cfg.DATASETS.SHARDS = CfgNode()
+    # Folder for copies of remote shards ("shards:s3://..."), and its largest size in GB. Runs on
+    # the same machine can share it. It should hold 16 shards, which are used at the same time.
+    cfg.DATASETS.SHARDS.CACHE_DIR = "~/.cache/locreweight/shards"
+    cfg.DATASETS.SHARDS.CACHE_GB = 50.0
 
     cfg.DATASETS.CHECKS = CfgNode()
     # A labeled box with NaN, infinite or inverted coordinates is an error. True: drop the box.
@@ -332,6 +362,7 @@ def _build_config(merge: Callable[[CfgNode], None], source: str, options: Sequen
             f"config value of the wrong type: {error}. Write fractions with a decimal point "
             "(10.0, not 10) and lists with brackets and quotes (['a'], not a)"
         ) from error
+    set_timm_input(cfg)
     return cfg
 
 
@@ -399,6 +430,12 @@ def check_supported(cfg: CfgNode) -> None:
     check_anchors(cfg)
     if not cfg.OUTPUT_DIR:
         raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
+    if uses_timm(cfg) and cfg.MODEL.WEIGHTS.startswith("detectron2://ImageNetPretrained/"):
+        raise UsageError(
+            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} holds a ResNet of Detectron2, but the backbone is "
+            f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME}: set MODEL.WEIGHTS '', and "
+            "MODEL.TIMM.PRETRAINED to its weights"
+        )
     box_head = cfg.MODEL.ROI_BOX_HEAD
     for key, is_set in {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
@@ -411,6 +448,14 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
+    patience = cfg.SOLVER.EARLY_STOPPING_PATIENCE
+    if patience < 0:
+        raise UsageError(f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}; it must be at least 0")
+    if patience and not (cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD > 0):
+        raise UsageError(
+            "SOLVER.EARLY_STOPPING_PATIENCE counts evaluations, and there are none during training:"
+            " set DATASETS.TEST and TEST.EVAL_PERIOD"
+        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

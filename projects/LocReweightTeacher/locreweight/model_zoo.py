@@ -16,6 +16,7 @@ from torch import nn
 
 from .checkpoint.checkpointer import TeacherCheckpointer
 from .checkpoint.loading import check_weights_exist, load_for_evaluation
+from .checkpoint.timm_weights import load_pretrained
 from .checkpoint.zoo import (
     CONFIG,
     PREFIX,
@@ -93,4 +94,6 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
     elif cfg.MODEL.WEIGHTS:
         check_weights_exist(cfg.MODEL.WEIGHTS)
         TeacherCheckpointer(model, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+    else:
+        load_pretrained(cfg, model)
     return model

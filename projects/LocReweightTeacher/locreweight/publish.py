@@ -18,15 +18,15 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import Tensor
 
-from .checkpoint.checkpointer import FINAL, CheckpointDescription
-from .checkpoint.files import last_checkpoint
+from .checkpoint.checkpointer import THRESHOLD_FIELD, CheckpointDescription
+from .checkpoint.files import choose_checkpoint
 from .checkpoint.safe_loading import SAFETENSORS_SUFFIX, read_weights, write_safetensors
 from .checkpoint.sharing import shareable, shareable_command, shareable_config
 from .checkpoint.zoo import CONFIG, ENTRY, INDEX, PAGE, ZooEntry, check_name, write_index
 from .config import load_config
 from .data.datasets.image_folders import load_folder
 from .data.training_sets import register_datasets
-from .engine.predictor import class_names_of_data, load_predictor
+from .engine.predictor import Predictor, class_names_of_data
 from .engine.run_folder import RunFolder
 from .errors import UsageError
 from .export.stock import write_stock_detector
@@ -73,6 +73,7 @@ class TrainedModel:
         metrics: results of the evaluation after these iterations, in percent.
         command: command line of the training.
         versions: package -> version of the training.
+        score_threshold: the score threshold with the best F1 on the test set; None if not known.
     """
 
     checkpoint: Path
@@ -83,6 +84,7 @@ class TrainedModel:
     metrics: dict[str, float]
     command: str
     versions: dict[str, str]
+    score_threshold: float | None = None
 
 
 def publish(trained: TrainedModel, zoo: Path, options: PublishOptions) -> ZooEntry:
@@ -148,6 +150,7 @@ def _write_entry(
         corner_coding=shared.MODEL.ROI_BOX_HEAD.CORNER_CODING,
         config=shared.dump(),
         class_names=trained.class_names,
+        score_threshold=trained.score_threshold,
     )
     # safetensors creates files that only the owner can read.
     shutil.copymode(folder / CONFIG, weights)
@@ -168,7 +171,7 @@ def _write_entry(
     )
     (folder / ENTRY).write_text(entry.as_json())
     if images:
-        draw_examples(load_predictor(str(weights)), images, folder)
+        draw_examples(Predictor(weights), images, folder)
     text = model_card(entry, shared, options.description, picture=bool(images))
     (folder / PAGE).write_text(text)
     return entry
@@ -219,7 +222,7 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
     if not (output / CONFIG_FILE).is_file():
         raise UsageError(f"{output} is not the OUTPUT_DIR of a run: it has no {CONFIG_FILE}")
     cfg = load_config(str(output / CONFIG_FILE), [])
-    file = _checkpoint_of(output, last=last)
+    file = choose_checkpoint(output, last=last)
     content = _read_checkpoint(file)
     bad = [name for name, value in content["model"].items() if not value.isfinite().all()]
     if bad:
@@ -236,18 +239,8 @@ def read_trained_model(output: Path, *, last: bool = False) -> TrainedModel:
         metrics=_metrics_of(run, iterations, cfg.SOLVER.MAX_ITER),
         command=command,
         versions=versions,
+        score_threshold=content.get(THRESHOLD_FIELD),
     )
-
-
-def _checkpoint_of(output: Path, *, last: bool) -> Path:
-    best, final = output / "model_best.pth", output / f"{FINAL}.pth"
-    if best.is_file() and not last:
-        return best
-    newest = last_checkpoint(output)
-    if newest is None:
-        raise UsageError(f"{output} has no checkpoint yet")
-    # The newest one can be the best, or one to resume from, written after the final one.
-    return final if final.is_file() else output / newest
 
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:

@@ -11,9 +11,14 @@ LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.json"
 RUN_FILE = "run.json"
 LAST_CHECKPOINT = "last_checkpoint"
+BEST_CHECKPOINT = "model_best.pth"
+FINAL_CHECKPOINT = "model_final.pth"
 SKIPPED_STEPS_FILE = "skipped_steps.jsonl"
 EVALUATION_FOLDER = "evaluation"  # of --eval-only
 PANEL_FOLDER = "panels"
+ANALYSIS_FOLDER = "analysis"  # of the detections of each evaluation, see detection_analysis
+ANALYSIS_FILE = "analysis.json"  # of --eval-only, in its folder inference
+CACHE_FOLDER = "dataset_cache"
 
 # Together with the config, each of these shows that a folder was written by a training.
 _EVIDENCE = {LOCK_FILE, METRICS_FILE, RUN_FILE, LAST_CHECKPOINT}
@@ -28,6 +33,8 @@ _WRITTEN_HERE = (
     SKIPPED_STEPS_FILE,
     EVALUATION_FOLDER,
     PANEL_FOLDER,
+    ANALYSIS_FOLDER,
+    CACHE_FOLDER,
     "inference",
     "log.txt*",
     "model_*.pth",

@@ -105,6 +105,12 @@ def test_image_types_that_are_not_read(project):
     assert len(finding.files) == 3
 
 
+@pytest.fixture
+def _no_download(monkeypatch):
+    monkeypatch.setattr("locreweight.engine.config_suggestion.find_pretrained", lambda cfg: "")
+
+
+@pytest.mark.usefixtures("_no_download")
 def test_write_config(project, tmp_path, capsys):
     file = tmp_path / "my.yaml"
     with pytest.raises(SystemExit) as exit_:
@@ -121,6 +127,7 @@ def test_write_config(project, tmp_path, capsys):
         check_data.main(["--write-config", str(file), *project.arguments])
 
 
+@pytest.mark.usefixtures("_no_download")
 def test_written_config_keeps_settings_of_the_data(project, tmp_path):
     file = tmp_path / "my.yaml"
     project.settings |= {

@@ -8,8 +8,8 @@ it also has ``student`` and ``trainer`` (iteration, optimizer, schedule, hooks).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FINAL = "model_final"  # Detectron2's name for the last checkpoint of a training run
 CONFIG_FIELD = "config"
 CLASSES_FIELD = "class_names"
+THRESHOLD_FIELD = "score_threshold"
 
 _VARIANCE_WEIGHT = "roi_heads.box_predictor.log_variance.weight"
 _BOX_BRANCH = "roi_heads.box_predictor.bbox_pred."
@@ -215,26 +216,37 @@ class CheckpointContents(Enum):
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """Config and class names, saved in a checkpoint so that it can be used without other files.
+    """What is saved in a checkpoint so that it can be used without other files.
 
     Attributes:
         config: the effective config, as YAML.
         class_names: in the order of the model's classes.
+        score_threshold: the score threshold with the best F1 on the test set; None if the model was
+            not evaluated.
     """
 
     config: str
     class_names: list[str]
+    score_threshold: float | None = None
 
-    def to_fields(self) -> dict[str, str | list[str]]:
+    def to_fields(self) -> dict[str, Any]:
         """Entries of the checkpoint."""
-        return {CONFIG_FIELD: self.config, CLASSES_FIELD: list(self.class_names)}
+        fields = {CONFIG_FIELD: self.config, CLASSES_FIELD: list(self.class_names)}
+        if self.score_threshold is None:
+            return fields
+        return {**fields, THRESHOLD_FIELD: self.score_threshold}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> CheckpointDescription | None:
         """Read the description; None for checkpoints of other projects."""
         if CONFIG_FIELD not in checkpoint or CLASSES_FIELD not in checkpoint:
             return None
-        return cls(str(checkpoint[CONFIG_FIELD]), [str(n) for n in checkpoint[CLASSES_FIELD]])
+        threshold = checkpoint.get(THRESHOLD_FIELD)
+        return cls(
+            str(checkpoint[CONFIG_FIELD]),
+            [str(name) for name in checkpoint[CLASSES_FIELD]],
+            None if threshold is None else float(threshold),
+        )
 
 
 class TeacherCheckpointer(SafeCheckpointer):
@@ -259,6 +271,7 @@ class TeacherCheckpointer(SafeCheckpointer):
         *,
         convert: bool = True,
         description: CheckpointDescription | None = None,
+        score_threshold: Callable[[], float | None] = lambda: None,
         **kwargs: Any,
     ) -> None:
         """
@@ -267,14 +280,19 @@ class TeacherCheckpointer(SafeCheckpointer):
             save_dir: folder of the checkpoints.
             convert: convert the box branch of a plain detector to corner coding.
             description: saved beside the weights.
+            score_threshold: returns the threshold of the description when a checkpoint is saved.
             kwargs: arguments of :class:`SafeCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
         self._convert = convert
         self._description = description
+        self._score_threshold = score_threshold
 
     def save(self, name: str, **kwargs: Any) -> bool:
-        fields = self._description.to_fields() if self._description else {}
+        fields = {}
+        if self._description:
+            described = replace(self._description, score_threshold=self._score_threshold())
+            fields = described.to_fields()
         return super().save(name, corner_coding=self._has_corner_coding, **fields, **kwargs)
 
     @property

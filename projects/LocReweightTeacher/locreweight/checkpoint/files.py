@@ -17,7 +17,7 @@ import torch
 
 from ..errors import UsageError
 from ..file_io import PARTIAL_SUFFIX
-from ..run_files import LAST_CHECKPOINT
+from ..run_files import BEST_CHECKPOINT, FINAL_CHECKPOINT, LAST_CHECKPOINT
 from .safe_loading import short_reason
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,29 @@ def last_checkpoint(folder: Path) -> str | None:
         return (folder / LAST_CHECKPOINT).read_bytes().decode(errors="replace").strip()
     except FileNotFoundError:
         return None
+
+
+def choose_checkpoint(folder: Path, *, last: bool = False) -> Path:
+    """Return the checkpoint of a run that tools use: the best one, or the last one.
+
+    Args:
+        folder: ``OUTPUT_DIR`` of the run.
+        last: return the last one. Without evaluations, there is no best one, and the last one is
+            always returned.
+
+    Raises:
+        UsageError: if the folder has no checkpoint.
+    """
+    best, final = folder / BEST_CHECKPOINT, folder / FINAL_CHECKPOINT
+    if best.is_file() and not last:
+        return best
+    newest = last_checkpoint(folder)
+    if newest is None:
+        raise UsageError(
+            f"the folder {folder} has no checkpoint: use a checkpoint or the OUTPUT_DIR of a run"
+        )
+    # The newest one can be the best, or one to resume from, written after the final one.
+    return final if final.is_file() else folder / newest
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

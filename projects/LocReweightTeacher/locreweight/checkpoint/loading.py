@@ -86,3 +86,18 @@ def read_description(file: str, *, trusted: bool = False) -> CheckpointDescripti
     """
     content = read_weights(PathManager.get_local_path(file), trusted=trusted)
     return CheckpointDescription.from_checkpoint(content) if isinstance(content, dict) else None
+
+
+def read_score_threshold(file: str, *, trusted: bool = False) -> float | None:
+    """Read the score threshold with the best F1 on the test set from a checkpoint.
+
+    :attr:`.engine.predictor.Predictor.score_threshold` is the same without reading the file again.
+
+    Returns:
+        None if the model was not evaluated when it was saved, and for other files.
+
+    Raises:
+        UsageError: as :func:`read_description`.
+    """
+    description = read_description(file, trusted=trusted)
+    return description.score_threshold if description else None

@@ -9,6 +9,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from .timm_weights import HUB
+
 # Addresses that are the same for everyone. Others may contain server names or passwords.
 _PUBLIC = ("detectron2://", "catalog://", "locreweight://")
 
@@ -43,6 +45,8 @@ def shareable_config(cfg: CfgNode, name: str) -> CfgNode:
     shared.OUTPUT_DIR = f"output/{name.rpartition('/')[2]}"
     if not shared.MODEL.WEIGHTS.startswith(_PUBLIC):
         shared.MODEL.WEIGHTS = ""  # the file is not published
+    if shared.MODEL.TIMM.PRETRAINED != HUB:
+        shared.MODEL.TIMM.PRETRAINED = ""
     shared.MODEL.TRUST_WEIGHTS = False
     return shared
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size
@@ -25,6 +26,7 @@ from .image_io import UnreadableImage, read_rgb, single_line
 logger = logging.getLogger(__name__)
 
 _MAX_EXAMPLES = 5  # in a message
+_CHECKED_TOGETHER = 1000  # images
 
 
 def first_few(items: Sequence[str]) -> str:
@@ -54,7 +56,10 @@ def check_boxes(records: Iterable[dict], *, drop_bad: bool) -> list[dict]:
     """
     faults: dict[str, list[str]] = {"empty": [], "outside": [], "bad": []}
     checked = []
-    for record in records:
+    for record, is_sound in _with_soundness(records):
+        if is_sound:
+            checked.append(record | {"annotations": list(record.get("annotations", []))})
+            continue
         kept = []
         for annotation in record.get("annotations", []):
             fault = _box_fault(annotation, record)
@@ -96,7 +101,8 @@ def check_test_set(name: str, records: Sequence[dict]) -> None:
         raise UsageError(f"{name} has no annotated box, so it cannot be used in DATASETS.TEST")
     bad = [
         _describe_box(annotation, record)
-        for record in records
+        for record, is_sound in _with_soundness(records)
+        if not is_sound
         for annotation in record.get("annotations", [])
         if _box_fault(annotation, record) == "bad"
     ]
@@ -169,6 +175,49 @@ def _describe_box(annotation: dict, record: dict) -> str:
     return f"{printable_name(record['file_name'])}: {str(annotation.get('bbox'))[:100]}"
 
 
+def _with_soundness(records: Iterable[dict]) -> Iterator[tuple[dict, bool]]:
+    """Pair each record with whether all its boxes certainly have no fault.
+
+    Many boxes are checked together, in a fraction of the time of :func:`_box_fault`, which decides
+    about the others.
+    """
+    remaining = iter(records)
+    while chunk := list(islice(remaining, _CHECKED_TOGETHER)):
+        yield from zip(chunk, _are_sound(chunk), strict=True)
+
+
+def _are_sound(records: list[dict]) -> list[bool]:
+    annotations = [record.get("annotations", []) for record in records]
+    boxes = [a.get("bbox") for of_image in annotations for a in of_image]
+    modes = {a.get("bbox_mode") for of_image in annotations for a in of_image}
+    if not boxes:
+        return [True] * len(records)
+    is_plain = set(map(type, boxes)) == {list} and set(map(len, boxes)) == {4}
+    if not is_plain or not {*map(type, chain.from_iterable(boxes))} <= {int, float}:
+        return [False] * len(records)
+    if modes not in ({BoxMode.XYWH_ABS}, {BoxMode.XYXY_ABS}):
+        return [False] * len(records)
+    is_xywh = modes == {BoxMode.XYWH_ABS}
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            # The same precision as in _corners.
+            corners = np.array(boxes, np.float32 if is_xywh else np.float64)
+            if is_xywh:
+                corners[:, 2:] += corners[:, :2]
+    except OverflowError:  # an integer beyond floats
+        return [False] * len(records)
+    counts = list(map(len, annotations))
+    sizes = [(r.get("width", math.inf), r.get("height", math.inf)) for r in records]
+    limits = np.repeat(np.array(sizes, np.float64), counts, axis=0)
+    low, high = corners[:, :2], corners[:, 2:]
+    is_good = np.isfinite(corners).all(axis=1)
+    is_good &= ((low < high) & (low < limits) & (high > 0)).all(axis=1)
+    faulty_in_image = np.bincount(
+        np.repeat(np.arange(len(records)), counts)[~is_good], minlength=len(records)
+    )
+    return (faulty_in_image == 0).tolist()
+
+
 def _box_fault(annotation: dict, record: dict) -> str | None:
     try:
         x1, y1, x2, y2 = _corners(list(annotation["bbox"]), annotation["bbox_mode"])
@@ -186,7 +235,7 @@ def _box_fault(annotation: dict, record: dict) -> str | None:
 def _corners(box: list, mode: BoxMode) -> Sequence[float]:
     if mode == BoxMode.XYWH_ABS and len(box) == 4 and {*map(type, box)} <= {int, float}:
         # Equal to Detectron2's conversion, which takes a minute for the boxes of COCO.
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             x, y, width, height = np.array(box, np.float32)
             return x, y, x + width, y + height
     return BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
@@ -266,6 +315,8 @@ def common_images(
         images: the images to search.
         real_paths: cache, shared between calls.
     """
+    if not images:
+        return []
     return real_paths.find({real_paths(record["file_name"]) for record in records}, images)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .datasets.packed_records import Packed, PackedRecords
+from .datasets.shards import ShardedImages
 from .image_io import UnreadableImage
 from .mapper import ViewMapper
 from .transforms.views import UnlabeledSample, View
@@ -137,6 +138,8 @@ class StreamDataset(Dataset):
         """
         records = self._records[position.stream]
         epoch, offset = divmod(position.number, len(records))
+        if isinstance(records, ShardedImages):
+            return records[records.index_at((self._seed, position.stream, epoch), offset)]
         order = _epoch_order(self._seed, position.stream, epoch, len(records))
         return records[int(order[offset])]
 
@@ -148,12 +151,20 @@ class StreamDataset(Dataset):
                 return replace(sample, read_errors=tuple(errors))
             except UnreadableImage as error:
                 errors.append(str(error))
-                number = np.random.randint(len(self._records[position.stream]))
-                position = StreamPosition(position.stream, number)
+                position = self._replacement(position)
         raise UnreadableImage(
             f"{MAX_REPLACEMENTS} unlabeled images in a row could not be read. The last error: "
             f"{errors[-1]}"
         )
+
+    def _replacement(self, position: StreamPosition) -> StreamPosition:
+        """Draw another position from the global generator."""
+        records = self._records[position.stream]
+        if isinstance(records, ShardedImages):  # one that soon needs the same shards
+            return position._replace(
+                number=position.number + 1 + np.random.randint(MAX_REPLACEMENTS)
+            )
+        return position._replace(number=np.random.randint(len(records)))
 
 
 # Two epochs per stream are kept, since a batch can span the end of one. An order takes four bytes

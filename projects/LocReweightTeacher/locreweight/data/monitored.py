@@ -22,6 +22,7 @@ from ..geometry import warp_boxes
 from .checks import check_boxes, check_classes
 from .datasets.packed_records import ImageFiles
 from .datasets.real_paths import RealPathCache
+from .datasets.shards import ShardedImages
 from .loader import Stream, StreamDataset, StreamPosition
 from .mapper import ViewMapper
 from .transforms.views import UnlabeledSample
@@ -139,7 +140,9 @@ def choose_monitored(
         real_path(record["file_name"]): record
         for record in [*set_aside, *_annotated_records(cfg, others, class_names)]
     }
-    order = np.random.RandomState(cfg.DATASETS.SPLIT_SEED).permutation(len(unlabeled))
+    # Of shards, images of the first are drawn, so that only one is downloaded.
+    candidates = unlabeled.shard_size(0) if isinstance(unlabeled, ShardedImages) else len(unlabeled)
+    order = np.random.RandomState(cfg.DATASETS.SPLIT_SEED).permutation(candidates)
     with_ground_truth = (
         annotated[path] | record
         for record in (unlabeled[index] for index in order)
@@ -160,7 +163,9 @@ def _annotated_records(
 ) -> Iterator[dict]:
     for name, records in others.items():
         # Images of a COCO json without annotations have an empty list of annotations.
-        if isinstance(records, ImageFiles) or not any(r.get("annotations") for r in records):
+        if isinstance(records, ImageFiles | ShardedImages) or not any(
+            r.get("annotations") for r in records
+        ):
             continue
         if list(MetadataCatalog.get(name).get("thing_classes", [])) == class_names:
             yield from records

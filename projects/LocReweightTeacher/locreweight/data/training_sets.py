@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,6 +19,7 @@ from detectron2.data.build import (
 from detectron2.utils import comm
 
 from ..errors import UsageError
+from ..run_files import CACHE_FOLDER
 from .checks import (
     check_boxes,
     check_classes,
@@ -28,9 +30,12 @@ from .checks import (
     describe_crowds,
     without_overlap,
 )
-from .datasets.catalog import register
+from .datasets.catalog import expand_path, register
 from .datasets.packed_records import ImageFiles, PackedRecords
 from .datasets.real_paths import RealPathCache
+from .datasets.record_cache import RecordCache, garbage_collection_paused
+from .datasets.shard_cache import ShardCache
+from .datasets.shards import ShardedImages
 from .datasets.splits import split_annotated
 from .monitored import choose_monitored
 
@@ -50,7 +55,7 @@ class TrainingSets:
     """
 
     labeled: PackedRecords
-    unlabeled: ImageFiles
+    unlabeled: ImageFiles | ShardedImages
     class_names: list[str]
     monitored: list[dict] = field(default_factory=list)
 
@@ -101,11 +106,20 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         UsageError: for an unknown name, or a missing file or folder.
     """
     data = cfg.DATASETS
-    allow_outside = data.CHECKS.ALLOW_OUTSIDE_PATHS
     annotated = [*data.TEST, *data.TRAIN, *data.UNLABELED_TRUTH] if training else data.TEST
-    register(annotated, data.CLASS_NAMES, allow_outside=allow_outside)
+    add = partial(
+        register,
+        class_names=data.CLASS_NAMES,
+        allow_outside=data.CHECKS.ALLOW_OUTSIDE_PATHS,
+        cache=RecordCache(Path(cfg.OUTPUT_DIR, CACHE_FOLDER)),
+        shard_cache=ShardCache(
+            Path(expand_path(cfg.DATASETS.SHARDS.CACHE_DIR)),
+            int(cfg.DATASETS.SHARDS.CACHE_GB * 1e9),
+        ),
+    )
+    add(annotated)
     if training:
-        register(data.UNLABELED, data.CLASS_NAMES, allow_outside=allow_outside, labeled=False)
+        add(data.UNLABELED, labeled=False)
 
 
 def load_training_sets(cfg: CfgNode) -> TrainingSets:
@@ -118,6 +132,11 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
     """
     if not cfg.DATASETS.TRAIN:
         raise UsageError("DATASETS.TRAIN is empty: training needs at least one labeled image")
+    with garbage_collection_paused():
+        return _load_training_sets(cfg)
+
+
+def _load_training_sets(cfg: CfgNode) -> TrainingSets:
     annotated = {name: list(_load(name)) for name in cfg.DATASETS.TRAIN}
     test_sets = load_test_sets(cfg)
     class_names = _checked_class_names(cfg)
@@ -139,7 +158,16 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
 
 
 def _load(name: str) -> Sequence[dict]:
-    records = DatasetCatalog.get(name)
+    """Read a data set. Must be called on all processes."""
+    # Of a COCO json, the first process of each machine writes the cache that the others read.
+    is_shared = name.startswith("coco:")
+    if is_shared and comm.get_local_rank() != 0:
+        comm.synchronize()
+    try:
+        records = DatasetCatalog.get(name)
+    finally:
+        if is_shared and comm.get_local_rank() == 0:
+            comm.synchronize()
     if not records:
         raise UsageError(f"the data set {name} has no images")
     return records
@@ -207,10 +235,12 @@ def _labeled_images(cfg: CfgNode, records: list[dict]) -> list[dict]:
 def _unlabeled_images(
     cfg: CfgNode,
     labeled: list[dict],
-    parts: Sequence[Iterable[dict]],
+    parts: Sequence[Sequence[dict]],
     test_sets: dict[str, list[dict]],
-) -> ImageFiles:
+) -> ImageFiles | ShardedImages:
     real_paths = RealPathCache()
+    if shards := [part for part in parts if isinstance(part, ShardedImages)]:
+        return _only_shards(shards, [part for part in parts if part])
     unlabeled = ImageFiles.concatenate([ImageFiles.of_records(part) for part in parts])
     exclude = cfg.DATASETS.EXCLUDE_LABELED
     unlabeled = without_overlap(labeled, unlabeled, real_paths, exclude=exclude)
@@ -218,6 +248,21 @@ def _unlabeled_images(
     _warn_of_labeled_test_images(labeled, test_sets, real_paths)
     _check_enough_unlabeled(cfg, unlabeled)
     return unlabeled
+
+
+def _only_shards(shards: list[ShardedImages], parts: Sequence[Sequence[dict]]) -> ShardedImages:
+    if len(parts) > 1:
+        raise UsageError(
+            "shards: cannot be combined with other unlabeled images, such as those that "
+            "DATASETS.LABELED_PERCENT makes unlabeled: pack all of them with tools/make_shards.py "
+            "into one index"
+        )
+    [images] = shards
+    images.check_cache()
+    logger.info(
+        "images in shards are not compared with the labeled and test images: pack only others"
+    )
+    return images
 
 
 def _without_test_images(
@@ -267,7 +312,9 @@ def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
         )
 
 
-def _fingerprint(records: ImageFiles | Iterable[dict]) -> str:
+def _fingerprint(records: Sequence[dict]) -> str:
+    if isinstance(records, ShardedImages):
+        return f"{len(records)} images ({records.digest[:12]})"
     files = ImageFiles.of_records(records)
     digest = hashlib.sha256(files.base_names).hexdigest()
     return f"{len(files)} images ({digest[:12]})"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 
 from detectron2.config import CfgNode
 from tqdm import tqdm
@@ -14,9 +17,14 @@ from ..data.datasets.splits import check_split_exists
 from ..data.transforms.policies import build_augmentation_policy
 from ..errors import UsageError
 from ..methods import build_method
+from .console import LOG_FILE
+from .progress import LINE_SECONDS
+from .remaining_time import format_duration
 from .run_folder import Attempt, flatten_config
 from .run_queue import CONSOLE_FILE, Run, RunQueue, gpu_slots
 from .shared_burn_in import SharedBurnIn
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} iterations [{elapsed}{postfix}]"
 
 
 def plan_runs(
@@ -122,20 +130,33 @@ def run_all(
 
 
 class _Progress:
-    """Print a line for each run that ends; on a terminal, show a bar of all iterations."""
+    """Print a line for each run that starts or ends, and the remaining time.
+
+    On a terminal, a bar shows all iterations. Elsewhere there is a line now and then.
+    """
 
     def __init__(self, runs: list[Run], num_finished: int, num_slots: int) -> None:
         self.failed: list[str] = []
+        self._num_slots = num_slots
         self._done = {run: run.iterations_done for run in runs}
+        self._started: dict[Run, float] = {}
+        self._ended: dict[Run, float] = {}  # seconds
+        self._last_line = time.monotonic()
         self._bar = tqdm(
             total=sum(run.cfg.SOLVER.MAX_ITER for run in runs),
             initial=sum(self._done.values()),
-            unit="iteration",
+            bar_format=_BAR,
+            dynamic_ncols=True,
+            file=sys.stdout,
             disable=None,
         )
+        self._waiting = len(runs) - num_finished
         self._print(f"{len(runs)} runs: {num_finished} already finished, {num_slots} at a time")
 
     def on_run_end(self, run: Run, attempt: Attempt) -> None:
+        self._announce(run)
+        del self._started[run]
+        self._ended[run] = attempt.seconds
         if attempt.exit_code == 0 and run.is_finished:
             final = run.folder.evaluations.get(run.cfg.SOLVER.MAX_ITER)
             ap = final["bbox/AP"] if final else math.nan
@@ -149,15 +170,47 @@ class _Progress:
         self._print(f"failed: {self.failed[-1]}")
 
     def update(self, running: list[Run]) -> None:
-        if self._bar.disable:
+        for run in running:
+            self._announce(run)
+        is_line_due = time.monotonic() - self._last_line >= LINE_SECONDS
+        if not running or (self._bar.disable and not is_line_due):
             return
         for run in running:
             done = run.iterations_done
             self._bar.update(max(0, done - self._done[run]))
             self._done[run] = max(done, self._done[run])
+        seconds = self._seconds_left(running)
+        left = f"about {format_duration(seconds)} left" if seconds is not None else ""
+        if self._bar.disable:
+            self._last_line = time.monotonic()
+            runs = [f"{run.name} (iter {self._done[run]})" for run in running]
+            self._print("; ".join([f"running {', '.join(runs)}", *filter(None, [left])]))
+        else:
+            self._bar.set_description_str(", ".join(run.name for run in running))
+            self._bar.set_postfix_str(left)
 
     def close(self) -> None:
         self._bar.close()
+
+    def _announce(self, run: Run) -> None:
+        if run not in self._started:
+            self._started[run] = time.monotonic()
+            self._waiting -= 1
+            self._print(f"started {run.name}; log: {run.output / LOG_FILE}")
+
+    def _seconds_left(self, running: list[Run]) -> float | None:
+        """Estimate the time for all runs; None until all running ones have estimated theirs.
+
+        Waiting runs count as much as the others on average.
+        """
+        estimates = [run.folder.curve("eta_seconds").values for run in running]
+        if not all(estimates):
+            return None
+        left = [values[-1] for values in estimates]
+        now = time.monotonic()
+        whole = [now - self._started[run] + x for run, x in zip(running, left, strict=True)]
+        waiting = self._waiting * mean([*whole, *self._ended.values()])
+        return max(*left, (sum(left) + waiting) / self._num_slots)
 
     def _print(self, text: str) -> None:
         if self._bar.disable:
@@ -188,6 +241,11 @@ def _check_run(run: Run) -> None:
     if len(run.cfg.DATASETS.TEST) > 1:
         raise UsageError(
             f"{run.config} has several sets in DATASETS.TEST: a comparison needs exactly one"
+        )
+    if run.cfg.SOLVER.EARLY_STOPPING_PATIENCE:
+        raise UsageError(
+            f"{run.name} may end early, and a comparison needs runs of the same length: set "
+            "SOLVER.EARLY_STOPPING_PATIENCE 0"
         )
     if changes := run.changed_settings():
         raise UsageError(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import torch
 import yaml
 from detectron2.config import CfgNode
 
+from ..checkpoint.timm_weights import find_pretrained
 from ..config import CONFIGS_FOLDER, load_config
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
 
-GPU_BASE = "Base-LocReweight.yaml"  # ResNet-50 with ImageNet weights
-CPU_BASE = "bccd-small.yaml"  # a small detector that is trained from random weights
+CPU_BASE = "detectors/cpu-mobilenetv2.yaml"
+GPU_BASE = "detectors/gpu-resnet50.yaml"
+EIGHT_GPUS_BASE = "detectors/eight-gpus-convnext-small.yaml"
+# Where the pretrained weights of these cannot be downloaded: random weights on a CPU, and
+# Detectron2's ResNet-50, which training reports if it is missing as well.
+CPU_FALLBACK, GPU_FALLBACK = "bccd-small.yaml", "Base-LocReweight.yaml"
 
 # Epochs of the labeled images in burn-in and of the unlabeled images after it, and the limits of
 # the numbers of iterations that follow. The upper ones are the paper's for COCO.
@@ -36,20 +42,49 @@ def write_config(file: Path, cfg: CfgNode, sets: TrainingSets) -> None:
     """
     if file.exists():
         raise UsageError(f"{file} already exists: remove it, or write to another file")
-    on_gpu = torch.cuda.is_available()
-    base = CONFIGS_FOLDER / (GPU_BASE if on_gpu else CPU_BASE)
-    content = suggest_config(cfg, sets, base, f"output/{file.stem}")
-    text = (
-        f"# Written by tools/check_data.py for {len(sets.labeled)} labeled and "
-        f"{len(sets.unlabeled)} unlabeled images.\n"
-        f"# For {'GPUs' if on_gpu else 'a CPU'}. Iterations follow from the number of images.\n"
-        + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
-    )
+    weights = cfg.MODEL.TIMM.PRETRAINED
+    base, reason = choose_base(weights)
+    content = suggest_config(cfg, sets, CONFIGS_FOLDER / base, f"output/{file.stem}")
+    if weights:
+        content["MODEL"]["TIMM"] = {"PRETRAINED": weights}
+    machine = "GPUs" if torch.cuda.is_available() else "a CPU"
+    comments = [
+        f"Written by tools/check_data.py for {len(sets.labeled)} labeled and "
+        f"{len(sets.unlabeled)} unlabeled images.",
+        f"For {machine}. Iterations follow from the number of images.",
+        *textwrap.wrap(reason, 96),
+    ]
+    text = "".join(f"# {comment}\n" for comment in comments)
+    text += yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(file, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
+
+
+def choose_base(weights: str) -> tuple[str, str]:
+    """Choose the config to derive from, by the GPUs of this machine.
+
+    Args:
+        weights: ``MODEL.TIMM.PRETRAINED`` of the user; empty for that of the config.
+
+    Returns:
+        file in ``configs/``; and why it is not one with pretrained weights of timm, if so.
+
+    Raises:
+        UsageError: if the user's weights do not exist.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    base = EIGHT_GPUS_BASE if gpus >= 8 else GPU_BASE if gpus else CPU_BASE
+    options = ["MODEL.TIMM.PRETRAINED", weights] if weights else []
+    try:
+        find_pretrained(load_config(str(CONFIGS_FOLDER / base), options))
+    except UsageError as error:
+        if weights:
+            raise
+        return (GPU_FALLBACK if gpus else CPU_FALLBACK), f"Not from configs/{base}: {error}."
+    return base, ""
 
 
 def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) -> dict:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,7 +28,10 @@ from detectron2.evaluation import (
 )
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 from torch import nn
+from tqdm import tqdm
 
 from ..checkpoint.loading import check_weights_exist, read_description
 from ..data.checks import (
@@ -42,50 +47,78 @@ from ..data.datasets.voc import read_split
 from ..data.mapper import RecordMapper
 from ..data.training_sets import check_test_sets
 from ..errors import UsageError
+from ..run_files import ANALYSIS_FILE, ANALYSIS_FOLDER
+from .console import prints_to_log
+from .detection_analysis import DetectionAnalysis, analyze, write_analyses
 
 logger = logging.getLogger(__name__)
 
+F1, F1_THRESHOLD = "F1", "F1-threshold"  # names of metrics
 _COCO_LIMIT = 100  # detections per image
 _UNLIMITED = 10**6
+_TABLE_METRICS = ("AP", "AP50", "AP75")
 _MAX_AREA = 1e10  # of COCO's range "all", in square pixels
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, *, keep_detections: bool = True) -> dict:
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    model_name: str = "the model",
+    keep_detections: bool = True,
+    analysis_file: Path | None = None,
+    show_progress: bool = False,
+) -> dict:
     """Evaluate a model on all ``DATASETS.TEST``; must be called on all processes.
 
     Args:
         cfg: names the test sets.
         model: its training or evaluation mode is restored.
-        keep_detections: write detections to ``OUTPUT_DIR/inference``.
+        model_name: for the log, such as "the teacher".
+        keep_detections: write detections and their analysis to ``OUTPUT_DIR/inference``.
+        analysis_file: another file for the analysis (:mod:`.detection_analysis`).
+        show_progress: show a progress bar if there is a terminal.
 
     Returns:
         On the main process ``{"bbox": {"AP": ..., "AP50": ..., ...}}`` in percent; datasets in
-        Pascal VOC format also have ``"voc_11_point"``. With several test sets, a dictionary of
-        these by name. On other processes, the dictionaries are empty.
+        Pascal VOC format also have ``"voc_11_point"``. ``F1`` is the highest F1 of all score
+        thresholds and ``F1-threshold``, in [0, 1], that threshold; without correct detections they
+        are absent. With several test sets, a dictionary of these by name. On other processes, the
+        dictionaries are empty.
 
     Raises:
         UsageError: if a test set has no boxes to evaluate on or other classes than the model.
     """
     write_ground_truth(cfg)
     results = OrderedDict()
+    analyses: dict[str, DetectionAnalysis] = {}
     for name in cfg.DATASETS.TEST:
         loader = build_detection_test_loader(cfg, name, mapper=RecordMapper(cfg, is_train=False))
-        evaluator = _build_evaluator(cfg, name, keep_detections)
-        results[name] = inference_on_dataset(model, loader, evaluator) or {}
+        evaluator = _build_evaluator(cfg, name, keep_detections, analyses)
+        logger.info("evaluating %s on %s", model_name, name)
+        disable = None if show_progress and comm.is_main_process() else True  # None: no terminal
+        batches = tqdm(loader, desc="evaluating", file=sys.stdout, disable=disable, leave=False)
+        with prints_to_log():
+            results[name] = inference_on_dataset(model, batches, evaluator) or {}
         if comm.is_main_process():
             print_csv_format(results[name])
-            logger.info("AP of %s: %s", name, _describe_limit(cfg))
+            logger.info("results of %s on %s, %s", model_name, name, _describe_limit(cfg))
+    if analysis_file is None and keep_detections:
+        analysis_file = Path(_inference_folder(cfg), ANALYSIS_FILE)
+    if analysis_file and comm.is_main_process():
+        _write_analyses(analysis_file, analyses)
     return next(iter(results.values())) if len(results) == 1 else dict(results)
 
 
 def evaluate_teacher_and_student(
-    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, identical: bool
+    cfg: CfgNode, teacher: nn.Module, student: nn.Module, *, iteration: int, identical: bool
 ) -> dict:
     """Evaluate both models; must be called on all processes.
 
     Args:
         cfg: names the test sets.
         teacher, student: models. Their training or evaluation mode is restored.
+        iteration: number of completed iterations, for the name of the teacher's analysis.
         identical: whether both have the same weights, as in burn-in. Then one evaluation suffices.
 
     Returns:
@@ -93,10 +126,13 @@ def evaluate_teacher_and_student(
     """
     # The student's detections would overwrite the teacher's, and a disk that fills up during
     # training would end it.
-    results = evaluate(cfg, teacher, keep_detections=False)
+    file = Path(cfg.OUTPUT_DIR, ANALYSIS_FOLDER, f"iter_{iteration:07d}.json")
+    name = "the teacher, which is also the student," if identical else "the teacher"
+    results = evaluate(cfg, teacher, model_name=name, keep_detections=False, analysis_file=file)
     if identical:
         return {**results, "student": results}
-    return {**results, "student": evaluate(cfg, student, keep_detections=False)}
+    students = evaluate(cfg, student, model_name="the student", keep_detections=False)
+    return {**results, "student": students}
 
 
 def check_evaluation(cfg: CfgNode) -> None:
@@ -146,6 +182,79 @@ def _check_checkpoint_classes(
 def main_metric(cfg: CfgNode) -> str:
     """Return the metric by which the best teacher is selected: AP on the first test set."""
     return "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+
+
+def threshold_metric(cfg: CfgNode) -> str:
+    """Return the metric that is the score threshold with the best F1 on the first test set."""
+    return main_metric(cfg).removesuffix("AP") + F1_THRESHOLD
+
+
+class AnalyzingEvaluator(COCOEvaluator):
+    """Detectron2's COCO evaluator, which also analyzes the detections."""
+
+    def __init__(
+        self, name: str, analyses: dict[str, DetectionAnalysis], **arguments: object
+    ) -> None:
+        """
+        Args:
+            name: test set.
+            analyses: gets the analysis of the test set, unless there are no detections.
+            arguments: of Detectron2's evaluator.
+        """
+        super().__init__(name, **arguments)
+        self._name, self._analyses = name, analyses
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if coco_eval is None:
+            return results
+        self._analyses[self._name] = analysis = analyze(coco_eval, class_names or [])
+        if analysis.best is None:
+            return results
+        best = analysis.best
+        logger.info("best F1 of %s: %.3f at scores above %.3f", self._name, best.f1, best.threshold)
+        return {**results, F1: 100 * best.f1, F1_THRESHOLD: best.threshold}
+
+
+def count_test_images(cfg: CfgNode) -> int:
+    """Number of images in ``DATASETS.TEST``; call it after :func:`write_ground_truth`."""
+    return sum(MetadataCatalog.get(name).num_images for name in cfg.DATASETS.TEST)
+
+
+def results_table(results: dict) -> str:
+    """Return a table of the results of :func:`evaluate`, in percent."""
+    is_single = all(isinstance(v, float) for v in next(iter(results.values())).values())
+    by_name = {"": results} if is_single else results
+    rows = [
+        [" ".join(filter(None, [name, task])), *(values.get(metric) for metric in _TABLE_METRICS)]
+        for name, tasks in by_name.items()
+        for task, values in tasks.items()
+    ]
+    return tabulate(rows, headers=["", *_TABLE_METRICS], tablefmt="github", floatfmt=".2f")
+
+
+def describe_results(results: dict, metric: str, best: float | None, *, identical: bool) -> str:
+    """Describe an evaluation in a few words.
+
+    Args:
+        results: as returned by :func:`evaluate_teacher_and_student`.
+        metric: as returned by :func:`main_metric`.
+        best: the best teacher's AP before; None if there was none.
+        identical: whether teacher and student have the same weights.
+    """
+    teacher, student = (_main_value(each, metric) for each in (results, results["student"]))
+    text = f"teacher AP {teacher:.1f}, student {student:.1f}"
+    if identical:
+        text = f"AP {teacher:.1f}"
+    return f"{text} (best {max(teacher, best or 0.0):.1f})"
+
+
+def _main_value(results: dict, metric: str) -> float:
+    *test_set, task, name = metric.rsplit("/", 2)
+    value = (results[test_set[0]] if test_set else results)[task][name]
+    return 0.0 if math.isnan(value) else value  # Detectron2's AP without detections is NaN
 
 
 class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
@@ -220,6 +329,7 @@ def write_ground_truth(cfg: CfgNode) -> None:
             comm.synchronize()
             metadata.json_file = json_file
         metadata.ground_truth_is_ready = True
+        metadata.num_images = len(records)
     if classes:
         check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
@@ -285,11 +395,26 @@ def _inference_folder(cfg: CfgNode) -> str:
     return os.path.join(cfg.OUTPUT_DIR, "inference")
 
 
-def _build_evaluator(cfg: CfgNode, name: str, keep_detections: bool) -> DatasetEvaluator:
+def _write_analyses(file: Path, analyses: dict[str, DetectionAnalysis]) -> None:
+    try:
+        if analyses:
+            write_analyses(file, analyses)
+        else:
+            file.unlink(missing_ok=True)  # of an earlier evaluation
+    except OSError as error:  # a full disk must not end training
+        logger.error("cannot write %s: %s", file, error)
+
+
+def _build_evaluator(
+    cfg: CfgNode, name: str, keep_detections: bool, analyses: dict[str, DetectionAnalysis]
+) -> DatasetEvaluator:
     metadata = MetadataCatalog.get(name)
-    folder = _inference_folder(cfg) if keep_detections else None
-    coco = COCOEvaluator(
-        name, tasks=("bbox",), output_dir=folder, max_dets_per_image=_max_detections(cfg)
+    coco = AnalyzingEvaluator(
+        name,
+        analyses,
+        tasks=("bbox",),
+        output_dir=_inference_folder(cfg) if keep_detections else None,
+        max_dets_per_image=_max_detections(cfg),
     )
     if metadata.get("evaluator_type") != "pascal_voc":
         return coco

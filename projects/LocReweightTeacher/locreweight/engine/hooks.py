@@ -1,4 +1,4 @@
-"""Training hooks: evaluation, checkpoints, and a warning when there are no pseudo-labels."""
+"""Training hooks: evaluation, checkpoints, early stopping, and a warning of no pseudo-labels."""
 
 from __future__ import annotations
 
@@ -89,6 +89,47 @@ class ResumableBestCheckpointer(BestCheckpointer):
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
 
 
+class EarlyStopping(HookBase):
+    """Decides that training ends because the teacher has not become better for some evaluations.
+
+    The trainer ends in the iteration in which :meth:`is_due` is true, after all hooks.
+    """
+
+    def __init__(
+        self, best: ResumableBestCheckpointer, *, patience: int, eval_period: int, burn_in: int
+    ) -> None:
+        """
+        Args:
+            best: runs before this hook.
+            patience: ``SOLVER.EARLY_STOPPING_PATIENCE``, in evaluations; 0 for no early stopping.
+            eval_period: iterations between evaluations.
+            burn_in: iterations of burn-in, which do not count; 0 if all of training is burn-in.
+        """
+        self._best = best
+        self._patience = patience
+        self._period = eval_period
+        self._burn_in = burn_in
+        self._improved_at = 0  # number of iterations before the best evaluation
+
+    def after_step(self) -> None:
+        if self._patience and (self.trainer.iter + 1) % self._period == 0:
+            # Only the main process knows the results.
+            best_iter = comm.all_gather(self._best.best_iter)[0]
+            self._improved_at = 0 if best_iter is None else best_iter + 1
+
+    def is_due(self, done: int) -> bool:
+        """Whether training ends after ``done`` iterations; the same in all processes."""
+        if not self._patience or done % self._period:
+            return False
+        return done - max(self._improved_at, self._burn_in) >= self._patience * self._period
+
+    def state_dict(self) -> dict:
+        return {"improved_at": self._improved_at}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._improved_at = state["improved_at"]
+
+
 class PeriodicCheckpoint(PeriodicCheckpointer):
     """Detectron2's PeriodicCheckpointer without the final file; see :class:`FinalCheckpoint`.
 
@@ -114,7 +155,7 @@ class FinalCheckpoint(HookBase):
         self._checkpointer = checkpointer
 
     def after_step(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        if self.trainer.is_last_iteration:
             self._checkpointer.save(FINAL, iteration=self.trainer.iter)
 
 

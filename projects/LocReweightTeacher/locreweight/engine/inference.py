@@ -1,4 +1,4 @@
-"""Image and video files named on the command line, and detection in many images."""
+"""Images, videos and streams named on the command line, and detection in all of them."""
 
 from __future__ import annotations
 
@@ -9,61 +9,75 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import cv2
 import numpy as np
-from detectron2.structures import Instances
 from tqdm import tqdm
 
 from ..data.datasets.file_names import is_companion
 from ..data.datasets.image_folders import IMAGE_SUFFIXES
 from ..data.image_io import UnreadableImage, read_rgb
 from ..errors import UsageError
+from ..visualization.drawing import DrawingStyle, LabelDetail
+from .detections import Detections
 from .predictor import Predictor
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"}
+STREAM_HELP = "videos, the number of a camera (0), or the address of a stream (rtsp://...)"
 INPUT_HELP = "images, folders of them, patterns ('data/*.jpg'), or - for paths on standard input"
+
+
+DEFAULT_FRAME_RATE = 25.0  # frames per second, for videos and cameras that do not report it
+MAX_FRAME_RATE = 1000.0  # some network cameras report the 90000 ticks of their clock instead
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input file.
+    """An input file or stream.
 
     Attributes:
-        path: the file.
+        path: the file; for a stream, only its name.
         name: name of its picture, relative to the output folder.
+        stream: number of a camera or address of a stream; empty for files.
     """
 
     path: Path
     name: Path
+    stream: str = ""
 
     @property
     def is_video(self) -> bool:
-        return self.path.suffix.lower() in VIDEO_SUFFIXES
+        """Whether the input has several frames."""
+        return bool(self.stream) or self.path.suffix.lower() in VIDEO_SUFFIXES
+
+    def __str__(self) -> str:
+        return self.stream or str(self.path)
 
 
 @dataclass(frozen=True)
-class ImageDetections:
-    """Detections of an image file.
+class Frame:
+    """An image file, or one frame of a video or stream.
 
     Attributes:
-        file: the file.
-        image: ``(H, W, 3)`` uint8 RGB.
-        detections: boxes xyxy in absolute pixels of the image.
+        file: the input that it belongs to.
+        index: number of the frame, from 0; None for image files.
+        rate: frames per second of the video; 0 for image files.
     """
 
     file: InputFile
-    image: np.ndarray
-    detections: Instances
+    index: int | None = None
+    rate: float = 0.0
 
 
 def find_inputs(inputs: Sequence[str], output: Path | None = None) -> list[InputFile]:
-    """Find all input files, in order.
+    """Find all input files and streams, in order.
 
     The picture of an image in an input folder gets the image's path relative to that folder, other
     pictures get the name of their image. If a name is already used, a number is added.
 
     Args:
-        inputs: see :data:`INPUT_HELP`.
+        inputs: see :data:`INPUT_HELP` and :data:`STREAM_HELP`.
         output: folder for pictures; files in it are results of earlier calls and are ignored.
 
     Raises:
@@ -71,14 +85,15 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> list[Input
     """
     named: dict[Path, InputFile] = {}
     for item in _expand(inputs):
-        for path, name in _files_of(item):
+        is_stream = _is_stream(item)
+        for path, name in [(Path(item), _stream_name(item))] if is_stream else _files_of(item):
             if output is not None and output.resolve() in path.resolve().parents:
                 continue
             picture, number = _picture_name(name), 2
             while picture in named:
                 picture = picture.with_name(f"{name.stem}-{number}{picture.suffix}")
                 number += 1
-            named[picture] = InputFile(path, picture)
+            named[picture] = InputFile(path, picture, item if is_stream else "")
     if not named:
         ignored = f" (files in the output folder {output} are ignored)" if output else ""
         raise UsageError(f"there is no image in {' '.join(inputs)}{ignored}")
@@ -92,55 +107,134 @@ def picture_file(name: str) -> Path:
     return Path(name)
 
 
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--labels`` and ``--line-width``, which :func:`drawing_style` reads."""
+    parser.add_argument(
+        "--labels",
+        choices=[detail.value for detail in LabelDetail],
+        default=LabelDetail.SCORE.value,
+        help="what is written at each box: nothing, its class, or class, score and localization "
+        "quality q. Where the longest texts have no room, shorter ones are written. Default: score",
+    )
+    parser.add_argument(
+        "--line-width",
+        type=_line_width,
+        default=0,
+        metavar="PIXELS",
+        help="width of the boxes. Default: 2, more in pictures of over 960 pixels",
+    )
+
+
+def drawing_style(args: argparse.Namespace) -> DrawingStyle:
+    """Return the style of the arguments of :func:`add_drawing_arguments`."""
+    return DrawingStyle(LabelDetail(args.labels), args.line_width)
+
+
+def _line_width(text: str) -> int:
+    """Argument type for line widths, for ``argparse``."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width from 1 to 100 pixels")
+    return int(text)
+
+
 def detect_in_files(
-    detector: Predictor, files: Sequence[InputFile], batch: int, unreadable: list[str]
-) -> Iterator[ImageDetections]:
-    """Detect objects in image files, with a progress bar on terminals.
+    detector: Predictor,
+    files: Sequence[InputFile],
+    batch: int | None,
+    unreadable: list[str],
+    max_frames: int | None = None,
+) -> Iterator[tuple[Frame, Detections]]:
+    """Detect objects in images, videos and streams, with progress bars on terminals.
 
     Args:
         detector: the predictor.
-        files: image files, no videos.
-        batch: batch size.
-        unreadable: a message is appended for each file that cannot be read; it is skipped.
+        files: the inputs. Images come first, in batches, and then each video.
+        batch: batch size; None for the predictor's default.
+        unreadable: a message is appended for each input that cannot be read; it is skipped.
+        max_frames: largest number of frames of each video or stream.
+
+    Yields:
+        each image or frame with its detections, whatever their score.
     """
-    readable = _readable(tqdm(files, desc="images", disable=None), unreadable)
-    for group in _batches(readable, batch):
-        results = detector.detect([image for _, image in group])
-        for (file, image), detections in zip(group, results, strict=True):
-            yield ImageDetections(file, image, detections)
+    images = [file for file in files if not file.is_video]
+    if images:
+        yield from detector.detect_each(read_images(images, unreadable), batch)
+    for file in (file for file in files if file.is_video):
+        yield from detector.detect_each(_read_video(file, unreadable, max_frames), batch)
 
 
 def exit_if_unreadable(unreadable: Sequence[str], count: int) -> None:
-    """If files could not be read, name them and exit with code 1."""
+    """If inputs could not be read, name them and exit with code 1."""
     if unreadable:
         for line in unreadable:
             print(f"skipped {line}", file=sys.stderr)
         sys.exit(f"error: {len(unreadable)} of {count} inputs could not be read")
 
 
-def _readable(
+def read_images(
     files: Iterable[InputFile], unreadable: list[str]
-) -> Iterator[tuple[InputFile, np.ndarray]]:
-    for file in files:
+) -> Iterator[tuple[Frame, np.ndarray]]:
+    """Yield images ``(H, W, 3)`` uint8 RGB, with a progress bar on terminals.
+
+    Args:
+        files: image files.
+        unreadable: a message is appended for each file that cannot be read; it is skipped.
+    """
+    for file in tqdm(files, desc="images", disable=None):
         try:
-            yield file, read_rgb(str(file.path))
+            yield Frame(file), read_rgb(str(file.path))
         except UnreadableImage as error:
             unreadable.append(str(error))
 
 
-def _batches(
-    items: Iterable[tuple[InputFile, np.ndarray]], size: int
-) -> Iterator[list[tuple[InputFile, np.ndarray]]]:
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
+def _read_video(
+    file: InputFile, unreadable: list[str], max_frames: int | None
+) -> Iterator[tuple[Frame, np.ndarray]]:
+    video = cv2.VideoCapture(int(file.stream) if file.stream.isdigit() else str(file))
+    try:
+        total = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
+        if max_frames:
+            total = min(total or max_frames, max_frames)
+        rate = video.get(cv2.CAP_PROP_FPS)
+        if not 0 < rate <= MAX_FRAME_RATE:
+            rate = DEFAULT_FRAME_RATE
+        frames = tqdm(_frames(video), desc=file.name.name, total=total, disable=None)
+        count = 0
+        for count, image in enumerate(islice(frames, max_frames), start=1):
+            yield Frame(file, count - 1, rate), image
+        if not count:
+            kind = "stream" if file.stream else "video"
+            unreadable.append(f"{file}: no frame of the {kind} can be read")
+    finally:
+        video.release()
+
+
+def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    """Yield all frames, ``(H, W, 3)`` uint8 RGB."""
+    while True:
+        success, frame = video.read()
+        if not success:
+            return
+        yield np.ascontiguousarray(frame[:, :, ::-1])
+
+
+def _is_stream(item: str) -> bool:
+    return ("://" in item or item.isdigit()) and not Path(item).exists()
+
+
+def _stream_name(item: str) -> Path:
+    """Name of the video that is written for a camera or an address."""
+    if item.isdigit():
+        return Path(f"camera-{item}.mp4")
+    address = urlsplit(item)
+    return Path(f"{Path(address.path).stem or address.hostname or 'stream'}.mp4")
 
 
 def _expand(inputs: Sequence[str]) -> Iterator[str]:
     for item in inputs:
         if item == "-":
             yield from (line.strip() for line in sys.stdin if line.strip())
-        elif Path(item).exists() or not glob.has_magic(item):
+        elif _is_stream(item) or Path(item).exists() or not glob.has_magic(item):
             yield item
         else:
             matches = sorted(glob.glob(item, recursive=True))

@@ -32,7 +32,7 @@ Main = Callable[[argparse.Namespace], object]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line plus ``--method``, ``--overwrite`` and ``--timeout``."""
+    """Detectron2's command line plus the flags of this project."""
     detectron2_parser = default_argument_parser()
     # Its positional argument takes everything from the first KEY on, flags included.
     actions = [action for action in detectron2_parser._actions if action.option_strings]
@@ -41,7 +41,6 @@ def argument_parser() -> argparse.ArgumentParser:
         parents=[detectron2_parser],
         add_help=False,  # is one of Detectron2's flags
         epilog=detectron2_parser.epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--method",
@@ -55,6 +54,9 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start a new run although OUTPUT_DIR holds one: that folder is renamed to the first "
         "free name of OUTPUT_DIR-old-1, -old-2, ...",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print the whole log, which is also in OUTPUT_DIR"
     )
     parser.add_argument(
         "--timeout",

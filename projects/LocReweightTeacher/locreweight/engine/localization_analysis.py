@@ -31,7 +31,7 @@ from ..data.monitored import ground_truth_in_view
 from ..errors import UsageError
 from ..modeling import BoxPredictions
 from .matching import IOU_THRESHOLD
-from .predictor import Predictor
+from .predictor import Predictor, model_input
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def localize(detector: Predictor, records: Sequence[dict]) -> Localization:
 def _localize_one(detector: Predictor, record: dict) -> tuple[np.ndarray, ...]:
     """Return the fields of :class:`Localization` for one image, in the frame of the model input."""
     model = detector.model
-    inputs = detector.model_input(read_rgb(record["file_name"]))
+    inputs = model_input(detector.cfg, read_rgb(record["file_name"]))
     images = model.preprocess_image([inputs])
     features = model.backbone(images.tensor)
     proposals, _ = model.proposal_generator(images, features, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import UsageError
 
 _FUSED = {"foreach": False, "fused": True}
+# Names of the backbone's weights without its pyramid: below FPN, and below the simple pyramid.
+_PRETRAINED_PARTS = ("backbone.bottom_up.", "backbone.net.")
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype:
@@ -48,7 +51,9 @@ class SkipNonFiniteOptimizer:
             model: the student.
             dtype: of the forward pass.
         """
-        self.torch_optimizer = _with_fused_kernels(build_optimizer(cfg, model))
+        optimizer = build_optimizer(cfg, model)
+        _scale_backbone_rates(cfg, model, optimizer)
+        self.torch_optimizer = _with_fused_kernels(optimizer)
         self._device = device = next(model.parameters()).device
         # bfloat16 has the range of float32; only float16 needs scaled gradients.
         self._scales = cfg.SOLVER.AMP.ENABLED and dtype is torch.float16
@@ -105,6 +110,49 @@ def largest_in_gradients(model: nn.Module) -> dict[str, Tensor]:
     least, greatest = zip(*(gradient.aminmax() for gradient in named.values()), strict=True)
     largest = torch.maximum(torch.stack(greatest), -torch.stack(least))
     return dict(zip(named, largest.unbind(), strict=True))
+
+
+def _scale_backbone_rates(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Multiply learning rates in the backbone by ``SOLVER.BACKBONE_LR_FACTOR`` and ``..._DECAY``.
+
+    Raises:
+        UsageError: if a factor is negative, or the decay is set for a backbone without blocks.
+    """
+    solver = cfg.SOLVER
+    if solver.BACKBONE_LR_FACTOR == 1.0 and solver.BACKBONE_LR_DECAY == 1.0:
+        return
+    for key in ("BACKBONE_LR_FACTOR", "BACKBONE_LR_DECAY"):
+        if solver[key] < 0:
+            raise UsageError(f"SOLVER.{key} is {solver[key]:g}; it must not be negative")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    blocks = {name.split(".blocks.")[1].split(".")[0] for name in names.values() if _is_block(name)}
+    if solver.BACKBONE_LR_DECAY != 1.0 and not blocks:
+        raise UsageError(
+            f"SOLVER.BACKBONE_LR_DECAY {solver.BACKBONE_LR_DECAY:g} is for plain vision "
+            "transformers (MODEL.BACKBONE.NAME build_timm_simple_pyramid_backbone); set 1.0"
+        )
+
+    def factor(parameter: nn.Parameter) -> float:
+        name = names[parameter]
+        if not name.startswith(_PRETRAINED_PARTS):
+            return 1.0
+        decay = get_vit_lr_decay_rate(name, solver.BACKBONE_LR_DECAY, len(blocks))
+        return solver.BACKBONE_LR_FACTOR * decay
+
+    groups = []
+    for group in optimizer.param_groups:
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_factor.setdefault(factor(parameter), []).append(parameter)
+        groups += [
+            group | {"params": parameters, "lr": group["lr"] * rate}
+            for rate, parameters in by_factor.items()
+        ]
+    optimizer.param_groups[:] = groups
+
+
+def _is_block(name: str) -> bool:
+    return name.startswith("backbone.net.") and ".blocks." in name
 
 
 def _with_fused_kernels(optimizer: torch.optim.SGD) -> torch.optim.SGD:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import numpy as np
@@ -12,6 +13,10 @@ from detectron2.utils.env import seed_all_rng
 from .preemption import STOP_REQUEST
 
 logger = logging.getLogger(__name__)
+
+
+class EndOfTraining(BaseException):
+    """Ends the training loop without an error, before ``max_iter``."""
 
 
 class ResumableTrainer(TrainerBase):
@@ -52,8 +57,20 @@ class ResumableTrainer(TrainerBase):
 
     def run_loop(self) -> None:
         """Train from ``start_iter`` to ``max_iter``. Signals to stop are only noted meanwhile."""
-        with STOP_REQUEST.held():
+        with STOP_REQUEST.held(), contextlib.suppress(EndOfTraining):
             super().train(self.start_iter, self.max_iter)
+
+    def ends_early(self, done: int) -> bool:
+        """Whether training ends after ``done`` iterations, before ``max_iter``.
+
+        It must be the same in all processes.
+        """
+        return False
+
+    @property
+    def is_last_iteration(self) -> bool:
+        """Whether training ends with the current iteration."""
+        return self.iter + 1 >= self.max_iter or self.ends_early(self.iter + 1)
 
     @property
     def is_finished(self) -> bool:
@@ -67,6 +84,8 @@ class ResumableTrainer(TrainerBase):
             self.iter = self.storage.iter = self.start_iter - 1
         for hook in unfinished:
             self._run_after_step(hook)
+        if unfinished:
+            self._end_if_due()
 
     def before_step(self) -> None:
         # Seed each iteration, so that random draws do not depend on hooks or on where the run was
@@ -78,6 +97,11 @@ class ResumableTrainer(TrainerBase):
     def after_step(self) -> None:
         for hook in self._hooks:
             self._run_after_step(hook)
+        self._end_if_due()
+
+    def _end_if_due(self) -> None:
+        if self.ends_early(self.iter + 1):
+            raise EndOfTraining
 
     def _run_after_step(self, hook: HookBase) -> None:
         for name, named_hook in self._named_hooks.items():

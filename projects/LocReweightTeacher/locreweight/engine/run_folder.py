@@ -6,10 +6,13 @@ All tools that report on runs read them here.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import yaml
@@ -17,12 +20,25 @@ from tabulate import tabulate
 
 from ..config import CONFIGS_FOLDER, load_config
 from ..errors import UsageError
-from ..run_files import CONFIG_FILE, LAST_CHECKPOINT, METRICS_FILE, PANEL_FOLDER
+from ..run_files import (
+    ANALYSIS_FOLDER,
+    CONFIG_FILE,
+    LAST_CHECKPOINT,
+    METRICS_FILE,
+    PANEL_FOLDER,
+    is_run_folder,
+)
+from .detection_analysis import DetectionAnalysis, read_analyses
 from .run_record import RunRecord, read_run_records
 
 BASE_CONFIG = CONFIGS_FOLDER / "Base-LocReweight.yaml"
 ATTEMPTS_FILE = "attempts.json"  # in OUTPUT_DIR
-SUMMARY_METRICS = ("AP", "AP50", "AP75")
+# Column -> metric. The threshold is a score, all others are percentages.
+SUMMARY_METRICS = {
+    **{name: name for name in ("AP", "AP50", "AP75", "F1")},
+    "at threshold": "F1-threshold",
+}
+_SEED_FOLDER = re.compile(r"seed-(\d+)")  # of the runs of a comparison
 
 
 @dataclass(frozen=True)
@@ -34,12 +50,12 @@ class Curve:
 
 
 class SummaryRow(NamedTuple):
-    """AP, AP50 and AP75 in percent of one model of a run after a number of iterations."""
+    """Metrics of one model of a run after a number of iterations; NaN for unknown ones."""
 
     run: str
     model: str
     iteration: int
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # of SUMMARY_METRICS
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,22 @@ class RunFolder:
         return sorted((self.path / PANEL_FOLDER).glob("iter_*.jpg"))
 
     @property
+    def before_and_after(self) -> list[tuple[int, Path]]:
+        """Iteration and picture of the teacher at the end of burn-in and of training."""
+        files = sorted((self.path / PANEL_FOLDER).glob("teacher_*.jpg"))
+        return [(_iteration_of(file), file) for file in files]
+
+    @cached_property
+    def last_analysis(self) -> tuple[int, dict[str, DetectionAnalysis]]:
+        """Iteration of the teacher's last evaluation, 0 without, and analysis by test set.
+
+        Raises:
+            UsageError: if the file is damaged.
+        """
+        files = sorted((self.path / ANALYSIS_FOLDER).glob("iter_*.json"))
+        return (_iteration_of(files[-1]), read_analyses(files[-1])) if files else (0, {})
+
+    @property
     def has_checkpoint(self) -> bool:
         return (self.path / LAST_CHECKPOINT).is_file()
 
@@ -173,7 +205,8 @@ class RunFolder:
 
     def _summary_row(self, model: str, iteration: int, prefix: str = "") -> SummaryRow:
         record = self.evaluations[iteration]
-        values = tuple(record[f"{prefix}bbox/{metric}"] for metric in SUMMARY_METRICS)
+        names = (f"{prefix}bbox/{metric}" for metric in SUMMARY_METRICS.values())
+        values = tuple(record.get(name, math.nan) for name in names)
         return SummaryRow(self.name, model, iteration, values)
 
     def differences_from_base(self) -> list[tuple[str, str, str]]:
@@ -203,17 +236,69 @@ def open_run(path: Path, name: str = "") -> RunFolder:
     return run
 
 
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in their seeds only, or a single run."""
+
+    name: str
+    runs: list[RunFolder]
+
+
 def open_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Open several runs under unique names.
+
+    Args:
+        paths: the ``OUTPUT_DIR`` of runs, or folders that ``tools/compare.py`` has written.
 
     Raises:
         UsageError: as :func:`open_run`.
     """
+    paths = list(dict.fromkeys(run for path in paths for run in _runs_in(path)))
     return [open_run(path, name) for path, name in zip(paths, unique_names(paths), strict=True)]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs of a comparison; the folder itself if it is not one."""
+    files = folder.glob("*/seed-*")
+    runs = [path for path in files if is_run_folder([file.name for file in path.glob("*")])]
+    return sorted(runs, key=lambda path: (path.parent, _seed_of(path))) or [folder]
+
+
+def _seed_of(path: Path) -> int:
+    match = _SEED_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def group_seeds(runs: Sequence[RunFolder]) -> list[RunGroup]:
+    """Group the runs that ``tools/compare.py`` has trained with several seeds."""
+    members: dict[Path, list[RunFolder]] = {}
+    for run in runs:
+        is_seed = _seed_of(run.path) >= 0
+        members.setdefault(run.path.resolve().parent if is_seed else run.path, []).append(run)
+    names = unique_names([path for path, group in members.items() if len(group) > 1])
+    seeded = iter(names)
+    return [
+        RunGroup(next(seeded) if len(group) > 1 else group[0].name, group)
+        for group in members.values()
+    ]
+
+
+def describe_test_sets(runs: Sequence[RunFolder]) -> str:
+    """A warning if not all runs have the same test sets; otherwise empty."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        if "DATASETS.TEST" in run.config:
+            names.setdefault(_format_value(run.config, "DATASETS.TEST"), []).append(run.name)
+    if len(names) < 2:
+        return ""
+    sets = "; ".join(f"{', '.join(members)}: {test}" for test, members in names.items())
+    return f"the runs have different test sets, so their results cannot be compared. {sets}"
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """Return the last part of each path, with as many parent folders as are needed to differ."""
+    if not paths:
+        return []
     parts = [(p.with_suffix("") if p.suffix == ".pth" else p).resolve().parts for p in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -230,10 +315,50 @@ def differing_keys(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
 
 
 def summary_table(runs: Sequence[RunFolder]) -> str:
-    """Return the summary of all runs as a table in Markdown."""
-    rows = [[r.run, r.model, r.iteration, *r.values] for run in runs for r in run.summary()]
+    """Return the summary of all runs as tables in Markdown: means over seeds, and all runs."""
     headers = ["run", "model", "iterations", *SUMMARY_METRICS]
-    return tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f")
+    means = mean_summary(runs)
+    rows = [
+        [r.run, r.model, r.iteration, *map(format_metric, r.values)]
+        for run in runs
+        for r in run.summary()
+    ]
+    align = ("left", "left", *["right"] * (len(headers) - 2))
+    tables = [
+        tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
+        for table in (means, rows)
+        if table
+    ]
+    return "\n\n".join(tables)
+
+
+def mean_summary(runs: Sequence[RunFolder]) -> list[list[str]]:
+    """Return the rows of the summary with mean and standard deviation over the seeds.
+
+    Only rows that all seeds of a group have. Groups of a single run are left out.
+    """
+    table = []
+    for group in group_seeds(runs):
+        if len(group.runs) < 2:
+            continue
+        rows = [{(r.model, r.iteration): r.values for r in run.summary()} for run in group.runs]
+        for model, iteration in rows[0]:
+            if all((model, iteration) in other for other in rows):
+                columns = zip(*(other[model, iteration] for other in rows), strict=True)
+                name = f"{group.name}, {len(rows)} seeds"
+                table.append([name, model, str(iteration), *map(_spread, columns)])
+    return table
+
+
+def _spread(values: Sequence[float]) -> str:
+    if any(map(math.isnan, values)):
+        return ""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def format_metric(value: float) -> str:
+    """Format a metric with two digits; empty for NaN."""
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def flatten_config(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -265,6 +390,10 @@ def read_attempts(output: Path) -> list[Attempt]:
     records = json.loads(file.read_text()) if file.is_file() else []
     names = {field.name for field in fields(Attempt)}  # earlier versions wrote more fields
     return [Attempt(**{k: v for k, v in record.items() if k in names}) for record in records]
+
+
+def _iteration_of(file: Path) -> int:
+    return int(file.stem.rpartition("_")[2])
 
 
 def _format_value(config: dict[str, Any], key: str) -> str:

@@ -96,15 +96,26 @@ class SharedBurnIn:
         if not kept.exists():
             logger.warning("%s trains its own burn-in: %s does not exist", run.name, kept)
             return
-        run.output.mkdir(parents=True, exist_ok=True)
-        checkpoint = run.output / _checkpoint_of_burn_in(source).name
-        shutil.copyfile(kept, checkpoint)
-        # Resuming removes the lines of later iterations.
-        shutil.copyfile(source.output / METRICS_FILE, run.output / METRICS_FILE)
-        atomic_write_bytes(run.output / LAST_CHECKPOINT, checkpoint.name.encode())
+        name = _checkpoint_of_burn_in(source).name
+        start_from_checkpoint(run.output, kept, source.output / METRICS_FILE, name)
 
     def _kept_checkpoint(self, run: Run) -> Path:
         return self._folder / f"{run.output.parent.name}-{run.output.name}.pth"
+
+
+def start_from_checkpoint(output: Path, checkpoint: Path, metrics: Path, name: str) -> None:
+    """Let a new run continue from a checkpoint of another run.
+
+    Args:
+        output: ``OUTPUT_DIR`` of the new run, which is then resumed; created if missing.
+        checkpoint: the file.
+        metrics: ``metrics.json`` of the other run. Resuming removes lines of later iterations.
+        name: file name of the checkpoint in the new run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(checkpoint, output / name)
+    shutil.copyfile(metrics, output / METRICS_FILE)
+    atomic_write_bytes(output / LAST_CHECKPOINT, name.encode())
 
 
 def _settings_of_burn_in(run: Run) -> str:

@@ -12,7 +12,9 @@ from detectron2.utils import comm
 from torch import distributed
 
 from ..checkpoint.loading import check_weights_exist
+from ..checkpoint.timm_weights import find_pretrained, starts_from_timm_weights
 from ..config import scale_to_world_size
+from ..data.datasets.shards import ShardedImages
 from ..data.inspection.annotations import collected_warnings
 from ..data.inspection.findings import Finding, Severity
 from ..data.inspection.images import ImageFacts
@@ -21,10 +23,15 @@ from ..data.training_sets import TrainingSets, load_training_sets, register_data
 from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
 from ..errors import UsageError
 from ..modeling import build_detector
+from ..modeling.backbones import uses_timm
+from .console import CONSOLE
+from .evaluation import count_test_images
 from .optimizer import amp_dtype
 from .training_step import StepSettings
 
 logger = logging.getLogger(__name__)
+
+_MAX_NAMED_CLASSES = 8  # more are counted only
 
 
 def check_device(
@@ -67,12 +74,21 @@ def check_device(
 
 
 def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
-    """Log batch size, learning rate, iterations and epochs, and warn about likely mistakes.
+    """Log data, batch size, learning rate, iterations and epochs, and warn of likely mistakes.
 
     Args:
         cfg: scaled to the number of GPUs.
         sets: the training images.
     """
+    names = sets.class_names
+    CONSOLE.info(
+        "data: %d labeled, %d unlabeled and %d test images; %d classes%s",
+        len(sets.labeled),
+        len(sets.unlabeled),
+        count_test_images(cfg),
+        len(names),
+        f" ({', '.join(names)})" if len(names) <= _MAX_NAMED_CLASSES else "",
+    )
     world_size = comm.get_world_size()
     labeled, unlabeled = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH_UNLABELED
     mutual = max(0, cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS)
@@ -95,7 +111,7 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
         len(sets.unlabeled),
     )
     if sets.unlabeled and not mutual:
-        logger.warning(
+        CONSOLE.info(  # no warning: supervised baselines do so on purpose
             "unlabeled images are not used: SEMI.BURN_IN_ITERS is not below SOLVER.MAX_ITER"
         )
     if fixes := untrained_random_layers(cfg):
@@ -115,13 +131,14 @@ def untrained_random_layers(cfg: CfgNode) -> dict[str, str]:
     Returns:
         config keys to set and their values; empty if all layers are trained or pretrained.
     """
-    if cfg.MODEL.WEIGHTS:
+    if cfg.MODEL.WEIGHTS or starts_from_timm_weights(cfg):
         return {}
     fixes = {}
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         fixes["MODEL.BACKBONE.FREEZE_AT"] = "0"
-    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
-        fixes["MODEL.RESNETS.NORM"] = "BN"
+    section = "TIMM" if uses_timm(cfg) else "RESNETS"
+    if cfg.MODEL[section].NORM == "FrozenBN":
+        fixes[f"MODEL.{section}.NORM"] = "BN"
     return fixes
 
 
@@ -133,6 +150,7 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
     checks: list[Callable[[], object]] = [
         partial(scale_to_world_size, cfg, num_gpus),
         partial(check_weights_exist, cfg.MODEL.WEIGHTS),
+        partial(find_pretrained, cfg),
         partial(_build_on_cpu, cfg),
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),
@@ -172,6 +190,8 @@ def unreadable_findings(
     cfg: CfgNode, sets: TrainingSets, facts: dict[str, ImageFacts]
 ) -> list[Finding]:
     """Check whether training would stop because too many unlabeled images are unreadable."""
+    if isinstance(sets.unlabeled, ShardedImages):  # too many to read all
+        return []
     files = [record["file_name"] for record in sets.unlabeled]
     faulty = [file for file in files if facts[file].fault]
     if not faulty:

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint.checkpointer import (
+    FINAL,
     CheckpointContents,
     CheckpointDescription,
     TeacherCheckpointer,
 )
+from ..checkpoint.files import list_checkpoints
 from ..checkpoint.loading import check_weights_exist
+from ..checkpoint.timm_weights import find_pretrained, load_pretrained
 from ..config import check_supported, scale_to_world_size
 from ..data.loader import Batch, StreamDataset, TwoStreamBatchSampler, build_loader
 from ..data.mapper import ViewMapper
@@ -32,8 +36,17 @@ from ..ema import MovingAverage, keep_rate, update_teacher
 from ..errors import UsageError
 from ..methods import build_members
 from ..modeling.committee import members_of
-from .evaluation import evaluate_teacher_and_student, main_metric, write_ground_truth
+from .console import CONSOLE
+from .evaluation import (
+    count_test_images,
+    describe_results,
+    evaluate_teacher_and_student,
+    main_metric,
+    threshold_metric,
+    write_ground_truth,
+)
 from .hooks import (
+    EarlyStopping,
     FinalCheckpoint,
     NoPseudoLabelWarning,
     PeriodicCheckpoint,
@@ -44,6 +57,8 @@ from .hooks import (
 from .optimizer import RunningStatistics, SkipNonFiniteOptimizer, amp_dtype
 from .panels import PseudoLabelPanels
 from .preemption import STOP_REQUEST, leave_signals_to_trainer
+from .progress import Progress
+from .remaining_time import RemainingTime, Schedule
 from .resumable_trainer import ResumableTrainer
 from .skipped_steps import SkippedSteps
 from .startup_checks import log_effective_values
@@ -85,6 +100,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         super().__init__(seed, start_iter=0, max_iter=cfg.SOLVER.MAX_ITER)
         check_weights_exist(cfg.MODEL.WEIGHTS)
+        if not list_checkpoints(Path(cfg.OUTPUT_DIR)):  # a resumed run does not need them
+            find_pretrained(cfg)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
         self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
@@ -114,18 +131,27 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._skipped = SkippedSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
         self._deferred_metrics = DeferredMetrics()
         self._batches: Iterator[Batch] | None = None
-        self._writer = ResumableWriter(cfg.OUTPUT_DIR)
+        write_ground_truth(cfg)
+        remaining_time = RemainingTime(Schedule.from_config(cfg, count_test_images(cfg)))
+        self._writer = ResumableWriter(cfg.OUTPUT_DIR, remaining_time)
+        self._progress = Progress(remaining_time)
+        self._best_model: ResumableBestCheckpointer | None = None
+        self._early_stopping: EarlyStopping | None = None
+        this = weakref.proxy(self)
         self.checkpointer = TeacherCheckpointer(
             self.teacher,
             cfg.OUTPUT_DIR,
             description=CheckpointDescription(cfg.dump(), self.sets.class_names),
             trusted=cfg.MODEL.TRUST_WEIGHTS,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
+            score_threshold=lambda: this._best_threshold(),
             student=self.student,
-            trainer=weakref.proxy(self),
+            trainer=this,
             **further_parts,
         )
         self.register_named_hooks(self.build_hooks())
+        if comm.is_main_process():
+            self.register_hooks([self._progress])
         log_effective_values(cfg, self.sets)
 
     def build_hooks(self) -> dict[str, HookBase]:
@@ -150,10 +176,16 @@ class SemiSupervisedTrainer(ResumableTrainer):
             ),
         }
         if has_test_set:
-            write_ground_truth(cfg)
             named_hooks["evaluation"] = evaluation
-            named_hooks["best_model"] = ResumableBestCheckpointer(
+            self._best_model = named_hooks["best_model"] = ResumableBestCheckpointer(
                 cfg.TEST.EVAL_PERIOD, self.checkpointer, main_metric(cfg)
+            )
+            is_supervised = cfg.SEMI.BURN_IN_ITERS >= cfg.SOLVER.MAX_ITER
+            self._early_stopping = named_hooks["early_stopping"] = EarlyStopping(
+                self._best_model,
+                patience=cfg.SOLVER.EARLY_STOPPING_PATIENCE,
+                eval_period=cfg.TEST.EVAL_PERIOD,
+                burn_in=0 if is_supervised else cfg.SEMI.BURN_IN_ITERS,
             )
         if comm.is_main_process() and self.sets.monitored:
             named_hooks["panels"] = PseudoLabelPanels.from_config(
@@ -168,10 +200,38 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
     def _evaluate(self) -> dict:
         burning_in = self.iter + 1 <= self.cfg.SEMI.BURN_IN_ITERS
+        self._progress.show_evaluation()
         with STOP_REQUEST.released():  # a checkpoint was just saved, so nothing would be lost
-            return evaluate_teacher_and_student(
-                self.cfg, self.teacher, self.student, identical=burning_in
+            results = evaluate_teacher_and_student(
+                self.cfg,
+                self.teacher,
+                self.student,
+                iteration=self.iter + 1,
+                identical=burning_in,
             )
+        if comm.is_main_process():
+            assert self._best_model is not None
+            best = self._best_model.best_metric
+            text = describe_results(results, main_metric(self.cfg), best, identical=burning_in)
+            CONSOLE.info("iter %d: %s", self.iter + 1, text)
+        return results
+
+    def ends_early(self, done: int) -> bool:
+        return self._early_stopping is not None and self._early_stopping.is_due(done)
+
+    @property
+    def is_finished(self) -> bool:
+        ended_early = self.ends_early(self.start_iter) and not self._unfinished_hooks()
+        final_file = Path(self.cfg.OUTPUT_DIR, f"{FINAL}.pth")
+        return super().is_finished or (ended_early and final_file.is_file())
+
+    def _best_threshold(self) -> float | None:
+        """Score threshold with the best F1 of the current teacher; None if it is not evaluated."""
+        if not (self.cfg.DATASETS.TEST and hasattr(self, "storage")):  # before training
+            return None
+        unknown = (None, -1)
+        value, iteration = self.storage.latest().get(threshold_metric(self.cfg), unknown)
+        return value if iteration == self.iter else None
 
     def _build_loader(self) -> torch.utils.data.DataLoader:
         cfg = self.cfg
@@ -212,7 +272,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.start_iter > 0:
-            logger.info("resumed after iteration %d", self.iter)
+            CONSOLE.info("resumed after iteration %d", self.iter)
         else:
             if resume:
                 self._warn_of_weights_of_run()
@@ -230,9 +290,12 @@ class SemiSupervisedTrainer(ResumableTrainer):
     def _copy_loaded_weights(self) -> None:
         """Copy the weights of ``MODEL.WEIGHTS``, which the first teacher has, to all models.
 
-        Layers that the file does not have stay different in each member.
+        Layers that the file does not have stay different in each member. Without the file, the
+        backbone of each member starts from ``MODEL.TIMM.PRETRAINED``.
         """
         self.student.load_state_dict(self.teacher.state_dict())
+        for student in members_of(self.students):
+            load_pretrained(self.cfg, student)
         if self.checkpointer.contents is not None:
             random = self.checkpointer.mismatched_weights
             loaded = {k: v for k, v in self.teacher.state_dict().items() if k not in random}
@@ -283,10 +346,21 @@ class SemiSupervisedTrainer(ResumableTrainer):
         Returns:
             name -> latest result of the evaluation, on the main process; elsewhere empty.
         """
+        folder = self.cfg.OUTPUT_DIR
         if self.is_finished:
-            logger.info("this run has already reached SOLVER.MAX_ITER = %d", self.max_iter)
+            text = f"this run has already reached SOLVER.MAX_ITER = {self.max_iter}"
+            if self.start_iter < self.max_iter:
+                text = f"this run has already ended early, after {self.start_iter} iterations"
+            CONSOLE.info("%s; its results are in %s", text, folder)
             return {}
         self.run_loop()
+        if comm.is_main_process():
+            ended_early = self.iter < self.max_iter
+            reason = "; ended early because the teacher does not get better" if ended_early else ""
+            done = self.iter + 1 if ended_early else self.max_iter
+            first, duration = self.start_iter + 1, self._progress.duration
+            CONSOLE.info("trained iterations %d to %d in %s%s", first, done, duration, reason)
+            CONSOLE.info("the trained model is %s", Path(folder, f"{FINAL}.pth"))
         latest = self.storage.latest()
         return {name: value for name, (value, _) in latest.items() if "bbox/" in name}
 

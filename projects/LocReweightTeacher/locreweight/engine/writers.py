@@ -19,6 +19,7 @@ from detectron2.utils.events import (
 )
 
 from ..run_files import METRICS_FILE
+from .remaining_time import RemainingTime, format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +40,17 @@ class ResumableWriter(PeriodicWriter):
             at, because it is going to be written again.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, remaining_time: RemainingTime) -> None:
         """
         Args:
             folder: for ``metrics.json`` and TensorBoard's files.
+            remaining_time: is logged.
         """
         super().__init__([], PERIOD)
         self.period = PERIOD
         self.truncate_on_resume = False
         self._folder = Path(folder)
+        self._remaining_time = remaining_time
         self._history: History = {}
         self._written = -1  # last iteration in metrics.json
         self._json_writer: JSONWriter | None = None
@@ -70,8 +73,13 @@ class ResumableWriter(PeriodicWriter):
         tensorboard = TensorboardXWriter(str(self._folder), **purge)
         # Detectron2 has no public way to set the last iteration that was written.
         self._json_writer._last_write = tensorboard._last_write = self._written
-        printers = [CommonMetricPrinter(self.trainer.max_iter), PseudoLabelPrinter()]
+        printers = [MetricPrinter(self._remaining_time), PseudoLabelPrinter()]
         return [LenientWriter(w) for w in (*printers, self._json_writer, tensorboard)]
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period == 0 or self.trainer.is_last_iteration:
+            for writer in self._writers:
+                writer.write()
 
     def after_train(self) -> None:
         """Close the files. Unlike Detectron2, write nothing: after a stop the resumed run does."""
@@ -86,6 +94,21 @@ class ResumableWriter(PeriodicWriter):
 
     def load_state_dict(self, state: dict) -> None:
         self._written, self._history = state["written"], state["history"]
+
+
+class MetricPrinter(CommonMetricPrinter):
+    """Detectron2's printer, with the remaining time of the whole training."""
+
+    def __init__(self, remaining_time: RemainingTime) -> None:
+        super().__init__()
+        self._remaining_time = remaining_time
+
+    def _get_eta(self, storage: EventStorage) -> str:
+        estimate = self._remaining_time.estimate(storage.iter + 1)
+        if estimate is None:
+            return ""
+        storage.put_scalar("eta_seconds", estimate.seconds, smoothing_hint=False)
+        return format_duration(estimate.seconds)
 
 
 class PseudoLabelPrinter(EventWriter):

@@ -36,6 +36,7 @@ from detectron2.export import TracingAdapter
 from torch import Tensor
 
 from ..errors import UsageError
+from ..modeling.backbones import interpolates_position_embeddings
 from ..modeling.meta_arch import SemiSupervisedRCNN
 
 INPUT = "image"
@@ -89,10 +90,13 @@ def export_graphs(
     return lines
 
 
-def graph_metadata(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, Any]:
-    """Class names and the size and channel order of input images, for json."""
+def graph_metadata(
+    cfg: CfgNode, class_names: Sequence[str], score_threshold: float | None = None
+) -> dict[str, Any]:
+    """Class names, best score threshold, and size and channel order of input images, for json."""
     return {
         "class_names": list(class_names),
+        "score_threshold": score_threshold,  # with the best F1 on the test set; None if unknown
         "format": cfg.INPUT.FORMAT,  # order of the channels
         "shortest_side": cfg.INPUT.MIN_SIZE_TEST,  # resize images to this, in pixels,
         "longest_side": cfg.INPUT.MAX_SIZE_TEST,  # unless the longer side would exceed this
@@ -139,8 +143,14 @@ def write_onnx(
         metadata: metadata properties of the file; each value is stored as json.
 
     Raises:
-        UsageError: if the model detects nothing in the image.
+        UsageError: if the model detects nothing in the image, or ONNX lacks an operator for it.
     """
+    if interpolates_position_embeddings(model):
+        raise UsageError(
+            "ONNX cannot interpolate the position embeddings of this transformer as PyTorch does "
+            "(bicubic, antialiased): use TorchScript, or train a model with rotary embeddings, "
+            "such as DINOv3"
+        )
     import onnx  # optional dependency: extra `export`
 
     adapter = _adapter(model, image)

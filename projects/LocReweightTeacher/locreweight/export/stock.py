@@ -23,18 +23,20 @@ from torch import Tensor
 
 from ..checkpoint.conversion import centers_from_corners
 from ..modeling import box_coding
+from ..modeling.backbones import timm_backbones, uses_timm
 
 _VARIANCE = "roi_heads.box_predictor.log_variance."
 _BOXES = "roi_heads.box_predictor.bbox_pred."
 
 _BUILD = '''
 
-# The rest builds the detector from Detectron2's parts and the box coding above:
+# The rest builds the detector from Detectron2's parts and the parts above:
 #
 #     cfg = LazyConfig.load("{name}.py")
 #     model = instantiate(cfg.model)
 #     DetectionCheckpointer(model).load("{name}.pkl")
 
+import torch  # noqa: E402
 from detectron2.config import CfgNode, LazyCall, get_cfg  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 
@@ -44,20 +46,33 @@ CONFIG = """
 
 def build_detector(device: str) -> torch.nn.Module:
     cfg = get_cfg()
+    cfg.MODEL.set_new_allowed(True)
     cfg.merge_from_other_cfg(CfgNode.load_cfg(CONFIG))
     cfg.MODEL.DEVICE = device
     detector = build_model(cfg)
-    weights = tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS[:2])
-    detector.roi_heads.box_predictor.box2box_transform = CornerBoxTransform(weights)
-    return detector
+{box_coding}    return detector
 
 
 model = LazyCall(build_detector)(device="cuda" if torch.cuda.is_available() else "cpu")
 '''
+_BOX_CODING = """\
+    weights = tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS[:2])
+    detector.roi_heads.box_predictor.box2box_transform = CornerBoxTransform(weights)
+"""
+_REGISTER = """
+
+for builder in (build_timm_fpn_backbone, build_timm_simple_pyramid_backbone):
+    if builder.__name__ not in BACKBONE_REGISTRY:
+        BACKBONE_REGISTRY.register(builder)
+"""
+_FUTURE = "from __future__ import annotations\n"
 
 
 def stock_config(cfg: CfgNode) -> CfgNode:
-    """Config of the same detector with Detectron2's classes, without this project's keys."""
+    """Config of the same detector with Detectron2's classes.
+
+    The only keys of this project are those of a timm backbone.
+    """
     stock = get_cfg()
     _copy_known(cfg, stock)
     stock.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
@@ -66,6 +81,9 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     for key in ("TRAIN", "TEST"):
         stock.DATASETS[key] = ()  # not registered in plain Detectron2
     stock.OUTPUT_DIR = "./output"
+    if uses_timm(cfg):
+        stock.MODEL.TIMM = cfg.MODEL.TIMM.clone()
+        stock.MODEL.TIMM.PRETRAINED = ""
     return stock
 
 
@@ -85,6 +103,13 @@ def _quoted(text: str) -> str:
 def stock_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a plain detector: all but the log-variance branch."""
     return {name: value for name, value in weights.items() if not name.startswith(_VARIANCE)}
+
+
+def _timm_source() -> str:
+    """Source of the timm backbones that runs without this package, and more than once."""
+    source = inspect.getsource(timm_backbones)
+    source = source.replace("from ...errors import UsageError", "UsageError = ValueError")
+    return source.replace("@BACKBONE_REGISTRY.register()\n", "") + _REGISTER
 
 
 def convert_box_branch(
@@ -118,7 +143,8 @@ def write_stock_detector(
         first_order: convert corners to Detectron2's box coding, which changes boxes slightly.
 
     Returns:
-        the weight file and the config file: ``.yaml``, or ``.py`` if it contains the box coding.
+        the weight file and the config file: ``.yaml``, or ``.py`` if it contains the box coding or
+        a timm backbone.
     """
     plain = stock_config(cfg)
     parts = stock_weights(weights)
@@ -131,10 +157,17 @@ def write_stock_detector(
     with weights_file.open("wb") as file:
         arrays = {name: value.detach().cpu().numpy() for name, value in parts.items()}
         pickle.dump({"model": arrays, "__author__": "locreweight"}, file)
-    if corners and not first_order:
+    exact_corners = corners and not first_order
+    if exact_corners or uses_timm(cfg):
         config_file = target.with_name(target.name + ".py")
-        built = _BUILD.format(name=target.name, config=_quoted(plain.dump()))
-        config_file.write_text(inspect.getsource(box_coding) + built)
+        parts_of_package = inspect.getsource(box_coding) if exact_corners else ""
+        parts_of_package += _timm_source() if uses_timm(cfg) else ""
+        built = _BUILD.format(
+            name=target.name,
+            config=_quoted(plain.dump()),
+            box_coding=_BOX_CODING if exact_corners else "",
+        )
+        config_file.write_text(_FUTURE + parts_of_package.replace(_FUTURE, "") + built)
     else:
         plain.MODEL.WEIGHTS = weights_file.name
         config_file = target.with_name(target.name + ".yaml")

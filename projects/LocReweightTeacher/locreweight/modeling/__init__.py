@@ -1,5 +1,6 @@
 """Detectron2 model parts. Importing this package registers them."""
 
+from . import backbones  # registers them
 from .box_coding import CornerBoxTransform
 from .building import build_detector
 from .committee import Committee, members_of
@@ -16,6 +17,7 @@ __all__ = [
     "SemiSupervisedRCNN",
     "TeacherOutput",
     "UnlabeledOutput",
+    "backbones",
     "build_detector",
     "members_of",
 ]

@@ -238,8 +238,12 @@ def _single_row(result: RunResults) -> dict[str, object]:
 
 
 def _table(rows: list[dict[str, object]]) -> str:
+    """Return a Markdown table without the columns that are empty in all rows."""
     if not rows:
         return "No run is finished yet."
+    names = dict.fromkeys(name for row in rows for name in row)
+    used = [name for name in names if any(row.get(name, "") != "" for row in rows)]
+    rows = [{name: row.get(name, "") for name in used} for row in rows]
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 

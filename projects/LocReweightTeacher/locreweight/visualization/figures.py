@@ -17,8 +17,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..engine.detection_analysis import RECALLS, THRESHOLDS, DetectionAnalysis
 from ..engine.localization_analysis import Localization, calibration, correlations
-from ..engine.run_folder import Curve, RunFolder
+from ..engine.run_folder import Curve, RunFolder, RunGroup
 
 # Of medium lightness, to be visible on white and on black. Color-blind people can tell them apart.
 COLORS = ("#3b8fd6", "#e8762d", "#1f9e76", "#c25db0", "#a58a00", "#d1495b")
@@ -67,8 +68,8 @@ def run_figures(run: RunFolder) -> list[WebFigure]:
     ]
 
 
-def comparison_figures(runs: Sequence[RunFolder]) -> list[WebFigure]:
-    """Plot the same metrics of several runs."""
+def comparison_figures(groups: Sequence[RunGroup]) -> list[WebFigure]:
+    """Plot the same metrics of several runs, and means over seeds."""
     plots = [
         ("AP50:95 in percent", "AP of the teacher", "bbox/AP"),
         ("AP50:95 in percent", "AP of the student", "student/bbox/AP"),
@@ -76,15 +77,71 @@ def comparison_figures(runs: Sequence[RunFolder]) -> list[WebFigure]:
         ("share", "Precision of pseudo-labels", "pseudo_truth/precision"),
         ("share", "Recall of pseudo-labels", "pseudo_truth/recall"),
     ]
-    burn_ins = {run.burn_in for run in runs}
+    burn_ins = {run.burn_in for group in groups for run in group.runs}
     shared = burn_ins.pop() if len(burn_ins) == 1 else 0
     figures = []
     for ylabel, caption, key in plots:
-        lines = [Line(run.name, run.curve(key)) for run in runs]
+        lines = [
+            Line(group.name, mean_curve([run.curve(key) for run in group.runs])) for group in groups
+        ]
         lines = [line for line in lines if line.curve.values]
         if lines:
             figures.append(line_figure(lines, ylabel, caption, shared))
     return figures
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Return the mean of several curves at the iterations that all of them have."""
+    values = [dict(zip(curve.iterations, curve.values, strict=True)) for curve in curves]
+    common = sorted(set.intersection(*(set(each) for each in values)))
+    return Curve(common, [float(np.mean([each[i] for each in values])) for i in common])
+
+
+def analysis_figures(analysis: DetectionAnalysis) -> list[WebFigure]:
+    """Plot precision against recall of each class, and F1 against the score threshold."""
+    known = [each for each in analysis.classes if each.precisions]
+    shown = sorted(known, key=lambda each: -each.boxes)[: len(COLORS)]
+
+    def precision_recall(axes: Axes) -> None:
+        for each, color in zip(shown, COLORS, strict=False):
+            axes.plot(RECALLS, each.precisions, color=color, lw=1.6, label=each.name)
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.05))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small", frameon=False)
+
+    def thresholds(axes: Axes) -> None:
+        points = analysis.curve
+        precision = [np.nan if p.precision is None else p.precision for p in points]
+        series = {
+            "F1": [point.f1 for point in points],
+            "precision": precision,
+            "recall": [point.recall for point in points],
+        }
+        for (name, values), color, style in zip(series.items(), COLORS, STYLES, strict=False):
+            axes.plot(THRESHOLDS, values, style, color=color, lw=1.6, label=name)
+        if analysis.best:
+            axes.axvline(analysis.best.threshold, color="gray", lw=1)
+        axes.set(xlabel="score threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.05))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small", frameon=False)
+
+    left_out = len(known) - len(shown)
+    most = f", of the {len(shown)} classes with the most boxes" if left_out else ""
+    best = analysis.best
+    at_best = f"; the best F1 is {best.f1:.2f} at {best.threshold:.2f}" if best else ""
+    precisions = "; ".join(f"{c.name}: AP50 {c.ap50:.1f}" for c in shown)
+    return [
+        _figure(
+            precision_recall,
+            f"Line plot, precision against recall at IoU 0.5{most}. {precisions}",
+            f"Precision against recall at IoU 0.5{most}",
+        ),
+        _figure(
+            thresholds,
+            f"Line plot, F1, precision and recall against the score threshold{at_best}",
+            f"Score threshold: all classes together{at_best}",
+        ),
+    ]
 
 
 def localization_figures(data: Localization, threshold: float) -> list[WebFigure]:

@@ -32,7 +32,7 @@ It is the teacher of a LocReweightTeacher training after {iterations} iterations
 
 {results}
 
-On `{test_sets}`, in percent.
+On `{test_sets}`, in percent. `F1-threshold` is the score threshold with the highest F1, in [0, 1].
 
 ## Usage
 

@@ -16,18 +16,36 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from ..engine.detection_analysis import ClassAnalysis, DetectionAnalysis
 from ..engine.localization_analysis import annotated_records, correlations, localize
-from ..engine.predictor import Predictor, load_predictor
-from ..engine.run_folder import SUMMARY_METRICS, RunFolder, differing_keys, open_runs
+from ..engine.predictor import Predictor
+from ..engine.run_folder import (
+    SUMMARY_METRICS,
+    RunFolder,
+    describe_test_sets,
+    differing_keys,
+    format_metric,
+    group_seeds,
+    mean_summary,
+    open_runs,
+)
 from ..errors import UsageError
 from .detections import RankedImage, draw_comparison, rank_images
-from .figures import WebFigure, comparison_figures, localization_figures, run_figures
+from .figures import (
+    WebFigure,
+    analysis_figures,
+    comparison_figures,
+    localization_figures,
+    run_figures,
+)
+from .outcome import describe_comparison, describe_run
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-SCORE_THRESHOLD = 0.5  # of detections in pictures
+SCORE_THRESHOLD = 0.5  # of detections in pictures, if the checkpoint does not know the best one
 NUM_EXAMPLES = 4  # best images, and as many worst images
 EXAMPLE_SIDE = 320  # pixels of the longer side
 NUM_PANELS = 6
+MAX_CONFUSED = 15  # classes in the confusion matrix
 PICTURE_WIDTH = 1000  # largest width in pixels
 
 
@@ -47,6 +65,7 @@ class TestDetections:
     Attributes:
         missing: the reason why there are none; empty if there are.
         checkpoint: file name.
+        score_threshold: detections above it are drawn and count for F1.
         images: number of images.
         best, worst: images with the highest and the lowest F1.
         figures: the paper's Fig. 3.
@@ -55,6 +74,7 @@ class TestDetections:
 
     missing: str = ""
     checkpoint: str = ""
+    score_threshold: float = SCORE_THRESHOLD
     images: int = 0
     best: list[WebPicture] = field(default_factory=list)
     worst: list[WebPicture] = field(default_factory=list)
@@ -63,11 +83,56 @@ class TestDetections:
 
 
 @dataclass(frozen=True)
+class ConfusionMatrix:
+    """A confusion matrix as a table.
+
+    Attributes:
+        names: classes, the most confused ones if there are many.
+        rows: name, and number of boxes and its share in the row for each class and "missed".
+        left_out: number of classes that are not shown.
+    """
+
+    names: list[str]
+    rows: list[tuple[str, list[tuple[int, float]]]]
+    left_out: int
+
+
+@dataclass(frozen=True)
+class ClassResults:
+    """Analysis of the last evaluation on one test set."""
+
+    test_set: str
+    iteration: int
+    analysis: DetectionAnalysis
+    figures: list[WebFigure]
+    confusion: ConfusionMatrix
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Results of each class, the lowest AP first."""
+        classes = sorted(self.analysis.classes, key=lambda c: (c.ap is None, c.ap))
+        return [_class_row(each) for each in classes]
+
+
+@dataclass(frozen=True)
 class Section:
-    """The part of the report about one run."""
+    """The part of the report about one run.
+
+    Attributes:
+        run: the run.
+        outcome: a sentence on what came out.
+        before_and_after: the teacher's pseudo-labels at the end of burn-in and of training.
+        figures: metrics over the iterations.
+        results: analyses by class.
+        panels: pseudo-labels over time.
+        detections: examples.
+    """
 
     run: RunFolder
+    outcome: str
+    before_and_after: list[WebPicture]
     figures: list[WebFigure]
+    results: list[ClassResults]
     panels: list[WebPicture]
     detections: TestDetections
 
@@ -76,7 +141,7 @@ def write_report(folders: Sequence[Path], output: Path, images: int, device: str
     """Write the report of one run, or one that compares several runs.
 
     Args:
-        folders: ``OUTPUT_DIR`` of each run.
+        folders: ``OUTPUT_DIR`` of each run, or folders of comparisons.
         output: HTML file.
         images: largest number of test images; 0 leaves out all detections.
         device: "cuda" or "cpu"; if empty, a GPU is used if there is one.
@@ -91,10 +156,9 @@ def write_report(folders: Sequence[Path], output: Path, images: int, device: str
 
 def render(runs: Sequence[RunFolder], images: int, device: str) -> str:
     """Return the HTML of the report. Arguments are those of :func:`write_report`."""
-    sections = [
-        Section(run, run_figures(run), select_panels(run), detect_test_images(run, images, device))
-        for run in runs
-    ]
+    groups = group_seeds(runs)
+    # The details of the other seeds are much the same.
+    sections = [_section(group.runs[0], images, device) for group in groups]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -102,18 +166,84 @@ def render(runs: Sequence[RunFolder], images: int, device: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["two_digits"] = "{:.2f}".format
-    several = len(runs) > 1
+    environment.filters["metric"] = format_metric
+    several = len(groups) > 1
+    names = [group.name for group in groups]
     return environment.get_template(TEMPLATE.name).render(
-        title=" and ".join(run.name for run in runs),
+        title=" and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} others",
+        outcome=describe_comparison(groups) if several else sections[0].outcome,
+        warning=describe_test_sets(runs),
         sections=sections,
         several=several,
-        metrics=SUMMARY_METRICS,
-        score_threshold=SCORE_THRESHOLD,
+        num_runs=len(runs),
+        metrics=list(SUMMARY_METRICS),
+        means=mean_summary(runs),
         results=[row for run in runs for row in run.summary()],
-        compared=comparison_figures(runs) if several else [],
-        differing=differing_keys(runs) if several else [],
+        compared=comparison_figures(groups) if several else [],
+        differing=differing_keys([section.run for section in sections]) if several else [],
     )
+
+
+def _section(run: RunFolder, images: int, device: str) -> Section:
+    return Section(
+        run=run,
+        outcome=describe_run(run),
+        before_and_after=_before_and_after(run),
+        figures=run_figures(run),
+        results=_class_results(run),
+        panels=select_panels(run),
+        detections=detect_test_images(run, images, device),
+    )
+
+
+def _before_and_after(run: RunFolder) -> list[WebPicture]:
+    pictures = []
+    for iteration, file in run.before_and_after:
+        when = "End of burn-in" if iteration <= run.burn_in else "Final teacher"
+        caption = f"{when}, iteration {iteration}"
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        pictures.append(_web_picture(pixels, caption, "Pseudo-labels of the teacher"))
+    return pictures
+
+
+def _class_results(run: RunFolder) -> list[ClassResults]:
+    iteration, analyses = run.last_analysis
+    return [
+        ClassResults(name, iteration, each, analysis_figures(each), confusion_matrix(each))
+        for name, each in analyses.items()
+    ]
+
+
+def confusion_matrix(analysis: DetectionAnalysis, limit: int = MAX_CONFUSED) -> ConfusionMatrix:
+    """Select the classes that occur, the most confused ones if there are more than a limit.
+
+    Detections and boxes of the other classes are left out.
+    """
+    counts = np.array(analysis.confusion)
+    classes = np.arange(len(analysis.classes))
+    occurring = classes[(counts[:-1].sum(axis=1) + counts[:, :-1].sum(axis=0)) > 0]
+    errors = (counts - np.diag(np.diag(counts)))[:-1, :-1]
+    confused = (errors.sum(axis=0) + errors.sum(axis=1))[occurring]
+    shown = np.sort(occurring[np.argsort(-confused, kind="stable")[:limit]])
+    names = [analysis.classes[i].name for i in shown]
+    selected = [*shown, len(classes)]
+    rows = [
+        (name, [(int(n), float(n / max(1, counts[i].sum()))) for n in counts[i, selected]])
+        for name, i in zip([*names, "nothing"], selected, strict=True)
+    ]
+    return ConfusionMatrix(names, rows, len(occurring) - len(shown))
+
+
+def _class_row(each: ClassAnalysis) -> list[str]:
+    percentages = [each.ap, each.ap50, each.ap75]
+    shares = [each.precision, each.recall]
+    return [
+        each.name,
+        str(each.boxes),
+        *("" if value is None else f"{value:.2f}" for value in percentages),
+        *("" if value is None else f"{value:.3f}" for value in shares),
+    ]
 
 
 def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetections:
@@ -129,9 +259,11 @@ def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetection
     if not run.has_checkpoint:
         return TestDetections(missing="the run has no checkpoint yet")
     try:
-        detector = load_predictor(str(run.path), device=device)
+        detector = Predictor(run.path, device=device)
         records = annotated_records(detector, "", count)
-        ranked = rank_images(detector, records, SCORE_THRESHOLD)
+        known = detector.score_threshold
+        score_threshold = SCORE_THRESHOLD if known is None else known
+        ranked = rank_images(detector, records, score_threshold)
         data = localize(detector, records)
     except (OSError, UsageError) as error:
         return TestDetections(missing=str(error))
@@ -139,9 +271,10 @@ def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetection
     half = min(NUM_EXAMPLES, len(ranked) // 2)
     return TestDetections(
         checkpoint=Path(detector.cfg.MODEL.WEIGHTS).name,
+        score_threshold=score_threshold,
         images=len(records),
-        best=[_draw_example(detector, image) for image in ranked[:half]],
-        worst=[_draw_example(detector, image) for image in ranked[::-1][:half]],
+        best=[_draw_example(detector, image, score_threshold) for image in ranked[:half]],
+        worst=[_draw_example(detector, image, score_threshold) for image in ranked[::-1][:half]],
         figures=localization_figures(data, threshold),
         correlations=[
             (name, f"{c.pearson:.3f}", f"{c.spearman:.3f}", c.count)
@@ -166,9 +299,9 @@ def select_panels(run: RunFolder) -> list[WebPicture]:
     return pictures
 
 
-def _draw_example(detector: Predictor, image: RankedImage) -> WebPicture:
+def _draw_example(detector: Predictor, image: RankedImage, score_threshold: float) -> WebPicture:
     return _web_picture(
-        draw_comparison({"detections": detector}, [image.record], SCORE_THRESHOLD, EXAMPLE_SIDE),
+        draw_comparison({"detections": detector}, [image.record], score_threshold, EXAMPLE_SIDE),
         f"F1 {image.f1:.2f}, mean IoU {image.mean_iou:.2f}",
         f"Ground truth and detections in {Path(image.record['file_name']).name}",
     )

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from matplotlib import colormaps
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,10 +23,22 @@ from ..engine.inference import find_inputs
 from ..errors import UsageError
 from ..geometry import between_views, warp_boxes
 from ..modeling.meta_arch import SemiSupervisedRCNN
-from .drawing import GROUND_TRUTH_COLOR, Color, Layer, captioned, draw, grid, rgb_pixels
+from .drawing import (
+    CLASS_COLORS,
+    Color,
+    Layer,
+    captioned,
+    draw,
+    explained,
+    grid,
+    rgb_pixels,
+)
 
 VIEW_SIDE = 400  # longer side of a drawn view, in pixels
-_PALETTE = [colormaps["tab10"](i) for i in range(10) if i != 2]  # without green: ground truth
+LEGEND = (
+    "Dashed: ground truth, with its class. Solid: the student's proposals; a proposal has the same "
+    "number and color in both views and must enclose the same part of the image."
+)
 
 
 def select_records(cfg: CfgNode, inputs: Sequence[str], count: int) -> list[dict]:
@@ -59,6 +70,8 @@ def draw_view_table(
 ) -> np.ndarray:
     """Draw one row per record: its weak and strong view with ground truth and proposals.
 
+    A legend is below.
+
     Args:
         cfg: defines the augmentations.
         records: as returned by :func:`select_records`.
@@ -79,18 +92,23 @@ def draw_view_table(
         if sample.read_errors:
             raise UnreadableImage(sample.read_errors[0])
         samples[sample.file_name] = sample
+    class_names = _class_names(cfg)
     rows = []
     for record in {record["file_name"]: record for record in records}.values():
         sample = samples[record["file_name"]]
         proposals = _predict_proposals(student, sample, num_proposals)
-        pictures = draw_views(sample, record, proposals, cfg.INPUT.FORMAT)
+        pictures = draw_views(sample, record, proposals, class_names, cfg.INPUT.FORMAT)
         titles = (f"weak: {Path(sample.file_name).name}", "strong")
         rows.append([captioned(p, title) for p, title in zip(pictures, titles, strict=True)])
-    return grid(rows)
+    return explained(grid(rows), LEGEND)
 
 
 def draw_views(
-    sample: UnlabeledSample, record: dict, proposals: Tensor, image_format: str
+    sample: UnlabeledSample,
+    record: dict,
+    proposals: Tensor,
+    class_names: Sequence[str],
+    image_format: str,
 ) -> list[np.ndarray]:
     """Draw the weak and the strong view of an image.
 
@@ -98,8 +116,9 @@ def draw_views(
 
     Args:
         sample: the views.
-        record: its ``annotations`` are drawn in green, if it has any.
+        record: its ``annotations`` are drawn dashed, if it has any.
         proposals: ``(N, 4)`` xyxy, absolute pixels of the strong view.
+        class_names: names of the annotated classes.
         image_format: "RGB" or "BGR", the channel order of the views.
 
     Returns:
@@ -110,19 +129,30 @@ def draw_views(
     projected = warp_boxes(proposals, strong_to_weak, weak.image_size)
     pictures = []
     for view, boxes in ((weak, projected), (strong, proposals)):
-        numbers = [str(i + 1) for i in range(len(boxes))]
+        numbers = [[str(i + 1)] for i in range(len(boxes))]
         layers = [Layer(boxes, proposal_colors(len(boxes)), numbers)]
         if has_annotations(record):
-            truth = ground_truth_in_view(record, view.matrix, view.image_size).gt_boxes.tensor
-            layers.append(Layer(truth, [GROUND_TRUTH_COLOR] * len(truth), width=3))
+            truth = ground_truth_in_view(record, view.matrix, view.image_size)
+            layers.append(Layer.of_ground_truth(truth, class_names))
         pictures.append(draw(rgb_pixels(view.image, image_format), layers, VIEW_SIDE))
     return pictures
 
 
 def proposal_colors(count: int) -> list[Color]:
-    """Return a color for each proposal; nine colors repeat."""
-    colors = (_PALETTE[i % len(_PALETTE)] for i in range(count))
-    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b, _ in colors]
+    """Return a color for each proposal; the colors repeat."""
+    return [CLASS_COLORS[i % len(CLASS_COLORS)] for i in range(count)]
+
+
+def _class_names(cfg: CfgNode) -> list[str]:
+    """Class names of the registered training sets."""
+    return next(
+        (
+            list(names)
+            for name in cfg.DATASETS.TRAIN
+            if (names := MetadataCatalog.get(name).get("thing_classes"))
+        ),
+        [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)],
+    )
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ name                                    data set
                                         annotations; symbolic links are followed
 ``list:<index.txt>:<images>``           the images that a text file lists, without annotations; each
                                         line is a path relative to the folder
+``shards:<index.json>``                 images in tar shards, without annotations; a path, or a URL
+                                        of object storage. ``tools/make_shards.py`` writes them
 any other name                          a data set that is registered in Detectron2
 ======================================  ==========================================================
 
@@ -29,6 +31,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -39,12 +42,17 @@ from .coco import load_coco
 from .image_folders import load_folder, load_list
 from .labelme import load_labelme
 from .packed_records import ImageFiles
+from .record_cache import NO_CACHE, RecordCache
+from .shard_cache import ShardCache, is_local
+from .shards import load_shards
 from .voc import load_voc, load_voc_folder, load_voc_images, split_file
 from .yolo import YAML_SUFFIXES, load_yolo, open_folders, open_yaml
 
 logger = logging.getLogger(__name__)
 
 DETECTRON2_DATASETS = "DETECTRON2_DATASETS"
+# Without a config, which has its own folder and size.
+DEFAULT_SHARD_CACHE = ShardCache(Path("~/.cache/locreweight/shards").expanduser(), 50 * 10**9)
 
 # Reads the records of a data set, and the metadata that Detectron2 keeps of it.
 Loader = Callable[[], Sequence[dict]]
@@ -59,11 +67,15 @@ class ReadOptions:
         class_names: classes of data sets that do not list their own, in the order of the model.
         allow_outside: annotation files may name images outside of their image folder.
         labeled: annotations are required. Otherwise they may be missing or of any class.
+        cache: of parsed annotation files.
+        shard_cache: of remote shards.
     """
 
     class_names: tuple[str, ...] = ()
     allow_outside: bool = False
     labeled: bool = True
+    cache: RecordCache = NO_CACHE
+    shard_cache: ShardCache = DEFAULT_SHARD_CACHE
 
 
 @dataclass(frozen=True)
@@ -85,17 +97,19 @@ def register(
     *,
     allow_outside: bool = False,
     labeled: bool = True,
+    cache: RecordCache = NO_CACHE,
+    shard_cache: ShardCache = DEFAULT_SHARD_CACHE,
 ) -> None:
     """Register data sets in Detectron2's catalogs. Their records are read when they are asked for.
 
     Args:
         names: see the table above.
-        class_names, allow_outside, labeled: see :class:`ReadOptions`.
+        class_names, allow_outside, labeled, cache, shard_cache: see :class:`ReadOptions`.
 
     Raises:
         UsageError: for an unknown name, a missing file or folder, or a class name with a slash.
     """
-    options = ReadOptions(tuple(class_names), allow_outside, labeled)
+    options = ReadOptions(tuple(class_names), allow_outside, labeled, cache, shard_cache)
     for name in names:
         if name in DatasetCatalog.list():
             _check_registered(name)
@@ -139,7 +153,14 @@ def _open_coco(name: str, location: str, options: ReadOptions) -> Source:
     json_file, image_folder = _split_location(name, location)
     _check_file(json_file, name)
     _check_folder(image_folder, name)
-    load = partial(load_coco, name, json_file, image_folder, allow_outside=options.allow_outside)
+    load = partial(
+        load_coco,
+        name,
+        json_file,
+        image_folder,
+        allow_outside=options.allow_outside,
+        cache=options.cache,
+    )
     return load, {"image_root": image_folder, "evaluator_type": "coco"}
 
 
@@ -242,6 +263,14 @@ def _open_list(name: str, location: str, options: ReadOptions) -> Source:
     return partial(load_list, list_file, folder, allow_outside=options.allow_outside), {}
 
 
+def _open_shards(name: str, location: str, options: ReadOptions) -> Source:
+    if options.labeled:
+        raise UsageError(f"{name} has no annotations: use it in DATASETS.UNLABELED")
+    if is_local(location):
+        _check_file(location, name)
+    return partial(load_shards, location, options.shard_cache), {}
+
+
 FORMATS = {
     "coco": DatasetFormat("coco:<annotations.json>:<image folder>", _open_coco),
     "voc": DatasetFormat("voc:<folder>:<split> or voc:<folder>", _open_voc),
@@ -249,6 +278,7 @@ FORMATS = {
     "labelme": DatasetFormat("labelme:<folder>", _open_labelme),
     "folder": DatasetFormat("folder:<image folder>", _open_folder),
     "list": DatasetFormat("list:<index.txt>:<image folder>", _open_list),
+    "shards": DatasetFormat("shards:<index.json>", _open_shards),
 }
 
 

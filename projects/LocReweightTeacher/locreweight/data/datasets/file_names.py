@@ -102,7 +102,15 @@ def read_text(file: str | Path) -> str:
         OSError: if the file cannot be read.
         UnicodeDecodeError: if it is in another encoding.
     """
-    content = Path(file).read_bytes()
+    return decode_text(Path(file).read_bytes())
+
+
+def decode_text(content: bytes) -> str:
+    """Decode a text in UTF-8, or in the encoding that its byte order mark tells.
+
+    Raises:
+        UnicodeDecodeError: if it is in another encoding.
+    """
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if content.startswith(mark):
             return content.decode(encoding)

@@ -89,14 +89,43 @@ def write_split_file(
         UsageError: for an invalid percentage or seed, no images, a data set without an annotation
             file, or a file that cannot be written.
     """
-    ids = [(name, record["image_id"]) for name, records in annotated.items() for record in records]
-    if not ids:
+    records = _concatenate(annotated)
+    if not records:
         raise UsageError("there are no images to split: set DATASETS.TRAIN")
+    drawn = {
+        (float(percent), seed): _draw_split(len(records), float(percent), seed)[0]
+        for percent in percents
+        for seed in seeds
+    }
+    _write_splits(file, annotated, drawn)
+
+
+def write_chosen_split(
+    file: Path, annotated: dict[str, Records], labeled: Iterable[int], percent: float, seed: int
+) -> None:
+    """Write a split whose labeled images were chosen in another way than at random.
+
+    Args:
+        file: file to write; its folder is created.
+        annotated: name of a data set -> all its records.
+        labeled: positions of the labeled images among the records of all data sets.
+        percent, seed: select the split in the config.
+
+    Raises:
+        UsageError: for a data set without an annotation file, or a file that cannot be written.
+    """
+    _write_splits(file, annotated, {(float(percent), seed): sorted(labeled)})
+
+
+def _write_splits(
+    file: Path, annotated: dict[str, Records], splits: dict[tuple[float, int], list[int]]
+) -> None:
+    ids = [(name, record["image_id"]) for name, records in annotated.items() for record in records]
     sets = {name: _describe(name, records) for name, records in annotated.items()}
-    for percent, seed in ((float(p), s) for p in percents for s in seeds):
+    for (percent, seed), labeled in splits.items():
         for entry in sets.values():
             entry["labeled"].setdefault(str(percent), {})[str(seed)] = []
-        for name, image_id in (ids[i] for i in _draw_split(len(ids), percent, seed)[0]):
+        for name, image_id in (ids[i] for i in labeled):
             sets[name]["labeled"][str(percent)][str(seed)].append(image_id)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UsageError
 from ..datasets.catalog import expand_path
+from ..datasets.shards import ShardedImages
 from ..datasets.voc import split_file, used_class_names
 from ..training_sets import register_datasets
 
@@ -66,7 +67,12 @@ def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
         for name in cfg.DATASETS[key]:
             try:
                 register_datasets(_config_with(cfg, key, name))
-                target[name] = DatasetCatalog.get(name)
+                records = DatasetCatalog.get(name)
+                if isinstance(records, ShardedImages):
+                    text = f"{name}: its {len(records)} images are not examined, nor compared"
+                    findings.append(Finding(Severity.NOTE, text))
+                    continue
+                target[name] = records
             except UsageError as error:
                 problems[name] = str(error)
             else:

@@ -127,6 +127,9 @@ class RandomGeometricOperation(T.Augmentation):
 class RandomColorOperation(T.Augmentation):
     """Apply one of nine color operations with random strength (Soft Teacher)."""
 
+    def __init__(self) -> None:
+        """No arguments. Detectron2 shows the arguments of augmentations in its log."""
+
     def get_transform(self, image: np.ndarray) -> T.Transform:
         strength = np.random.uniform(0.1, 1.9)  # 1 leaves the image unchanged in the last four
         operations: list[Callable[[np.ndarray], np.ndarray]] = [
@@ -170,6 +173,9 @@ class ColorJitter(T.Augmentation):
 
 class Grayscale(T.Augmentation):
     """Convert the image to grayscale, with three channels."""
+
+    def __init__(self) -> None:
+        """No arguments. Detectron2 shows the arguments of augmentations in its log."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         return T.ColorTransform(color_ops.grayscale)

@@ -1,0 +1,106 @@
+"""Trainings that start from weights of timm, and trained models that do not need them any more."""
+
+from itertools import chain
+
+import pytest
+import timm
+import torch
+
+from locreweight.checkpoint.safe_loading import write_safetensors
+from locreweight.checkpoint.timm_weights import timm_backbone
+from locreweight.engine import config_suggestion
+from locreweight.engine.predictor import Predictor
+from locreweight.errors import UsageError
+from locreweight.modeling.committee import members_of
+from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
+from tests.modeling.tiny_model import TIMM_BACKBONES
+
+EFFICIENTNET = TIMM_BACKBONES["timm_efficientnet"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """File of a timm model, and its weights."""
+    torch.manual_seed(7)
+    state = timm.create_model("test_efficientnet").state_dict()
+    write_safetensors(tmp_path / "start.safetensors", state)
+    return tmp_path / "start.safetensors", state
+
+
+@pytest.fixture
+def config(datasets, tmp_path, weights):
+    def make(settings=None, start=weights[0]):
+        timms = EFFICIENTNET | {"MODEL.TIMM.PRETRAINED": str(start)}
+        return training_config(datasets, tmp_path / "output", timms | (settings or {}))
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["LocReweight", "Stac", "CST"])
+def test_all_models_start_from_the_file(config, weights, method):
+    trainer = build_trainer(config({"SEMI.METHOD": method}))
+    models = [*map(members_of, (trainer.students, trainer.teachers, trainer.pseudo_labelers))]
+    for model in chain(*models):
+        stem = timm_backbone(model).net.conv_stem.weight
+        assert torch.equal(stem, weights[1]["conv_stem.weight"])
+
+
+def test_resumed_and_trained_models_do_not_need_the_file(config, weights, tmp_path):
+    trainer = build_trainer(config())
+    trainer.train()
+    weights[0].unlink()
+    resumed = build_trainer(config({"SOLVER.MAX_ITER": 6}), resume=True)
+    assert resumed.start_iter == 4
+    assert same(copy_of(resumed.teacher), copy_of(trainer.teacher))
+    predictor = Predictor(tmp_path / "output", device="cpu")
+    assert same(copy_of(predictor.model), copy_of(trainer.teacher))
+
+
+def test_missing_file_is_an_error_before_data_are_read(config, monkeypatch):
+    def fail(cfg):
+        raise AssertionError("data were read")
+
+    monkeypatch.setattr("locreweight.engine.trainer.load_training_sets", fail)
+    with pytest.raises(UsageError, match=r"MODEL.TIMM.PRETRAINED .*no\.pth' does not exist"):
+        build_trainer(config(start="no.pth"))
+
+
+def test_model_weights_have_precedence(config, tmp_path):
+    first = build_trainer(config())
+    first.train()
+    settings = {
+        "MODEL.WEIGHTS": str(tmp_path / "output/model_final.pth"),
+        "OUTPUT_DIR": str(tmp_path / "second"),
+    }
+    second = build_trainer(config(settings, start="no.pth"))
+    assert same(copy_of(second.student), copy_of(first.teacher))
+
+
+# --- the config that check_data.py writes ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (0, "detectors/cpu-mobilenetv2.yaml"),
+        (1, "detectors/gpu-resnet50.yaml"),
+        (8, "detectors/eight-gpus-convnext-small.yaml"),
+    ],
+)
+def test_base_of_a_written_config_fits_the_machine(monkeypatch, weights, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert config_suggestion.choose_base(str(weights[0])) == (expected, "")
+    with pytest.raises(UsageError, match="does not exist"):
+        config_suggestion.choose_base("no.pth")
+
+
+def test_base_of_a_written_config_without_weights(monkeypatch):
+    def fail(cfg):
+        raise UsageError("no network")
+
+    monkeypatch.setattr(config_suggestion, "find_pretrained", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base, reason = config_suggestion.choose_base("")
+    assert base == "bccd-small.yaml"
+    assert "cpu-mobilenetv2.yaml: no network" in reason

@@ -1,0 +1,89 @@
+"""tools/quickstart.py: the baseline, and the second call."""
+
+import json
+import sys
+
+import pytest
+
+import quickstart
+from locreweight.config import load_config
+from tests.engine.tiny_training import (
+    build_trainer,
+    make_datasets,
+    recorded_training,
+    same,
+    training_config,
+)
+
+MAX_ITER = 4
+LABELED_ONLY = {"SEMI.BURN_IN_ITERS": MAX_ITER}
+
+
+def test_shared_burn_in_gives_the_model_of_a_whole_supervised_training(tmp_path):
+    data = make_datasets(tmp_path / "data")
+
+    def record_of(folder, settings, **how):
+        settings = {"SOLVER.MAX_ITER": MAX_ITER, "SOLVER.CHECKPOINT_PERIOD": 2, **settings}
+        trainer = build_trainer(training_config(data, tmp_path / folder, settings), **how)
+        return recorded_training(trainer)
+
+    record_of("main", {"SEMI.BURN_IN_ITERS": 2})
+    whole = record_of("whole", LABELED_ONLY)
+    quickstart.share_burn_in(tmp_path / "main", tmp_path / "shared", burn_in=2)
+    shared = record_of("shared", LABELED_ONLY, resume=True)
+    assert len(shared.students) == MAX_ITER - 2
+    assert same(shared.students[-1], whole.students[-1])
+    lines = (tmp_path / "shared/metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == sorted(
+        {json.loads(line)["iteration"] for line in lines}
+    ), "metrics of the other run's mutual learning are removed"
+
+
+@pytest.mark.parametrize("exists", ["nothing", "baseline"])
+def test_burn_in_is_not_shared(tmp_path, exists):
+    source, target = tmp_path / "main", tmp_path / "baseline"
+    source.mkdir()
+    if exists == "baseline":  # it goes on from its own checkpoint
+        target.mkdir()
+        (target / "last_checkpoint").write_text("model_0000003.pth")
+        (source / "model_0000001.pth").touch()
+        (source / "metrics.json").touch()
+    quickstart.share_burn_in(source, target, burn_in=2)
+    assert not (target / "model_0000001.pth").exists()
+
+
+def write_run(folder, aps, burn_in):
+    folder.mkdir(parents=True)
+    cfg = load_config(quickstart.CONFIG, ["SEMI.BURN_IN_ITERS", str(burn_in)])
+    (folder / "config.yaml").write_text(cfg.dump())
+    names = ["bbox/AP", "bbox/AP50", "bbox/AP75"]
+    lines = [
+        {"iteration": done - 1} | {f"{s}{n}": ap for s in ("", "student/") for n in names}
+        for done, ap in aps.items()
+    ]
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "model_final.pth").touch()
+
+
+def test_second_call_shows_the_results_in_a_few_lines(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    monkeypatch.chdir(quickstart.ROOT)
+    write_run(output, {300: 26.0, 800: 40.0}, burn_in=300)
+    write_run(tmp_path / "out-labeled-only", {800: 33.0}, burn_in=800)
+    (output / "report.html").touch()
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "OUTPUT_DIR", str(output)])
+    monkeypatch.setattr(quickstart, "run_script", lambda *_: pytest.fail("trained again"))
+    quickstart.main()
+    printed = capsys.readouterr().out
+    assert f"has finished before. To repeat it, remove {output} and" in printed
+    assert "| labeled images only     |          800 | 33.00 |" in printed
+    assert "| final teacher           |          800 | 40.00 |" in printed
+    assert str(output / "report.html") in printed
+    assert len(printed.splitlines()) < 20
+
+
+def test_longer_run_is_not_finished(tmp_path):
+    write_run(tmp_path / "out", {800: 40.0}, burn_in=300)
+    cfg = load_config(quickstart.CONFIG, ["SOLVER.MAX_ITER", "900"])
+    assert not quickstart.is_finished(tmp_path / "out", cfg)
+    assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))

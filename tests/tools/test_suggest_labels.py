@@ -1,0 +1,127 @@
+"""The tool that suggests images to label, and training on what it writes."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import suggest_labels
+from locreweight.engine.inference import find_inputs
+from locreweight.engine.label_suggestion import assess, assess_images
+from locreweight.engine.predictor import Predictor
+from tests.tiny_project import Project
+
+
+@pytest.fixture(scope="module")
+def detector(run):
+    return Predictor(run.output, device="cpu")
+
+
+@pytest.fixture
+def suggest_call(run, call, tmp_path):
+    """Call the tool on the tiny run; returns its exit code or message, and the output."""
+    usual = ["--weights", run.output, "--device", "cpu", "--output", tmp_path / "out"]
+    return lambda *arguments: call(suggest_labels, *usual, "--threshold", 0.1, *arguments)
+
+
+def rows(folder):
+    with (folder / "suggestions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_images_are_linked_and_ranked(run, suggest_call, tmp_path):
+    code, printed = suggest_call("--count", 3)
+    assert code == 0 and "3 of 5 images" in printed.out
+    table = rows(tmp_path / "out")
+    assert [row["rank"] for row in table] == ["1", "2", "3"]
+    for row in table:
+        assert Path(row["file"]).parent.resolve() == run.unlabeled.resolve()
+        link = tmp_path / "out/images" / Path(row["file"]).name
+        assert link.is_symlink() and link.resolve() == Path(row["file"]).resolve()
+        assert all(0 <= float(row[name]) <= 1 for name in ("score", "classes", "boxes", "views"))
+    content = json.loads((tmp_path / "out/annotations.json").read_text())
+    assert len(content["images"]) == 3 and content["annotations"]
+    with Image.open(tmp_path / "out/overview.jpg") as overview:
+        assert overview.width > 3 * 360
+
+
+@pytest.mark.parametrize("task", ["coco", "yolo"])
+def test_task_can_be_trained_on_without_its_unlabeled_originals(run, suggest_call, tmp_path, task):
+    """The links are recognized as the unlabeled images that they lead to."""
+    code, printed = suggest_call("--count", 3, "--format", task)
+    assert code == 0
+    project = Project(tmp_path / "project")
+    name = printed.out.split("add to DATASETS.TRAIN: ")[1].strip()
+    project.set("DATASETS.TRAIN", [*project.settings["DATASETS.TRAIN"], name])
+    project.set("DATASETS.UNLABELED", [f"folder:{run.unlabeled}"])
+    project.set("DATASETS.EXCLUDE_LABELED", True)
+    project.set("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    sets, _ = project.read()
+    assert len(sets.labeled) == 4 + 3
+    assert len(sets.unlabeled) == 5 - 3
+
+
+def test_label_studio(suggest_call, tmp_path):
+    code, printed = suggest_call("--count", 2, "--format", "label-studio", "--copy")
+    assert code == 0 and "export of Label Studio" in printed.out
+    for task in json.loads((tmp_path / "out/tasks.json").read_text()):
+        path = tmp_path / "out" / task["data"]["image"].split("?d=")[1]
+        assert path.is_file() and not path.is_symlink()
+    assert (tmp_path / "out/tasks.xml").is_file()
+
+
+def test_suggestions_do_not_depend_on_the_order_of_the_images(run, call, tmp_path):
+    files = sorted(run.unlabeled.iterdir())
+    chosen = []
+    for i, inputs in enumerate((files, files[::-1])):
+        output = tmp_path / str(i)
+        arguments = ["--weights", run.output, "--device", "cpu", "--output", output, "--count", 3]
+        assert call(suggest_labels, *arguments, "--input", *inputs)[0] == 0
+        chosen.append([Path(row["file"]).name for row in rows(output)])
+    assert chosen[0] == chosen[1]
+
+
+def test_pool_limits_the_images(suggest_call):
+    assert "2 of 2 images" in suggest_call("--pool", 2)[1].out
+
+
+def test_unreadable_images_are_skipped_and_listed(run, suggest_call, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    code, printed = suggest_call("--input", run.unlabeled, tmp_path / "broken.png")
+    assert code == "error: 1 of 6 inputs could not be read"
+    assert "broken.png" in printed.err and len(rows(tmp_path / "out")) == 5
+
+
+def test_existing_output_is_not_replaced(suggest_call, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.json").touch()
+    code, _ = suggest_call()
+    assert "out is not empty" in code and len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize("words", [("--count", "0"), ("--threshold", "2"), ("--format", "voc")])
+def test_bad_values_are_an_error(suggest_call, words):
+    code, printed = suggest_call(*words)
+    assert code == 2 and words[1] in printed.err
+
+
+def test_uncertainty_does_not_depend_on_the_batch(run, detector):
+    files = find_inputs([str(run.unlabeled)])
+    one = list(assess(detector, files, 1, []))
+    several = list(assess(detector, files, 3, []))
+    assert [x.file for x in one] == [x.file for x in several]
+    for first, second in zip(one, several, strict=True):
+        assert vars(first.uncertainty) == pytest.approx(vars(second.uncertainty), abs=1e-3)
+        assert first.features == pytest.approx(second.features, abs=1e-4)
+
+
+def test_symmetric_image_gives_views_that_agree(run, detector):
+    image = detector(sorted(run.unlabeled.iterdir())[0]).image.copy()
+    image[:, 32:] = image[:, 31::-1]
+    (uncertainty, features), (other, mirrored) = assess_images(
+        detector, [image, image[:, ::-1].copy()]
+    )
+    assert vars(uncertainty) == pytest.approx(vars(other), abs=1e-6)
+    assert features == pytest.approx(mirrored, abs=1e-6)
