@@ -188,7 +188,7 @@ def test_one_member_is_a_plain_detector():
 
 
 def test_members_with_their_own_strong_views_get_different_ones(datasets):
-    cfg = tiny_config({"INPUT.MIN_SIZE_TRAIN": [48, 56, 64]})
+    cfg = tiny_config()
     folder = datasets["DATASETS.UNLABELED"][0].partition(":")[2]
     record = {"file_name": str(next(Path(folder).iterdir()))}
     samples = []

@@ -179,7 +179,7 @@ def test_student_gets_the_strong_views_with_projected_pseudo_labels(student, tea
     with recorded(student) as calls:
         batch = make_batch()
         step(student, teacher, batch)
-    ((labeled, strong_views), _) = calls[0]
+    ((labeled, strong_views, _), _) = calls[0]
     assert [x["file_name"] for x in labeled] == [x["file_name"] for x in batch.labeled]
     all_detections = teacher.detect(weak_images(batch)).detections
     for x, sample, detections in zip(strong_views, batch.unlabeled, all_detections, strict=True):
@@ -403,7 +403,7 @@ def test_student_gets_the_composed_images(student, teacher):
     batch = make_batch()
     with recorded(student) as calls:
         result = custom_step(student, teacher, Composing, batch)
-    ((_, images), (_, output)) = calls[0]
+    ((_, images, _), (_, output)) = calls[0]
     strong = [sample.strong.image for sample in batch.unlabeled]
     expected = [255.0 - strong[0], strong[1], strong[2], strong[1]]
     assert all(torch.equal(x["image"], e) for x, e in zip(images, expected, strict=True))
@@ -517,7 +517,7 @@ def test_metrics_describe_the_pseudo_labels_and_proposals(student, teacher):
     batch = make_batch()
     with recorded(student) as calls:
         metrics = step(student, teacher, batch).metrics
-    (_, strong_views), (_, output) = calls[0]
+    (_, strong_views, _), (_, output) = calls[0]
     labels = [x["instances"] for x in strong_views]
     counts = [len(x) for x in labels]
     assert metrics["pseudo_labels/per_image"].item() == pytest.approx(sum(counts) / 3)
