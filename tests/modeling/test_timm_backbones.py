@@ -179,6 +179,12 @@ def test_weights_of_a_resnet_are_an_error():
         check_supported(tiny_config(settings))
 
 
+def test_name_of_a_timm_model_with_another_backbone():
+    settings = EFFICIENTNET | {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone"}
+    with pytest.raises(UsageError, match=r"MODEL\.TIMM\.NAME is test_eff.*does not use it"):
+        check_supported(tiny_config(settings))
+
+
 # --- learning rates -------------------------------------------------------------------------------
 
 
