@@ -297,7 +297,7 @@ class TestRemote:
 
     def test_missing_shard_is_not_tried_again(self, store, cache):
         with pytest.raises(OSError, match=r"none.tar, attempt 1 of 5: FileNotFoundError"):
-            cache.open(ShardFile(f"{store.url}/none.tar", 1, "0"))
+            cache.open(ShardFile(f"{store.url}/none.tar", 1, "0" * 64))
 
     def test_damaged_copy_is_replaced(self, packed, store, cache):
         expected = content_of(load_shards(str(packed), cache)[:])
@@ -309,11 +309,14 @@ class TestRemote:
 
     def test_size_of_signed_urls_is_bounded(self, store, tmp_path):
         cache = ShardCache(tmp_path / "cache", max_bytes=1)
+        cache.folder.mkdir()
+        (cache.folder / "mine.tar").touch()  # left alone
         remote = load_shards(f"{store.url}/index.json", cache)
         for i in range(3):
             file = remote.file(i)
             cache.open(ShardFile(f"{file.url}?key=a.b", file.size, file.sha256)).close()
-        assert len(list(cache.folder.glob("*.tar*"))) == 1
+        assert len(list(cache.folder.glob("*.tar*"))) == 2
+        assert (cache.folder / "mine.tar").exists()
 
     def test_process_forked_during_a_download_does_not_keep_the_lock(self, cache):
         path = cache.folder / "a.tar"
@@ -376,6 +379,13 @@ class TestErrors:
     def test_not_an_index(self, tmp_path, cache, content):
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(UsageError, match="is not an index of shards"):
+            load_shards(str(tmp_path / "index.json"), cache)
+
+    def test_checksum_that_is_a_path(self, packed, tmp_path, cache):
+        content = json.loads(packed.read_text())
+        content["shardlist"][0] |= {"url": "http://localhost/a.tar", "sha256": "../../a"}
+        (tmp_path / "index.json").write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=r"the SHA-256 of http://localhost/a.tar is '../../a'"):
             load_shards(str(tmp_path / "index.json"), cache)
 
     def test_blocks_of_another_index(self, packed, tmp_path, cache):

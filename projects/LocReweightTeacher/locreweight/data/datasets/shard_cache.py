@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,17 +25,26 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
 _READ_BYTES = 1 << 20
+_SHARD_PATTERN = "[0-9a-f]" * 64 + ".tar"
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file of an index: its URL or path, size in bytes, and SHA-256."""
+    """A file of an index: its URL or path, size in bytes, and SHA-256.
+
+    Raises:
+        ValueError: if the SHA-256 of a remote file is not one; the cache uses it as a file name.
+    """
 
     url: str
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not is_local(self.url) and not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"the SHA-256 of {self.url} is {self.sha256!r}")
 
 
 def is_local(url: str) -> bool:
@@ -91,8 +101,8 @@ class ShardCache:
     """Files of remote URLs in a local folder, which processes may share.
 
     A file is complete once it has its name. A lock per file lets only one process download it. The
-    files that were opened least recently are removed when the folder exceeds its size, but only
-    tar files. A removed file stays readable where it is open.
+    shards that were opened least recently are removed when the folder exceeds its size. A removed
+    file stays readable where it is open. Other files in the folder are left alone.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -160,7 +170,7 @@ class ShardCache:
         """Remove the files that were opened least recently until a new one fits."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = []
-        for path in self.folder.glob("*.tar"):
+        for path in self.folder.glob(_SHARD_PATTERN):
             with contextlib.suppress(FileNotFoundError):  # removed by another process
                 found.append((path.stat(), path))
         total = sum(status.st_size for status, _ in found)
