@@ -239,12 +239,14 @@ def _unlabeled_images(
     test_sets: dict[str, list[dict]],
 ) -> ImageFiles | ShardedImages:
     real_paths = RealPathCache()
+    unlabeled: ImageFiles | ShardedImages
     if shards := [part for part in parts if isinstance(part, ShardedImages)]:
-        return _only_shards(shards, [part for part in parts if part])
-    unlabeled = ImageFiles.concatenate([ImageFiles.of_records(part) for part in parts])
-    exclude = cfg.DATASETS.EXCLUDE_LABELED
-    unlabeled = without_overlap(labeled, unlabeled, real_paths, exclude=exclude)
-    unlabeled = _without_test_images(cfg, unlabeled, test_sets, real_paths)
+        unlabeled = _only_shards(shards, [part for part in parts if part])
+    else:
+        files = ImageFiles.concatenate([ImageFiles.of_records(part) for part in parts])
+        exclude = cfg.DATASETS.EXCLUDE_LABELED
+        files = without_overlap(labeled, files, real_paths, exclude=exclude)
+        unlabeled = _without_test_images(cfg, files, test_sets, real_paths)
     _warn_of_labeled_test_images(labeled, test_sets, real_paths)
     _check_enough_unlabeled(cfg, unlabeled)
     return unlabeled
@@ -302,7 +304,7 @@ def _warn_of_labeled_test_images(
         )
 
 
-def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
+def _check_enough_unlabeled(cfg: CfgNode, unlabeled: Sequence[dict]) -> None:
     mutual_learning = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
     if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
         raise UsageError(

@@ -52,7 +52,9 @@ logger = logging.getLogger(__name__)
 
 DETECTRON2_DATASETS = "DETECTRON2_DATASETS"
 # Without a config, which has its own folder and size.
-DEFAULT_SHARD_CACHE = ShardCache(Path("~/.cache/locreweight/shards").expanduser(), 50 * 10**9)
+DEFAULT_SHARD_CACHE = ShardCache(
+    Path(os.path.expanduser("~/.cache/locreweight/shards")), 50 * 10**9
+)
 
 # Reads the records of a data set, and the metadata that Detectron2 keeps of it.
 Loader = Callable[[], Sequence[dict]]
