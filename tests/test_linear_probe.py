@@ -25,7 +25,7 @@ NEU_CLASSES = ["crazing", "inclusion", "patches", "pitted_surface", "rolled-in_s
 
 def test_probe_separates_what_is_separable():
     classes = torch.arange(60) % 3
-    features = torch.randn(60, 200)
+    features = torch.randn(60, 6)
     features[:, :3] += 20 * torch.nn.functional.one_hot(classes, 3)
     half = slice(None, 30), slice(30, None)
     train, test = ((features[part], classes[part]) for part in half)

@@ -34,7 +34,7 @@ from .datasets.catalog import expand_path, register
 from .datasets.packed_records import ImageFiles, PackedRecords
 from .datasets.real_paths import RealPathCache
 from .datasets.record_cache import RecordCache, garbage_collection_paused
-from .datasets.shard_cache import ShardCache
+from .datasets.shard_cache import DEFAULT_CACHE_DIR, ShardCache
 from .datasets.shards import ShardedImages
 from .datasets.splits import split_annotated
 from .monitored import choose_monitored
@@ -113,7 +113,7 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         allow_outside=data.CHECKS.ALLOW_OUTSIDE_PATHS,
         cache=RecordCache(Path(cfg.OUTPUT_DIR, CACHE_FOLDER)),
         shard_cache=ShardCache(
-            Path(expand_path(cfg.DATASETS.SHARDS.CACHE_DIR)),
+            Path(expand_path(cfg.DATASETS.SHARDS.CACHE_DIR or DEFAULT_CACHE_DIR)),
             int(cfg.DATASETS.SHARDS.CACHE_GB * 1e9),
         ),
     )

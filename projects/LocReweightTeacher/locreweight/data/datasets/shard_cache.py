@@ -22,6 +22,7 @@ from ...file_io import atomic_write
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_CACHE_DIR = "~/.cache/locreweight/shards"
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
 _READ_BYTES = 1 << 20
