@@ -483,6 +483,12 @@ class TestTrainingSets:
         with pytest.raises(UsageError, match="cannot be combined with other unlabeled images"):
             project.read()
 
+    def test_not_with_ground_truth(self, project):
+        project.set("VIS_PERIOD", 1)
+        project.set("DATASETS.UNLABELED_TRUTH", project.settings["DATASETS.TRAIN"])
+        with pytest.raises(UsageError, match="cannot be used with images in shards"):
+            project.read()
+
     def test_checks_of_the_other_sets_are_kept(self, project, caplog):
         project.set("DATASETS.TEST", project.settings["DATASETS.TRAIN"])
         caplog.set_level(logging.INFO)
