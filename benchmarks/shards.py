@@ -30,6 +30,7 @@ from tabulate import tabulate
 
 from benchmarks.scale import MB, Memory
 from benchmarks.timing import environment
+from locreweight.command_line import HelpFormatter
 from locreweight.data.datasets.image_folders import load_folder
 from locreweight.data.datasets.shard_cache import ShardCache
 from locreweight.data.datasets.shard_writer import write_shards
@@ -137,10 +138,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--images", type=int, default=100_000_000, help="images of the index")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="number of repetitions")
     parser.add_argument("--index", type=Path, help=argparse.SUPPRESS)  # for index_of
     return parser.parse_args()
 

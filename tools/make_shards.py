@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from locreweight.command_line import HelpFormatter
 from locreweight.data.datasets.shard_writer import write_shards
 from locreweight.errors import UsageError
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--images", type=Path, required=True, help="folder, packed with its subfolders"

@@ -94,6 +94,8 @@ def main() -> None:
         )
     except UsageError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write {error.filename}: {error.strerror}")
     print(f"{len(suggestions)} of {len(files)} images: {args.output}")
     print(f"when corrected, add to DATASETS.TRAIN: {dataset}")
     exit_if_unreadable(unreadable, len(files) + len(sets.labeled))

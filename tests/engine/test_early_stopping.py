@@ -59,7 +59,7 @@ def make_run(make_trainer, datasets, monkeypatch):
     def make(**how):
         trainer = make_trainer(settings | how.pop("settings", {}), **how)
 
-        def evaluate(*_, identical):
+        def evaluate(*_, iteration, identical):
             results = {"bbox": {"AP": aps[trainer.iter]}}
             return {**results, "student": results}
 

@@ -140,7 +140,7 @@ def test_without_ground_truth_only_images_of_the_panel_are_detected(datasets, tm
     register_datasets(cfg)
     hook = PseudoLabelPanels.from_config(cfg, Teacher(), load_training_sets(cfg), torch.float16)
     with EventStorage() as storage:
-        hook.trainer = SimpleNamespace(iter=0, max_iter=9, storage=storage)
+        hook.trainer = SimpleNamespace(iter=0, max_iter=9, storage=storage, is_last_iteration=False)
         hook.after_step()
     assert len(detected) == 6
 

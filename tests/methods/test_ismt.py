@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.errors import UsageError
 from locreweight.methods import LabelingInputs, build_members, build_method
-from locreweight.methods.ismt import fuse, to_original
+from locreweight.methods.ismt import fuse, pack, to_original, unpack
 from locreweight.modeling.meta_arch import TeacherOutput
 from tests.modeling.tiny_model import random_image, tiny_config
 
@@ -160,6 +160,20 @@ def test_observations_of_two_processes_equal_those_of_one():
         for a, b in zip(one.memory, method.memory, strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[k][n], b[k][n]) for k in a for n in a[k])
+
+
+def test_memory_is_saved_as_a_few_tensors():
+    """Also without files, and with a file without pseudo-labels."""
+    assert unpack(pack({})) == {}
+    sample = make_sample(SCALED)
+    entries = {f"{i}.png": to_original(random_labels(count=i), sample) for i in (3, 0, 5)}
+    packed = pack(entries)
+    tensors = [x for x in packed.values() if isinstance(x, torch.Tensor)]
+    assert [len(x) for x in tensors] == [8] * 4
+    restored = unpack(packed)
+    assert list(restored) == list(entries)
+    for name, entry in entries.items():
+        assert all(torch.equal(entry[key], restored[name][key]) for key in entry)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from locreweight.config import check_supported, load_config
 from locreweight.engine.optimizer import SkipNonFiniteOptimizer
 from locreweight.errors import UsageError
+from locreweight.methods import build_members, build_method
 from locreweight.modeling import Committee, build_detector
 from tests.modeling.tiny_model import ROOT, TIMM_BACKBONES, as_options, labeled_inputs, tiny_config
 
@@ -191,7 +192,7 @@ def test_name_of_a_timm_model_with_another_backbone():
 def rates(settings):
     """Name of each parameter -> its learning rate as a multiple of the base rate."""
     cfg = tiny_config(settings)
-    model = build_detector(cfg)
+    model = build_members(cfg, build_method(cfg))
     optimizer = SkipNonFiniteOptimizer(cfg, model, torch.float32).torch_optimizer
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = optimizer.param_groups
@@ -206,6 +207,14 @@ def test_learning_rate_factor_of_the_backbone(settings):
         is_pretrained = name.startswith(("backbone.bottom_up.", "backbone.net."))
         assert rate == pytest.approx(0.25 if is_pretrained else 1.0), name
     assert set(found.values()) != {1.0}
+
+
+@pytest.mark.parametrize("method", ["CST", "ISMT"])
+def test_learning_rate_factors_apply_to_all_students(method):
+    factors = {"SOLVER.BACKBONE_LR_DECAY": 0.5, "SOLVER.BACKBONE_LR_FACTOR": 0.1}
+    one, several = rates(VIT | factors), rates(VIT | factors | {"SEMI.METHOD": method})
+    assert {name.split(".", 2)[2] for name in several} == set(one)
+    assert all(rate == one[name.split(".", 2)[2]] for name, rate in several.items())
 
 
 def test_learning_rate_decay_of_a_transformer():

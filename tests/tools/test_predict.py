@@ -16,7 +16,7 @@ from PIL import Image
 
 import predict
 from locreweight.engine import inference
-from locreweight.engine.inference import find_inputs
+from locreweight.engine.inference import InputFile, find_inputs
 from locreweight.errors import UsageError
 
 
@@ -183,6 +183,19 @@ def test_file_whose_name_is_a_number_is_not_a_camera(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "0" / "a.png")
     assert names(["0"]) == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("stream", "shown"),
+    [
+        ("rtsp://user:pass@word@host:554/live", "rtsp://host:554/live"),
+        ("http://host/a@b", "http://host/a@b"),
+        ("0", "0"),
+        ("", "a/b.mp4"),
+    ],
+)
+def test_passwords_of_streams_are_not_shown(stream, shown):
+    assert str(InputFile(Path("a/b.mp4"), Path("b.mp4"), stream)) == shown
 
 
 def test_stream_of_a_server(predict_call, tmp_path):

@@ -46,6 +46,14 @@ def test_summary_of_a_supervised_run_has_one_row(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("iteration", "model"), [(9, "during burn-in"), (19, "teacher, end of burn-in")]
+)
+def test_summary_of_a_run_in_burn_in_has_one_row(tmp_path, iteration, model):
+    run = write_run(tmp_path / "a", 20, 60, [(iteration, 2.0, 2.0)])
+    assert [(r.model, r.iteration) for r in open_run(run).summary()] == [(model, iteration + 1)]
+
+
 def test_summary_without_evaluation_is_empty(tmp_path):
     assert open_run(write_run(tmp_path / "a", 20, 60, [])).summary() == []
 

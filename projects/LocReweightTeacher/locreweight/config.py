@@ -223,7 +223,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.SHARDS = CfgNode()
     # Folder for copies of remote shards ("shards:s3://..."), and its largest size in GB. Runs on
     # the same machine can share it. It should hold 16 shards, which are used at the same time.
-    cfg.DATASETS.SHARDS.CACHE_DIR = "~/.cache/locreweight/shards"
+    # Empty: ~/.cache/locreweight/shards.
+    cfg.DATASETS.SHARDS.CACHE_DIR = ""
     cfg.DATASETS.SHARDS.CACHE_GB = 50.0
 
     cfg.DATASETS.CHECKS = CfgNode()

@@ -2,11 +2,14 @@
 
 import http.server
 import json
+import logging
+import multiprocessing
 import os
 import pickle
 import tarfile
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from locreweight.data.datasets.shard_writer import write_shards
 from locreweight.data.datasets.shards import BLOCK_TYPE, WINDOW, ShardedImages, load_shards
 from locreweight.data.image_io import UnreadableImage, read_rgb
 from locreweight.data.loader import Stream, StreamDataset, StreamPosition
+from locreweight.engine.prediction import training_files
 from locreweight.errors import UsageError
 from tests.tiny_project import Project
 
@@ -103,6 +107,18 @@ class TestWrite:
         (output / "shard-000000.tar").write_bytes(b"")
         write_shards(images, output, 4)
         assert (output / "index.json").read_bytes() == packed.read_bytes()
+
+    def test_resumed_with_other_shards(self, images, packed, tmp_path, monkeypatch):
+        def stop(*args):
+            raise KeyboardInterrupt
+
+        output = tmp_path / "shards"
+        with monkeypatch.context() as patch:
+            patch.setattr(shard_writer, "_write_index", stop)
+            with pytest.raises(KeyboardInterrupt):
+                write_shards(images, output, 2)
+        write_shards(images, output, 4)
+        assert {p.name for p in output.iterdir()} == {p.name for p in packed.parent.iterdir()}
 
     @pytest.mark.parametrize(
         ("output", "count", "message"),
@@ -197,7 +213,10 @@ class FaultyStore:
                 store.requests.append(self.path)
                 remaining = store.faults.get(self.path.rpartition("/")[2], [])
                 fault = remaining.pop(0) if remaining else None
-                content = (folder / self.path.lstrip("/")).read_bytes()
+                if not self.file().exists():
+                    self.send_error(404)
+                    return
+                content = self.file().read_bytes()
                 if fault == "fails":
                     self.send_error(503)
                     return
@@ -211,10 +230,15 @@ class FaultyStore:
                 self.wfile.write(content[: len(content) // 2] if fault == "truncated" else content)
 
             def do_HEAD(self):
-                self.send_response(200)
-                size = (folder / self.path.lstrip("/")).stat().st_size
-                self.send_header("Content-Length", str(size))
-                self.end_headers()
+                if self.file().exists():
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(self.file().stat().st_size))
+                    self.end_headers()
+                else:
+                    self.send_error(404)
+
+            def file(self):
+                return folder / self.path.lstrip("/").partition("?")[0]
 
             def log_message(self, *args):
                 pass
@@ -263,9 +287,53 @@ class TestRemote:
     def test_lasting_fault_names_the_shard(self, store, cache):
         remote = load_shards(f"{store.url}/index.json", cache)
         store.faults = {"shard-000000.tar": ["truncated"] * 100}
-        with pytest.raises(UnreadableImage, match=r"shard-000000.tar in 5 attempts"):
+        with pytest.raises(UnreadableImage, match=r"shard-000000.tar, attempt 5 of 5"):
             read_rgb(remote[0]["file_name"])
         assert read_rgb(remote[4]["file_name"]).shape[2] == 3
+
+    def test_index_is_read_again_after_a_fault(self, store, cache):
+        store.faults = {"index.json": ["fails"] * 2}
+        assert len(load_shards(f"{store.url}/index.json", cache)) == COUNT
+
+    def test_missing_shard_is_not_tried_again(self, store, cache):
+        with pytest.raises(OSError, match=r"none.tar, attempt 1 of 5: FileNotFoundError"):
+            cache.open(ShardFile(f"{store.url}/none.tar", 1, "0" * 64))
+
+    def test_damaged_copy_is_replaced(self, packed, store, cache):
+        expected = content_of(load_shards(str(packed), cache)[:])
+        content_of(load_shards(f"{store.url}/index.json", cache)[:])
+        for file in cache.folder.glob("*.tar"):
+            file.write_bytes(b"short")
+        again = load_shards(f"{store.url}/index.json", cache)
+        assert content_of(again[:]) == expected
+
+    def test_size_of_signed_urls_is_bounded(self, store, tmp_path):
+        cache = ShardCache(tmp_path / "cache", max_bytes=1)
+        cache.folder.mkdir()
+        (cache.folder / "mine.tar").touch()  # left alone
+        remote = load_shards(f"{store.url}/index.json", cache)
+        for i in range(3):
+            file = remote.file(i)
+            cache.open(ShardFile(f"{file.url}?key=a.b", file.size, file.sha256)).close()
+        assert len(list(cache.folder.glob("*.tar*"))) == 2
+        assert (cache.folder / "mine.tar").exists()
+
+    def test_process_forked_during_a_download_does_not_keep_the_lock(self, cache):
+        path = cache.folder / "a.tar"
+        release, hold = os.pipe()
+        with cache._locked(path, wait=True):
+            child = os.fork()
+            if child == 0:
+                os.close(hold)
+                os.read(release, 1)  # until the parent closes its end
+                os._exit(0)
+        try:
+            with cache._locked(path, wait=False) as is_locked:
+                assert is_locked
+        finally:
+            os.close(hold)
+            os.close(release)
+            os.waitpid(child, 0)
 
     def test_downloads_each_shard_once(self, store, cache):
         remote = load_shards(f"{store.url}/index.json", cache)
@@ -299,11 +367,9 @@ class TestRemote:
     def test_workers_share_the_cache(self, store, cache):
         remote = load_shards(f"{store.url}/index.json", cache)
         store.requests.clear()
-        threads = [threading.Thread(target=content_of, args=(remote[:],)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with multiprocessing.get_context("fork").Pool(4) as processes:
+            contents = processes.map(content_of, [remote[:]] * 4, chunksize=1)
+        assert contents == [content_of(remote[:])] * 4
         tars = [path for path in store.requests if path.endswith(".tar")]
         assert len(tars) == len(set(tars)) == remote.num_shards
 
@@ -313,6 +379,13 @@ class TestErrors:
     def test_not_an_index(self, tmp_path, cache, content):
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(UsageError, match="is not an index of shards"):
+            load_shards(str(tmp_path / "index.json"), cache)
+
+    def test_checksum_that_is_a_path(self, packed, tmp_path, cache):
+        content = json.loads(packed.read_text())
+        content["shardlist"][0] |= {"url": "http://localhost/a.tar", "sha256": "../../a"}
+        (tmp_path / "index.json").write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=r"the SHA-256 of http://localhost/a.tar is '../../a'"):
             load_shards(str(tmp_path / "index.json"), cache)
 
     def test_blocks_of_another_index(self, packed, tmp_path, cache):
@@ -331,10 +404,21 @@ class TestErrors:
         with pytest.raises(UnreadableImage, match="bytes instead of"):
             read_rgb(shards[0]["file_name"])
 
-    def test_wrong_block(self, packed, cache):
-        name = load_shards(str(packed), cache)[0]["file_name"]
+    def test_wrong_block(self, packed, tmp_path, cache):
+        shards = load_shards(str(packed), cache)
+        blocks = tmp_path / "index.blocks"
+        (np.fromfile(packed.parent / "index.blocks", BLOCK_TYPE) + 1).tofile(blocks)
+        sizes = [shards.shard_size(i) for i in range(shards.num_shards)]
+        files = [shards.file(i) for i in range(shards.num_shards)]
+        shifted = ShardedImages(files, sizes, blocks, cache)
         with pytest.raises(UnreadableImage, match="no tar member"):
-            read_rgb(name + "1")
+            read_rgb(shifted[0]["file_name"])
+
+    @pytest.mark.parametrize("change", [lambda name: name + "99", lambda name: name[:-1] + "9"])
+    def test_name_of_another_index(self, packed, cache, change):
+        name = load_shards(str(packed), cache)[0]["file_name"]
+        with pytest.raises(UnreadableImage, match="is not in the index that was loaded last"):
+            read_rgb(change(name))
 
 
 class TestTrainingSets:
@@ -398,6 +482,27 @@ class TestTrainingSets:
         project.set("DATASETS.LABELED_PERCENT", 50.0)
         with pytest.raises(UsageError, match="cannot be combined with other unlabeled images"):
             project.read()
+
+    def test_not_with_ground_truth(self, project):
+        project.set("VIS_PERIOD", 1)
+        project.set("DATASETS.UNLABELED_TRUTH", project.settings["DATASETS.TRAIN"])
+        with pytest.raises(UsageError, match="cannot be used with images in shards"):
+            project.read()
+
+    def test_checks_of_the_other_sets_are_kept(self, project, caplog):
+        project.set("DATASETS.TEST", project.settings["DATASETS.TRAIN"])
+        caplog.set_level(logging.INFO)
+        project.read()
+        assert "labeled images are also in the test sets" in caplog.text
+        assert "images in shards are not compared with the labeled and test images" in caplog.text
+        project.set("SOLVER.IMS_PER_BATCH_UNLABELED", 0)
+        with pytest.raises(UsageError, match="SOLVER.IMS_PER_BATCH_UNLABELED above 0"):
+            project.read()
+
+    def test_tools_that_write_names_of_files_refuse_shards(self, project):
+        detector = SimpleNamespace(cfg=project.config())
+        with pytest.raises(UsageError, match="are in shards, not in files: give --input"):
+            training_files(detector)
 
     def test_not_as_labeled_images(self, project, packed):
         project.set("DATASETS.TRAIN", [f"shards:{packed}"])

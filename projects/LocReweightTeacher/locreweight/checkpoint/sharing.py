@@ -48,6 +48,7 @@ def shareable_config(cfg: CfgNode, name: str) -> CfgNode:
     if shared.MODEL.TIMM.PRETRAINED != HUB:
         shared.MODEL.TIMM.PRETRAINED = ""
     shared.MODEL.TRUST_WEIGHTS = False
+    shared.DATASETS.SHARDS.CACHE_DIR = ""  # of this machine
     return shared
 
 

@@ -143,22 +143,30 @@ class ViewMapper:
             source = read_for_training(record["file_name"], self._unlabeled_limit)
             resize_cache: dict = {}
             weak, weak_transforms = _augment(source.pixels, self.policy.weak, resize_cache)
-            strong_views = []
-            for _ in range(self.strong_views):
-                if self.policy.strong_on_weak:
-                    strong, strong_transforms = _augment(weak, self.policy.strong)
-                    strong_transforms = weak_transforms + strong_transforms
-                else:
-                    strong, strong_transforms = _augment(
-                        source.pixels, self.policy.strong, resize_cache
-                    )
-                strong_views.append(self._view(source, strong, strong_transforms))
+            strong_views = [
+                self._augment_strongly(source, weak, weak_transforms, resize_cache)
+                for _ in range(self.strong_views)
+            ]
+        strong, *further_strong = (self._view(source, *view) for view in strong_views)
         return UnlabeledSample(
             file_name=record["file_name"],
             weak=self._view(source, weak, weak_transforms),
-            strong=strong_views[0],
-            further_strong=tuple(strong_views[1:]),
+            strong=strong,
+            further_strong=tuple(further_strong),
         )
+
+    def _augment_strongly(
+        self,
+        source: TrainingImage,
+        weak: np.ndarray,
+        weak_transforms: T.TransformList,
+        resize_cache: dict,
+    ) -> tuple[np.ndarray, T.TransformList]:
+        """Make one strong view; returns its pixels and its transforms from the source."""
+        if not self.policy.strong_on_weak:
+            return _augment(source.pixels, self.policy.strong, resize_cache)
+        strong, transforms = _augment(weak, self.policy.strong)
+        return strong, weak_transforms + transforms
 
     def _view(self, source: TrainingImage, image: np.ndarray, transforms: T.TransformList) -> View:
         matrix = affine_matrix(source.scaling + transforms, source.shape)

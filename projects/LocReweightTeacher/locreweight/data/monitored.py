@@ -130,11 +130,16 @@ def choose_monitored(
         records, all with or all without ``annotations``; empty if ``VIS_PERIOD`` is 0.
 
     Raises:
-        UsageError: if ``DATASETS.UNLABELED_TRUTH`` has other classes or other images.
+        UsageError: if ``DATASETS.UNLABELED_TRUTH`` has other classes or other images, or the
+            unlabeled images are in shards.
     """
     count = cfg.TEST.MONITORED_IMAGES if cfg.VIS_PERIOD > 0 else 0
     if not count or not unlabeled:
         return []
+    if cfg.DATASETS.UNLABELED_TRUTH and isinstance(unlabeled, ShardedImages):
+        raise UsageError(
+            "DATASETS.UNLABELED_TRUTH cannot be used with images in shards: leave it empty"
+        )
     real_path = RealPathCache()
     annotated = {
         real_path(record["file_name"]): record

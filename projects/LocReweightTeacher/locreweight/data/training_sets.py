@@ -34,7 +34,7 @@ from .datasets.catalog import expand_path, register
 from .datasets.packed_records import ImageFiles, PackedRecords
 from .datasets.real_paths import RealPathCache
 from .datasets.record_cache import RecordCache, garbage_collection_paused
-from .datasets.shard_cache import ShardCache
+from .datasets.shard_cache import DEFAULT_CACHE_DIR, ShardCache
 from .datasets.shards import ShardedImages
 from .datasets.splits import split_annotated
 from .monitored import choose_monitored
@@ -113,7 +113,7 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         allow_outside=data.CHECKS.ALLOW_OUTSIDE_PATHS,
         cache=RecordCache(Path(cfg.OUTPUT_DIR, CACHE_FOLDER)),
         shard_cache=ShardCache(
-            Path(expand_path(cfg.DATASETS.SHARDS.CACHE_DIR)),
+            Path(expand_path(cfg.DATASETS.SHARDS.CACHE_DIR or DEFAULT_CACHE_DIR)),
             int(cfg.DATASETS.SHARDS.CACHE_GB * 1e9),
         ),
     )
@@ -239,12 +239,14 @@ def _unlabeled_images(
     test_sets: dict[str, list[dict]],
 ) -> ImageFiles | ShardedImages:
     real_paths = RealPathCache()
+    unlabeled: ImageFiles | ShardedImages
     if shards := [part for part in parts if isinstance(part, ShardedImages)]:
-        return _only_shards(shards, [part for part in parts if part])
-    unlabeled = ImageFiles.concatenate([ImageFiles.of_records(part) for part in parts])
-    exclude = cfg.DATASETS.EXCLUDE_LABELED
-    unlabeled = without_overlap(labeled, unlabeled, real_paths, exclude=exclude)
-    unlabeled = _without_test_images(cfg, unlabeled, test_sets, real_paths)
+        unlabeled = _only_shards(shards, [part for part in parts if part])
+    else:
+        files = ImageFiles.concatenate([ImageFiles.of_records(part) for part in parts])
+        exclude = cfg.DATASETS.EXCLUDE_LABELED
+        files = without_overlap(labeled, files, real_paths, exclude=exclude)
+        unlabeled = _without_test_images(cfg, files, test_sets, real_paths)
     _warn_of_labeled_test_images(labeled, test_sets, real_paths)
     _check_enough_unlabeled(cfg, unlabeled)
     return unlabeled
@@ -302,7 +304,7 @@ def _warn_of_labeled_test_images(
         )
 
 
-def _check_enough_unlabeled(cfg: CfgNode, unlabeled: ImageFiles) -> None:
+def _check_enough_unlabeled(cfg: CfgNode, unlabeled: Sequence[dict]) -> None:
     mutual_learning = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
     if mutual_learning and not (unlabeled and cfg.SOLVER.IMS_PER_BATCH_UNLABELED):
         raise UsageError(

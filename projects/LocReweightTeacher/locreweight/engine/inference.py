@@ -52,7 +52,10 @@ class InputFile:
         return bool(self.stream) or self.path.suffix.lower() in VIDEO_SUFFIXES
 
     def __str__(self) -> str:
-        return self.stream or str(self.path)
+        """The path, or the address of the stream without user name and password."""
+        start, separator, rest = self.stream.partition("://")
+        host, slash, path = rest.partition("/")
+        return start + separator + host.rpartition("@")[2] + slash + path or str(self.path)
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ def read_images(
 def _read_video(
     file: InputFile, unreadable: list[str], max_frames: int | None
 ) -> Iterator[tuple[Frame, np.ndarray]]:
-    video = cv2.VideoCapture(int(file.stream) if file.stream.isdigit() else str(file))
+    video = cv2.VideoCapture(
+        int(file.stream) if file.stream.isdigit() else file.stream or str(file.path)
+    )
     try:
         total = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
         if max_frames:

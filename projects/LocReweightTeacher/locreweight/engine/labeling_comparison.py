@@ -164,7 +164,9 @@ def labeling_table(results: Sequence[LabelingResult]) -> str:
         boxes = np.mean([result.boxes for result in group])
         rows.append([labels, group[0].images, f"{boxes:.1f}", _spread([r.ap for r in group])])
     ap = {(result.labels, result.seed): result.ap for result in results}
-    gains = [ap["suggested", seed] - ap["random", seed] for _, seed in ap if _ == "random"]
+    gains = [
+        ap["suggested", seed] - ap["random", seed] for labels, seed in ap if labels == "random"
+    ]
     rows.append(["suggested - random", "", "", _spread(gains)])
     headers = ["labels", "images", "boxes", "AP"]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)

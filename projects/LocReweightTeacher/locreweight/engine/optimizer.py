@@ -49,7 +49,7 @@ class SkipNonFiniteOptimizer:
         """
         Args:
             cfg: the effective config.
-            model: the student.
+            model: the student, or a :class:`.committee.Committee` of several.
             dtype: of the forward pass.
         """
         optimizer = build_optimizer(cfg, model)
@@ -125,11 +125,7 @@ def _scale_backbone_rates(cfg: CfgNode, model: nn.Module, optimizer: torch.optim
     for key in ("BACKBONE_LR_FACTOR", "BACKBONE_LR_DECAY"):
         if solver[key] < 0:
             raise UsageError(f"SOLVER.{key} is {solver[key]:g}; it must not be negative")
-    names = {
-        parameter: name
-        for member in members_of(model)
-        for name, parameter in member.named_parameters()
-    }
+    names = {p: name for member in members_of(model) for name, p in member.named_parameters()}
     blocks = {name.split(".blocks.")[1].split(".")[0] for name in names.values() if _is_block(name)}
     if solver.BACKBONE_LR_DECAY != 1.0 and not blocks:
         raise UsageError(

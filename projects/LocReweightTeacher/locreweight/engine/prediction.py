@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.datasets.shards import ShardedImages
 from ..data.training_sets import load_training_sets, register_datasets
 from ..errors import UsageError
 from .detection_files import DetectionWriter, common_folder
@@ -88,12 +89,17 @@ def training_files(detector: Predictor) -> TrainingFiles:
     """Return the image files of the detector's config.
 
     Raises:
-        UsageError: if a dataset does not exist, or the config has no unlabeled images.
+        UsageError: if a dataset does not exist, or the config has no unlabeled images in files.
     """
     register_datasets(detector.cfg)
     sets = load_training_sets(detector.cfg)
     if not sets.unlabeled:
         raise UsageError("the checkpoint's config has no unlabeled images: give --input")
+    if isinstance(sets.unlabeled, ShardedImages):
+        raise UsageError(
+            "the unlabeled images of the checkpoint's config are in shards, not in files: give "
+            "--input with the images that were packed"
+        )
     return TrainingFiles(input_files(sets.labeled), input_files(sets.unlabeled))
 
 

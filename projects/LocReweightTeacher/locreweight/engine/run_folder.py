@@ -194,11 +194,15 @@ class RunFolder:
         if not evaluations:
             return []
         last = max(evaluations)
-        if last <= self.burn_in:
+        if self.burn_in >= self.max_iter:
             return [self._summary_row("supervised", last)]
+        if last < self.burn_in:
+            return [self._summary_row("during burn-in", last)]
         rows = []
         if self.burn_in in evaluations:
             rows.append(self._summary_row("teacher, end of burn-in", self.burn_in))
+        if last == self.burn_in:
+            return rows
         rows.append(self._summary_row("final student", last, "student/"))
         rows.append(self._summary_row("final teacher", last))
         return rows

@@ -5,9 +5,13 @@ Zhou et al., "Instant-Teaching: An End-to-End Semi-Supervised Object Detection F
 same time. The detections of both are pooled, and each model scores and regresses the boxes of the
 pool again. The pseudo-labels of a model are the pool after a further correction by the other model.
 
-The differences from the paper are those of :mod:`.instant_teaching`. The models also differ only in
-the layers that ``MODEL.WEIGHTS`` does not have. A step takes about twice the time and the memory of
+The differences from the paper are those of :mod:`.instant_teaching`. The models differ only in the
+layers that ``MODEL.WEIGHTS`` does not have. A step takes about twice the time and the memory of
 Instant-Teaching.
+
+This is the correction that the paper describes. The authors' code also averages the probabilities
+of the other classes, so that a correction can change the class, regresses the box of the most
+probable class, and weights it in the second correction by the average of both scores.
 """
 
 from __future__ import annotations

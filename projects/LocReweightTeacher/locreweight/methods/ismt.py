@@ -36,7 +36,7 @@ from ..modeling.meta_arch import SemiSupervisedRCNN
 from .base import METHOD_REGISTRY, LabelingInputs, SemiSupervisedMethod
 
 _UNLIMITED = 10**9  # pixels, the size of an image that boxes are not clipped to
-# Fields of pseudo-labels that are stored.
+# Fields of pseudo-labels that are stored, besides their boxes.
 _FIELDS = ("gt_classes", "gt_score", "gt_localization_quality")
 
 
@@ -137,10 +137,10 @@ class ISMT(SemiSupervisedMethod):
             self.memory[student].update(entries)
 
     def state_dict(self) -> dict:
-        return {"memory": [dict(entries) for entries in self.memory]}
+        return {"memory": [pack(entries) for entries in self.memory]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.memory = [dict(entries) for entries in state_dict["memory"]]
+        self.memory = [unpack(packed) for packed in state_dict["memory"]]
 
 
 def fuse(labels: Instances, iou: float) -> Instances:
@@ -162,3 +162,29 @@ def to_original(labels: Instances, sample: UnlabeledSample) -> dict[str, Tensor]
     matrix = torch.linalg.inv(sample.weak.matrix)
     boxes = warp_boxes(labels.gt_boxes.tensor.cpu(), matrix, (_UNLIMITED, _UNLIMITED))
     return {"boxes": boxes} | {name: labels.get(name).cpu() for name in _FIELDS}
+
+
+def pack(entries: dict[str, dict[str, Tensor]]) -> dict:
+    """Join the pseudo-labels of all files for a checkpoint.
+
+    A checkpoint of a hundred thousand small tensors takes minutes to write and to read.
+    """
+    if not entries:
+        return {}
+    joined = {
+        name: torch.cat([entry[name] for entry in entries.values()]) for name in ("boxes", *_FIELDS)
+    }
+    counts = [len(entry["boxes"]) for entry in entries.values()]
+    return {"file_names": list(entries), "counts": counts} | joined
+
+
+def unpack(packed: dict) -> dict[str, dict[str, Tensor]]:
+    """Return the pseudo-labels by file name; the inverse of :func:`pack`."""
+    if not packed:
+        return {}
+    columns = ("boxes", *_FIELDS)
+    parts = zip(*(packed[name].split(packed["counts"]) for name in columns), strict=True)
+    return {
+        file_name: dict(zip(columns, values, strict=True))
+        for file_name, values in zip(packed["file_names"], parts, strict=True)
+    }

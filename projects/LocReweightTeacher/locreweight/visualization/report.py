@@ -247,7 +247,7 @@ def _class_row(each: ClassAnalysis) -> list[str]:
 
 
 def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetections:
-    """Evaluate a run's last checkpoint on test images: examples and localization quality.
+    """Evaluate a run's best checkpoint on test images: examples and localization quality.
 
     Args:
         run: run with a checkpoint.

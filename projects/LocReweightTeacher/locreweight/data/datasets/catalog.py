@@ -43,7 +43,7 @@ from .image_folders import load_folder, load_list
 from .labelme import load_labelme
 from .packed_records import ImageFiles
 from .record_cache import NO_CACHE, RecordCache
-from .shard_cache import ShardCache, is_local
+from .shard_cache import DEFAULT_CACHE_DIR, ShardCache, is_local
 from .shards import load_shards
 from .voc import load_voc, load_voc_folder, load_voc_images, split_file
 from .yolo import YAML_SUFFIXES, load_yolo, open_folders, open_yaml
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 DETECTRON2_DATASETS = "DETECTRON2_DATASETS"
 # Without a config, which has its own folder and size.
-DEFAULT_SHARD_CACHE = ShardCache(Path("~/.cache/locreweight/shards").expanduser(), 50 * 10**9)
+DEFAULT_SHARD_CACHE = ShardCache(Path(os.path.expanduser(DEFAULT_CACHE_DIR)), 50 * 10**9)
 
 # Reads the records of a data set, and the metadata that Detectron2 keeps of it.
 Loader = Callable[[], Sequence[dict]]

@@ -7,7 +7,9 @@ import gc
 import hashlib
 import io
 import logging
+import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,10 @@ class RecordCache:
         parsed = parse(content)
         try:
             self._folder.mkdir(exist_ok=True)
-            atomic_write_bytes(file, _encode(parsed))
+            # Processes of several machines may write at the same time.
+            own = file.with_name(f"{file.stem}-{socket.gethostname()}-{os.getpid()}")
+            atomic_write_bytes(own, _encode(parsed))
+            os.replace(own, file)
         except OSError as error:  # a full disk or a folder of someone else
             logger.warning("cannot write the cache %s: %s. Training goes on without", file, error)
         return parsed

@@ -7,30 +7,45 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 from ...errors import UsageError
-from ...file_io import PARTIAL_SUFFIX
+from ...file_io import atomic_write
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_CACHE_DIR = "~/.cache/locreweight/shards"
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
 _READ_BYTES = 1 << 20
+_SHARD_PATTERN = "[0-9a-f]" * 64 + ".tar"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file of an index: its URL or path, size in bytes, and SHA-256."""
+    """A file of an index: its URL or path, size in bytes, and SHA-256.
+
+    Raises:
+        ValueError: if the SHA-256 of a remote file is not one; the cache uses it as a file name.
+    """
 
     url: str
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not is_local(self.url) and not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"the SHA-256 of {self.url} is {self.sha256!r}")
 
 
 def is_local(url: str) -> bool:
@@ -57,12 +72,38 @@ def open_url(url: str) -> contextlib.AbstractContextManager[BinaryIO]:
         ) from error
 
 
+def with_retries(download: Callable[[], T], url: str) -> T:
+    """Download, again after a pause if it fails, and return the result.
+
+    A file that does not exist, or that may not be read, is not tried again.
+
+    Raises:
+        OSError: names the URL.
+    """
+    pause = FIRST_PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return download()
+        except UsageError:
+            raise
+        except Exception as error:  # each kind of storage has its own exceptions
+            problem = f"{type(error).__name__}: {error}"
+            if attempt == ATTEMPTS or isinstance(error, FileNotFoundError | PermissionError):
+                raise OSError(
+                    f"cannot download {url}, attempt {attempt} of {ATTEMPTS}: {problem}"
+                ) from error
+            logger.warning("downloading %s again: %s", url, problem)
+        time.sleep(pause)
+        pause *= 2
+    raise AssertionError("the last attempt returns or raises")
+
+
 class ShardCache:
     """Files of remote URLs in a local folder, which processes may share.
 
     A file is complete once it has its name. A lock per file lets only one process download it. The
-    files that were opened least recently are removed when the folder exceeds its size, but only
-    tar files. A removed file stays readable where it is open.
+    shards that were opened least recently are removed when the folder exceeds its size. A removed
+    file stays readable where it is open. Other files in the folder are left alone.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -88,8 +129,10 @@ class ShardCache:
                 # Another process may remove the file before it is open.
                 with contextlib.suppress(FileNotFoundError):
                     opened = open(path, "rb")  # noqa: SIM115, the caller closes it
-                    os.utime(opened.fileno())
-                    return opened
+                    if os.fstat(opened.fileno()).st_size == file.size:
+                        os.utime(opened.fileno())
+                        return opened
+                    opened.close()
                 self._download(file, path)
 
     def local_path(self, file: ShardFile) -> Path:
@@ -104,7 +147,8 @@ class ShardCache:
             threading.Thread(target=self._download_all, args=(missing,), daemon=True).start()
 
     def _path(self, file: ShardFile) -> Path:
-        return self.folder / (file.sha256 + Path(file.url).suffix)
+        # A signed URL has a query.
+        return self.folder / (file.sha256 + Path(urlsplit(file.url).path).suffix)
 
     def _download_all(self, files: Sequence[ShardFile]) -> None:
         for file in files:
@@ -117,29 +161,17 @@ class ShardCache:
                         logger.debug("prefetching: %s", error)
 
     def _download(self, file: ShardFile, path: Path) -> None:
-        pause = FIRST_PAUSE
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                self._make_room(file.size)
-                _copy(file, path)
-                return
-            except UsageError:
-                raise
-            except Exception as error:  # each kind of storage has its own exceptions
-                problem = f"{type(error).__name__}: {error}"
-                if attempt == ATTEMPTS:
-                    raise OSError(
-                        f"cannot download {file.url} in {ATTEMPTS} attempts: {problem}"
-                    ) from error
-                logger.warning("downloading %s again: %s", file.url, problem)
-            time.sleep(pause)
-            pause *= 2
+        def attempt() -> None:
+            self._make_room(file.size)
+            atomic_write(path, partial(_copy, file))
+
+        with_retries(attempt, file.url)
 
     def _make_room(self, size: int) -> None:
         """Remove the files that were opened least recently until a new one fits."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = []
-        for path in self.folder.glob("*.tar"):
+        for path in self.folder.glob(_SHARD_PATTERN):
             with contextlib.suppress(FileNotFoundError):  # removed by another process
                 found.append((path.stat(), path))
         total = sum(status.st_size for status, _ in found)
@@ -159,27 +191,26 @@ class ShardCache:
             except BlockingIOError:
                 yield False
                 return
-            yield True
+            try:
+                yield True
+            finally:
+                # Closing it is not enough: a process forked meanwhile has it open, too.
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def _copy(file: ShardFile, path: Path) -> None:
+def _copy(file: ShardFile, output: BinaryIO) -> None:
     """Download a file and check it.
 
     Raises:
         OSError: if its size or checksum is wrong.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     digest = hashlib.sha256()
-    try:
-        with open_url(file.url) as source, open(partial, "wb") as copy:
-            while block := source.read(_READ_BYTES):
-                digest.update(block)
-                copy.write(block)
-            size = copy.tell()
-        if size != file.size:
-            raise OSError(f"it has {size} bytes instead of {file.size}")
-        if digest.hexdigest() != file.sha256:
-            raise OSError(f"its SHA-256 is {digest.hexdigest()} instead of {file.sha256}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_url(file.url) as source:
+        while block := source.read(_READ_BYTES):
+            digest.update(block)
+            output.write(block)
+    size = output.tell()
+    if size != file.size:
+        raise OSError(f"it has {size} bytes instead of {file.size}")
+    if digest.hexdigest() != file.sha256:
+        raise OSError(f"its SHA-256 is {digest.hexdigest()} instead of {file.sha256}")

@@ -150,5 +150,7 @@ def _write_index(output: Path, index: Path, shards: dict[str, _Shard]) -> None:
     }
     atomic_write_bytes(index, json.dumps(content, indent=1).encode() + b"\n")
     for file in (output / PROGRESS_FOLDER).iterdir():
+        if file.suffix == ".json" and file.stem not in shards:  # of a call with other arguments
+            (output / file.stem).unlink(missing_ok=True)
         file.unlink()
     (output / PROGRESS_FOLDER).rmdir()

@@ -10,8 +10,8 @@ URLs are relative to the index. The tar files and the list of shards are those o
 file of blocks holds one little-endian uint32 per image: the number of 512-byte blocks before its
 tar header. It is mapped into memory, so that an index of any size takes little of it.
 
-An image is named ``shard://<url of the tar file>#<block>``. Detectron2's ``PathManager`` opens such
-names once an index has been loaded.
+An image is named ``shard://<url of the tar file>#<image_id>``. Detectron2's ``PathManager`` opens
+such names once an index has been loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +34,7 @@ from iopath.common.file_io import PathHandler
 
 from ...errors import UsageError
 from .packed_records import Packed, PackedBytes
-from .shard_cache import ShardCache, ShardFile, is_local, open_url
+from .shard_cache import ShardCache, ShardFile, is_local, open_url, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ShardedImages(Packed):
         self._blocks_file = blocks
         self._cache = cache
         self._map: np.ndarray | None = None
-        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()  # by shard
         self._prefetched: tuple[int, ...] = ()  # epoch and window
         self._orders: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
         self.digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
@@ -141,43 +141,51 @@ class ShardedImages(Packed):
         Raises:
             OSError: if it cannot be downloaded, or is not in the shard.
         """
-        url, _, block = name.removeprefix(PREFIX).rpartition("#")
-        descriptor = self._opened(url).fileno()
-        header = os.pread(descriptor, BLOCK, int(block) * BLOCK)
+        url, _, number = name.removeprefix(PREFIX).rpartition("#")
+        index = int(number)
+        shard = self._shard_of(index)
+        if index >= len(self) or self.file(shard).url != url:
+            raise OSError(f"{name} is not in the index that was loaded last")
+        block = self._block(index)
+        descriptor = self._opened(shard).fileno()
+        header = os.pread(descriptor, BLOCK, block * BLOCK)
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise OSError(f"there is no tar member at block {block} of {url}: {error}") from error
-        content = os.pread(descriptor, member.size, (int(block) + 1) * BLOCK)
+        content = os.pread(descriptor, member.size, (block + 1) * BLOCK)
         if len(content) != member.size:
             raise OSError(f"{url} ends within its member {member.name}")
         return io.BytesIO(content)
 
     def _record(self, index: int) -> dict:
+        return {
+            "file_name": f"{PREFIX}{self.file(self._shard_of(index)).url}#{index}",
+            "image_id": index,
+        }
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def _block(self, index: int) -> int:
         if self._map is None:
             self._map = np.memmap(self._blocks_file, BLOCK_TYPE, "r")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        name = f"{PREFIX}{self.file(shard).url}#{int(self._map[index])}"
-        return {"file_name": name, "image_id": index}
+        return int(self._map[index])
 
-    def _opened(self, url: str) -> BinaryIO:
-        if url in self._open:
-            self._open.move_to_end(url)
-            return self._open[url]
-        file = self._file_of[url]
+    def _opened(self, shard: int) -> BinaryIO:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        file = self.file(shard)
         opened = self._cache.open(file)
         size = os.fstat(opened.fileno()).st_size
         if size != file.size:
             opened.close()
-            raise OSError(f"{url} has {size} bytes instead of {file.size}")
-        self._open[url] = opened
+            raise OSError(f"{file.url} has {size} bytes instead of {file.size}")
+        self._open[shard] = opened
         if len(self._open) > _MAX_OPEN:
             self._open.popitem(last=False)[1].close()
         return opened
-
-    @cached_property
-    def _file_of(self) -> dict[str, ShardFile]:
-        return {file.url: file for file in map(self.file, range(self.num_shards))}
 
     def _shard_order(self, seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of an epoch, and the end of each window in the epoch."""
@@ -215,6 +223,14 @@ _HANDLER = _ShardHandler()
 PathManager.register_handler(_HANDLER, allow_override=True)
 
 
+def _read_index(index: str) -> bytes:
+    def read() -> bytes:
+        with open_url(index) as file:
+            return file.read()
+
+    return read() if is_local(index) else with_retries(read, index)
+
+
 def load_shards(index: str, cache: ShardCache) -> ShardedImages:
     """Read an index.
 
@@ -231,8 +247,7 @@ def load_shards(index: str, cache: ShardCache) -> ShardedImages:
         return url if "://" in url or os.path.isabs(url) or not base else f"{base}/{url}"
 
     try:
-        with open_url(index) as file:
-            content = json.load(file)
+        content = json.loads(_read_index(index))
         shards = content["shardlist"]
         files = [ShardFile(resolve(s["url"]), s["filesize"], s["sha256"]) for s in shards]
         sizes = [shard["nsamples"] for shard in shards]
