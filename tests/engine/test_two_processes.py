@@ -183,7 +183,7 @@ def test_one_process_resumes_with_the_same_split_and_results(ranks, datasets, fo
     assert dict(results["bbox"]) == pytest.approx(expected["bbox"], abs=0, nan_ok=True)
 
 
-def test_checkpoint_has_the_fields_of_one_process(folder, one_process):
+def test_checkpoint_has_the_fields_of_one_process(ranks, folder, one_process):
 
     def fields(value):
         if not isinstance(value, dict):
