@@ -63,7 +63,7 @@ def start(
     config = ["--config-file", str(ROOT / "configs/Base-LocReweight.yaml"), *as_options(options)]
     with open(folder / "output.txt", "a") as output:
         return subprocess.Popen(
-            [sys.executable, *launcher, "train_net.py", "--resume", *flags, *config],
+            [sys.executable, *launcher, "train_net.py", "--resume", "--verbose", *flags, *config],
             cwd=ROOT,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdout=output,

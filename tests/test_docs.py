@@ -225,7 +225,7 @@ def test_results_have_one_row_per_run():
     with (ROOT / "docs/results.csv").open() as file:
         rows = list(csv.DictReader(file))
     runs = [(row["config"], row["method"], row["seed"]) for row in rows]
-    assert len(set(runs)) == len(runs) == 51
+    assert len(set(runs)) == len(runs) > 50
     for row in rows:
         assert (ROOT / f"configs/{row['config']}.yaml").is_file()
         assert (METHODS_FOLDER / f"{row['method']}.yaml").is_file()

@@ -10,7 +10,8 @@
 Takes the arguments of train_net.py and reads every image once. Prints an overview, all problems
 with their fixes, including those that training itself would stop at, the estimated memory, and the
 command to train with, which includes the fixes that are config keys. --write-config writes a
-complete config for the data and this machine. The exit code is 1 if there are errors. Copies of
+complete config for the data and this machine; without --config-file, the checks are those of the
+detector in it. The exit code is 1 if there are errors. Copies of
 images that were mirrored or cropped are not detected.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from locreweight.command_line import ConfigArgumentParser, positive
 from locreweight.config import load_config
-from locreweight.engine.config_suggestion import write_config
+from locreweight.engine.config_suggestion import base_and_options, write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
 from locreweight.errors import UsageError
 
@@ -61,6 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
     try:
+        if args.write_config and not args.config_file:
+            base, args.opts = base_and_options(args.opts)
+            args.config_file = str(base)
         report = check_data(
             lambda options: load_config(args.config_file, options, args.method),
             args.opts,

@@ -1,6 +1,7 @@
 """Pretrained weights of timm backbones: where they come from, what is loaded, what is written."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,31 @@ def test_patch_and_position_embeddings_are_resampled():
     assert backbone.net.model.patch_embed.proj.weight.shape[-1] == 16
 
 
+def test_original_names_of_convnext_are_converted():
+    """The classifier, too, has another name in the files of its authors."""
+    settings = TIMM_BACKBONES["timm_convnext"]
+    weights = random_weights("test_convnext")
+    old_names = (
+        (r"^stem\.", "downsample_layers.0."),
+        (r"^stages\.(\d)\.blocks\.", r"stages.\1."),
+        (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+        ("conv_dw", "dwconv"),
+        (r"mlp\.fc", "pwconv"),
+        (r"^head\.(fc\.)?", ""),
+        (r"^(weight|bias)$", r"head.\1"),
+    )
+    original = {}
+    for name, value in weights.items():
+        for pattern, replacement in old_names:
+            name = re.sub(pattern, replacement, name)
+        original[name] = value
+    assert {"head.weight", "norm.weight", "downsample_layers.0.0.weight"} < set(original)
+    backbone = timm_backbone(tiny_model(settings))
+    load_timm_weights(tiny_config(settings), backbone, original, "file")
+    for key, value in backbone.net.state_dict().items():
+        assert value.min() >= 0.5, key
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -180,6 +206,16 @@ def test_cached_weights_of_the_hub_need_no_network(hub_cache):
     model = build_detector(cfg)
     load_pretrained(cfg, model)
     assert torch.equal(timm_backbone(model).net.conv_stem.weight, weights["conv_stem.weight"])
+
+
+def test_weights_that_timm_also_publishes_in_another_format(hub_cache):
+    """timm itself reads the file on the hub, although its description names a loader for others."""
+    settings = TIMM_BACKBONES["timm_vit"] | {
+        "MODEL.TIMM.NAME": "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    }
+    assert timm.get_pretrained_cfg(settings["MODEL.TIMM.NAME"]).custom_load
+    with pytest.raises(UsageError, match="not in this machine's cache"):
+        find_pretrained(config(settings, "hub"))
 
 
 def test_model_without_weights_on_the_hub():

@@ -8,6 +8,7 @@ import torch
 
 from locreweight.checkpoint.safe_loading import write_safetensors
 from locreweight.checkpoint.timm_weights import timm_backbone
+from locreweight.config import load_config
 from locreweight.engine import config_suggestion
 from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
@@ -105,3 +106,9 @@ def test_base_of_a_written_config_without_weights(monkeypatch):
     base, reason = config_suggestion.choose_base("")
     assert base == "bccd-small.yaml"
     assert "cpu-mobilenetv2.yaml: no network" in reason
+    # Nothing of the data of this example may get into the user's config.
+    file, options = config_suggestion.base_and_options(["DATASETS.TRAIN", "('voc:mine:train',)"])
+    assert file.name == base
+    default = load_config("", []).DATASETS
+    default.TRAIN = ("voc:mine:train",)
+    assert load_config(str(file), options).DATASETS == default

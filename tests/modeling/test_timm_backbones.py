@@ -10,7 +10,7 @@ from locreweight.config import check_supported, load_config
 from locreweight.engine.optimizer import SkipNonFiniteOptimizer
 from locreweight.errors import UsageError
 from locreweight.methods import build_members, build_method
-from locreweight.modeling import build_detector
+from locreweight.modeling import Committee, build_detector
 from tests.modeling.tiny_model import ROOT, TIMM_BACKBONES, as_options, labeled_inputs, tiny_config
 
 BASE = str(ROOT / "configs/Base-LocReweight.yaml")
@@ -151,13 +151,20 @@ def test_other_normalization_is_an_error(key, value):
         ({"MODEL.TIMM.NAME": "resnet18.no_such"}, "no weights 'no_such' .*it has a1_in1k"),
         ({"MODEL.TIMM.NAME": "test_vit"}, "build_timm_simple_pyramid_backbone"),
         ({"MODEL.TIMM.NORM": "GN"}, "MODEL.TIMM.NORM is 'GN'; it must be FrozenBN, BN or SyncBN"),
-        ({"MODEL.BACKBONE.FREEZE_AT": 6}, "FREEZE_AT 6.* has no such stage; it has res1, res2"),
+        ({"MODEL.BACKBONE.FREEZE_AT": 6}, r"FREEZE_AT 6.* no such stage.*\(it has res1, res2"),
         ({"MODEL.FPN.IN_FEATURES": ["res2", "res9"]}, "choose the last of these maps"),
         ({"MODEL.FPN.IN_FEATURES": ["res2", "res3"]}, "choose the last of these maps"),
         ({"MODEL.FPN.IN_FEATURES": []}, "choose the last of these maps"),
         (
             {"MODEL.BACKBONE.NAME": VIT["MODEL.BACKBONE.NAME"]},
             "test_efficientnet is not a plain vision transformer",
+        ),
+        (  # a convolutional stem instead of patches
+            {
+                "MODEL.BACKBONE.NAME": VIT["MODEL.BACKBONE.NAME"],
+                "MODEL.TIMM.NAME": "vitamin_small_224",
+            },
+            "vitamin_small_224 is not a plain vision transformer",
         ),
     ],
 )
@@ -170,6 +177,12 @@ def test_bad_settings_are_named(settings, message):
 def test_weights_of_a_resnet_are_an_error():
     settings = EFFICIENTNET | {"MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl"}
     with pytest.raises(UsageError, match=r"set MODEL\.WEIGHTS ''"):
+        check_supported(tiny_config(settings))
+
+
+def test_name_of_a_timm_model_with_another_backbone():
+    settings = EFFICIENTNET | {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone"}
+    with pytest.raises(UsageError, match=r"MODEL\.TIMM\.NAME is test_eff.*does not use it"):
         check_supported(tiny_config(settings))
 
 
@@ -213,6 +226,19 @@ def test_learning_rate_decay_of_a_transformer():
     assert found[f"{prefix}blocks.0.attn.qkv.weight"] == pytest.approx(0.1 * 0.5**depth)
     assert found[f"{prefix}patch_embed.proj.weight"] == pytest.approx(0.1 * 0.5 ** (depth + 1))
     assert found["backbone.simfp_2.0.weight"] == 1.0
+
+
+def test_learning_rates_of_several_members():
+    settings = VIT | {"SOLVER.BACKBONE_LR_DECAY": 0.5, "SOLVER.BACKBONE_LR_FACTOR": 0.1}
+    cfg = tiny_config(settings)
+    members = Committee([build_detector(cfg) for _ in range(2)])
+    optimizer = SkipNonFiniteOptimizer(cfg, members, torch.float32).torch_optimizer
+    names = {parameter: name for name, parameter in members.named_parameters()}
+    found = {
+        names[p]: g["lr"] / cfg.SOLVER.BASE_LR for g in optimizer.param_groups for p in g["params"]
+    }
+    expected = rates(settings)
+    assert found == {f"members.{i}.{n}": rate for i in range(2) for n, rate in expected.items()}
 
 
 @pytest.mark.parametrize(

@@ -437,6 +437,12 @@ def check_supported(cfg: CfgNode) -> None:
             f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME}: set MODEL.WEIGHTS '', and "
             "MODEL.TIMM.PRETRAINED to its weights"
         )
+    if cfg.MODEL.TIMM.NAME and not uses_timm(cfg):
+        raise UsageError(
+            f"MODEL.TIMM.NAME is {cfg.MODEL.TIMM.NAME}, but MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME} does not use it: set MODEL.BACKBONE.NAME "
+            "build_timm_fpn_backbone, or MODEL.TIMM.NAME ''"
+        )
     box_head = cfg.MODEL.ROI_BOX_HEAD
     for key, is_set in {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,

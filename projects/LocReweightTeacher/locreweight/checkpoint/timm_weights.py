@@ -80,7 +80,7 @@ def _from_hub(name: str) -> str:
 
     settings = pretrained_settings(name)
     repository, _, revision = (settings.hf_hub_id or "").partition("@")
-    if not repository or settings.custom_load:
+    if not repository:
         raise UsageError(
             f"timm publishes no PyTorch weights for MODEL.TIMM.NAME {name}: use another tag, or "
             "set MODEL.TIMM.PRETRAINED to a file"
@@ -117,7 +117,7 @@ def _why_unreachable(address: str) -> str:
     Without network, huggingface_hub would retry for half a minute.
     """
     parts = urlsplit(address)
-    if parts.scheme in getproxies():
+    if getproxies().keys() & {parts.scheme, "all"}:
         return ""
     try:
         socket.getaddrinfo(parts.hostname, parts.port or parts.scheme)
@@ -220,22 +220,22 @@ def _whole_model(cfg: CfgNode, weights: Mapping[str, Tensor], file: str) -> dict
     classifiers = (classifier,) if isinstance(classifier, str) else classifier
     prefixes = tuple(f"{layer}." for layer in classifiers)
     given = {key: value for key, value in weights.items() if not key.startswith(prefixes)}
-    # timm renames the weights of older formats. Nothing is filled in for them but the classifier.
+    # timm renames the weights of older formats. Nothing is filled in for them but the classifier,
+    # which may have another name in the file. So the file is tried as it is first.
     is_renamed = not given.keys() <= expected.keys()
     for key, value in expected.items():
         if key not in given and (key.startswith(prefixes) or not is_renamed):
             given[key] = value * torch.nan if value.is_floating_point() else value
-    try:
-        model = timm.create_model(
-            name,
-            pretrained=True,
-            pretrained_cfg_overlay={"state_dict": given, "custom_load": False},
-            **arguments,
-        )
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{file} does not fit MODEL.TIMM.NAME {name}: {reason[:300]}") from error
-    return model.state_dict()
+    for content in (weights, given) if is_renamed else (given,):
+        overlay = {"state_dict": dict(content), "custom_load": False}
+        try:
+            model = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+            )
+            return model.state_dict()
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+    raise UsageError(f"{file} does not fit MODEL.TIMM.NAME {name}: {reason[:300]}")
 
 
 def mobilenet_v2_from_torchvision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

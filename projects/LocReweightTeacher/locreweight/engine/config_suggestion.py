@@ -87,6 +87,31 @@ def choose_base(weights: str) -> tuple[str, str]:
     return base, ""
 
 
+def base_and_options(options: list[str]) -> tuple[Path, list[str]]:
+    """Choose the config for checks of data that come without one, and complete the user's options.
+
+    A config that is an example has data sets of its own. The options replace them by defaults.
+
+    Args:
+        options: ``KEY VALUE`` pairs of the user.
+
+    Returns:
+        config that :func:`write_config` derives from; and the options to load it with.
+
+    Raises:
+        UsageError: as :func:`choose_base`.
+    """
+    base = CONFIGS_FOLDER / choose_base(load_config("", options).MODEL.TIMM.PRETRAINED)[0]
+    default, own = load_config("", []).DATASETS, load_config(str(base), []).DATASETS
+    reset = [
+        part
+        for key, value in default.items()
+        if value != own[key]
+        for part in (f"DATASETS.{key}", str(value))
+    ]
+    return base, [*reset, *options]
+
+
 def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) -> dict:
     """Content of the config: differences to a base config.
 

@@ -126,10 +126,11 @@ def build_timm_simple_pyramid_backbone(
     try:
         net = _build_net(cfg, out_indices=(-1,))
         blocks = net.model.blocks
-    except (AttributeError, TypeError) as error:
+    except (AssertionError, AttributeError, TypeError) as error:
         raise UsageError(
-            f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} is not a plain vision transformer: use "
-            f"MODEL.BACKBONE.NAME {FPN_BUILDER}"
+            f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} is not a plain vision transformer for "
+            f"images of any size: choose another model, or MODEL.BACKBONE.NAME {FPN_BUILDER} for "
+            "a model with feature maps of several strides"
         ) from error
     _freeze_blocks(net.model, blocks, cfg.MODEL.BACKBONE.FREEZE_AT)
     backbone = TimmBackbone(net, stage_names(net))
@@ -306,7 +307,7 @@ def _freeze_stages(net: Any, cfg: CfgNode) -> None:
     if not (stage and inside):
         raise UsageError(
             f"MODEL.BACKBONE.FREEZE_AT {freeze_at}: MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} has no "
-            f"such stage; it has {', '.join(stages)}. Set 0 to train all layers"
+            f"such stage that can be frozen (it has {', '.join(stages)}). Set 0 to train all layers"
         )
     frozen = set(weights[: inside[0] if freeze_at == 1 else inside[-1] + 1])
     for name, parameter in net.named_parameters():
