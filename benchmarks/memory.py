@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import print_table, seconds_of
+from benchmarks.timing import print_table, seconds_of, use_cpu_time
 from benchmarks.workload import BASE, Detectron2Baseline, TrainerStep, Workload
 from locreweight.command_line import ConfigArgumentParser
 
@@ -44,27 +44,55 @@ class Cost:
 
 
 def measure_in_subprocess(
-    workload: Workload, *, baseline: bool, repeats: int, options: Sequence[str] = ()
+    workload: Workload,
+    *,
+    baseline: bool = False,
+    repeats: int,
+    options: Sequence[str] = (),
+    method: str = "",
+    warm_up: int = 1,
+    cpu_time: bool = False,
 ) -> Cost:
-    """Measure the training step, or the plain Detectron2 baseline, in a new process."""
-    arguments = json.dumps([asdict(workload), baseline, repeats, list(options)])
+    """Measure the training step, or the plain Detectron2 baseline, in a new process.
+
+    Args:
+        workload: the input.
+        baseline: measure the baseline.
+        repeats: number of measured repetitions.
+        options: ``KEY VALUE`` pairs that override the config.
+        method: method of the training step, as for ``--method``.
+        warm_up: number of repetitions before the measured ones.
+        cpu_time: measure the CPU time.
+    """
+    settings = [baseline, repeats, list(options), method, warm_up, cpu_time]
+    arguments = json.dumps([asdict(workload), *settings])
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--measure", arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return Cost(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def measure(workload: Workload, baseline: bool, repeats: int, options: list[str]) -> Cost:
-    """Measure in this process, after one repetition as warm-up."""
+def measure(
+    workload: Workload,
+    baseline: bool,
+    repeats: int,
+    options: list[str],
+    method: str,
+    warm_up: int,
+    cpu_time: bool,
+) -> Cost:
+    """Measure in this process; for arguments see :func:`measure_in_subprocess`."""
+    if cpu_time:
+        use_cpu_time()
     detectron2 = Detectron2Baseline(workload, options)
     device = detectron2.device
     function: Detectron2Baseline | TrainerStep = detectron2
     if not baseline:
-        function = TrainerStep(workload, detectron2.student.state_dict(), options)
+        function = TrainerStep(workload, detectron2.student.state_dict(), options, method)
     del detectron2
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = peak_mib(device)
-    seconds = [seconds_of(function, device) for _ in range(repeats + 1)][1:]
+    seconds = [seconds_of(function, device) for _ in range(warm_up + repeats)][warm_up:]
     return Cost(statistics.median(seconds), before, peak_mib(device))
 
 
@@ -89,8 +117,8 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # for measure_in_subprocess
     args = parser.parse_args()
     if args.measure:
-        workload, baseline, repeats, options = json.loads(args.measure)
-        print(json.dumps(asdict(measure(Workload(**workload), baseline, repeats, options))))
+        workload, *settings = json.loads(args.measure)
+        print(json.dumps(asdict(measure(Workload(**workload), *settings))))
         return
     sizes = {"short_side": 894, "labeled": 2, "unlabeled": 8} if args.paper else {}
     workload = Workload.of_config(args.config_file, **{"short_side": args.short_side} | sizes)

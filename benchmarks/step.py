@@ -75,7 +75,7 @@ def break_down(workload: Workload, repeats: int, options: list[str]) -> None:
         (torch.Tensor, "backward", "student: backward"),
         (trainer.optimizer.grad_scaler, "unscale_", "optimizer: gradient check"),
         (trainer.optimizer.torch_optimizer, "step", "optimizer: update"),
-        (trainer._average, "update", "teacher: EMA update"),
+        (trainer.models.average, "update", "teacher: EMA update"),
     ):
         clock.time_calls(owner, attribute, name)
     parts: dict[str, list[float]] = {}

@@ -1,8 +1,8 @@
 """A full-size training step on fixed data in memory, and the same passes by plain Detectron2.
 
 Weights are random. Therefore the statistics of frozen batch norm are computed from some images,
-since activations would grow from layer to layer otherwise, and pseudo-labels are fixed, since a
-random teacher would find none.
+since activations would grow from layer to layer otherwise, and the teacher's detections are fixed,
+since a random teacher would find none.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +26,12 @@ from torch import Tensor, nn
 from locreweight.config import load_config
 from locreweight.data.loader import Batch
 from locreweight.data.training_sets import register_datasets
+from locreweight.data.transforms.policies import build_augmentation_policy
 from locreweight.data.transforms.views import UnlabeledSample, View
 from locreweight.engine import SemiSupervisedTrainer
-from locreweight.methods import LabelingInputs
+from locreweight.methods import SemiSupervisedMethod
+from locreweight.modeling.committee import members_of
+from locreweight.modeling.meta_arch import SemiSupervisedRCNN, TeacherOutput
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "configs" / "Base-LocReweight.yaml")
@@ -77,8 +79,15 @@ class Workload:
         )
 
 
-def make_config(workload: Workload, folder: Path, options: list[str]) -> CfgNode:
-    """Build the base config (R50-FPN) with datasets of one image each, which steps do not read."""
+def make_config(workload: Workload, folder: Path, options: list[str], method: str = "") -> CfgNode:
+    """Build a config with datasets of one image each, which steps do not read.
+
+    Args:
+        workload: the input, with the config of the detector.
+        folder: for the datasets.
+        options: ``KEY VALUE`` pairs that override the config.
+        method: as for ``--method``.
+    """
     (folder / "images").mkdir(exist_ok=True)
     for name in ("0.jpg", "1.jpg"):
         Image.new("RGB", ORIGINAL[::-1]).save(folder / "images" / name)
@@ -112,7 +121,7 @@ def make_config(workload: Workload, folder: Path, options: list[str]) -> CfgNode
         "VIS_PERIOD": 0,
     }
     pairs = [str(part) for pair in settings.items() for part in pair]
-    return load_config(workload.config_file, [*pairs, *options])
+    return load_config(workload.config_file, [*pairs, *options], method)
 
 
 def make_batch(workload: Workload, seed: int = 0) -> Batch:
@@ -177,44 +186,69 @@ def calibrate_batch_norms(model: nn.Module, images: Tensor) -> None:
         handle.remove()
 
 
-class FixedPseudoLabels:
-    """Select fixed pseudo-labels, after the method has selected its own as usual."""
+def views_of_method(batch: Batch, cfg: CfgNode, method: SemiSupervisedMethod) -> Batch:
+    """Repeat images where the method's augmentations make several views of them."""
+    labeled_views = len(build_augmentation_policy(cfg).labeled)
+    further = method.num_members - 1 if method.own_strong_views else 0
+    return Batch(
+        batch.labeled * labeled_views,
+        [replace(x, further_strong=(x.strong,) * further) for x in batch.unlabeled],
+    )
 
-    def __init__(self, select: Callable, workload: Workload, device: torch.device) -> None:
-        self._select = select
+
+class FixedDetections:
+    """Replace a teacher's detections by fixed ones, after it has detected objects as usual."""
+
+    def __init__(self, teacher: SemiSupervisedRCNN, workload: Workload) -> None:
+        self._detect = teacher.detect
         generator = torch.Generator().manual_seed(1)
-        self._labels = [
-            make_objects(workload, generator).to(device) for _ in range(workload.unlabeled)
-        ]
+        self._detections = []
+        for _ in range(workload.unlabeled):
+            objects = make_objects(workload, generator)
+            detections = Instances(
+                objects.image_size,
+                pred_boxes=objects.gt_boxes,
+                pred_classes=objects.gt_classes,
+                scores=torch.full((len(objects),), 0.9),
+                log_variance=torch.full((len(objects), 4), -3.0),
+                localization_quality=torch.full((len(objects),), 0.3),
+            )
+            self._detections.append(detections.to(teacher.device))
 
-    def __call__(self, inputs: LabelingInputs) -> list[Instances]:
-        self._select(inputs)
-        for labels in self._labels:
-            labels.gt_localization_quality = labels.gt_boxes.tensor.new_full((len(labels),), 0.3)
-            labels.gt_score = labels.gt_localization_quality + 0.6
-        return list(self._labels)
+    def __call__(self, batched_inputs: list[dict]) -> TeacherOutput:
+        return replace(self._detect(batched_inputs), detections=list(self._detections))
 
 
 class TrainerStep:
     """One iteration of the real trainer per call, always on the same batch."""
 
-    def __init__(self, workload: Workload, weights: dict[str, Tensor], options: list[str]) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        weights: dict[str, Tensor],
+        options: list[str],
+        method: str = "",
+    ) -> None:
         """
         Args:
             workload: the input.
-            weights: weights of student and teacher.
-            options: ``KEY VALUE`` pairs that override the base config.
+            weights: weights of students and teachers.
+            options: ``KEY VALUE`` pairs that override the config.
+            method: as for ``--method``.
         """
         self._folder = tempfile.TemporaryDirectory()
-        cfg = make_config(workload, Path(self._folder.name), options)
+        cfg = make_config(workload, Path(self._folder.name), options, method)
         register_datasets(cfg)
         self.trainer = trainer = SemiSupervisedTrainer(cfg)
-        for model in (trainer.student, trainer.teacher):
+        students, teachers = (
+            members_of(x) for x in (trainer.models.students, trainer.models.teachers)
+        )
+        for model in (*students, *teachers):
             model.load_state_dict(weights, strict=False)
-        method = trainer.settings.method
-        fixed = FixedPseudoLabels(method.select_pseudo_labels, workload, trainer.device)
-        method.select_pseudo_labels = fixed  # type: ignore[method-assign]
-        trainer._batches = itertools.repeat(make_batch(workload))
+        for teacher in teachers:
+            teacher.detect = FixedDetections(teacher, workload)  # type: ignore[method-assign]
+        batch = views_of_method(make_batch(workload), cfg, trainer.settings.method)
+        trainer._batches = itertools.repeat(batch)
         trainer.storage = EventStorage()
         trainer.iter = 0
 

@@ -1,12 +1,12 @@
 """The benchmarks run, and compute their numbers correctly. Speed is not tested."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from benchmarks import growth, loader, step
+from benchmarks import growth, loader, methods, step
 from benchmarks.memory import Cost
 from benchmarks.timing import Clock, format_range, median_ratio, time_alternately
 from benchmarks.workload import (
@@ -108,6 +108,25 @@ def test_trainer_step_trains_on_the_fixed_pseudo_labels():
     assert math.isfinite(storage.latest()["total_loss"][0])
     assert storage.latest()["skipped_steps"][0] == 0
     assert trainer.iter == 20
+
+
+@pytest.mark.parametrize(
+    ("method", "labeled_views"),
+    [("mum", 2), ("mixpl", 1), ("instant_teaching_star", 1), ("cst", 2)],
+)
+def test_methods_train_on_the_fixed_detections(method, labeled_views):
+    assert method in methods.method_names()
+    size = replace(SMALL, labeled=1, unlabeled=4)
+    weights = Detectron2Baseline(size, OPTIONS).student.state_dict()
+    trainer_step = TrainerStep(size, weights, [*OPTIONS, *methods.OPTIONS], method)
+    trainer = trainer_step.trainer
+    trainer.iter = 17
+    for _ in range(3):
+        trainer_step()
+    latest = trainer.storage.latest()
+    assert latest["pseudo_labels/per_image"][0] > 0
+    assert math.isfinite(latest["total_loss"][0])
+    assert len(next(trainer._batches).labeled) == labeled_views
 
 
 def test_break_down_times_every_part(capsys, monkeypatch):

@@ -41,8 +41,8 @@ class CommitteeRecorder(HookBase):
         self.students, self.teachers = [], []
 
     def after_step(self):
-        self.students.append(copy_of(self.trainer.students))
-        self.teachers.append(copy_of(self.trainer.teachers))
+        self.students.append(copy_of(self.trainer.models.students))
+        self.teachers.append(copy_of(self.trainer.models.teachers))
 
 
 def trained(trainer):
@@ -81,11 +81,11 @@ def test_resumed_run_equals_uninterrupted_run(make_trainer, method, tmp_path):
 @pytest.mark.parametrize("method", WITH_MEMBERS)
 def test_members_start_with_different_weights_and_are_all_trained(make_trainer, method):
     trainer = make_trainer(settings_for(method))
-    students, teachers = members_of(trainer.students), members_of(trainer.teachers)
+    students, teachers = members_of(trainer.models.students), members_of(trainer.models.teachers)
     assert students[0] is trainer.student and teachers[0] is trainer.teacher
     start = [copy_of(x) for x in students]
     assert not same(*start)
-    assert same(copy_of(trainer.students), copy_of(trainer.teachers))
+    assert same(copy_of(trainer.models.students), copy_of(trainer.models.teachers))
     record = trained(trainer)
     assert same(record.students[0], record.teachers[0])  # burn-in
     for before, student in zip(start, students, strict=True):
@@ -102,11 +102,13 @@ def test_members_start_with_different_weights_and_are_all_trained(make_trainer, 
 
 def test_each_teacher_averages_its_own_student(make_trainer):
     trainer = make_trainer(settings_for("cst"))
-    before = copy_of(trainer.teachers)
+    before = copy_of(trainer.models.teachers)
     with torch.no_grad():
-        members_of(trainer.students)[0].roi_heads.box_predictor.cls_score.weight += 1
-    trainer._average.update(0.5)
-    changed = {name for name, x in copy_of(trainer.teachers).items() if not x.equal(before[name])}
+        members_of(trainer.models.students)[0].roi_heads.box_predictor.cls_score.weight += 1
+    trainer.models.average.update(0.5)
+    changed = {
+        name for name, x in copy_of(trainer.models.teachers).items() if not x.equal(before[name])
+    }
     assert changed == {"members.0.roi_heads.box_predictor.cls_score.weight"}
 
 
@@ -132,7 +134,7 @@ def test_checkpoint_has_the_first_teacher_and_student_as_models(make_trainer, tm
     checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert same(checkpoint["model"], copy_of(trainer.teacher))
     assert same(checkpoint["student"], copy_of(trainer.student))
-    others = nn.ModuleList(members_of(trainer.teachers)[1:])
+    others = nn.ModuleList(members_of(trainer.models.teachers)[1:])
     assert same(checkpoint["further_teachers"], copy_of(others))
     # Shared modules are stored once.
     saved = {x.untyped_storage().data_ptr() for x in checkpoint["further_teachers"].values()}
@@ -145,7 +147,7 @@ def test_pretrained_weights_are_copied_to_all_members_except_random_layers(make_
     backbone = {k: v for k, v in source.state_dict().items() if k.startswith("backbone.bottom_up")}
     torch.save({"model": backbone}, tmp_path / "backbone.pth")
     trainer = make_trainer(settings_for("cst") | {"MODEL.WEIGHTS": str(tmp_path / "backbone.pth")})
-    first, second = (copy_of(x) for x in members_of(trainer.students))
+    first, second = (copy_of(x) for x in members_of(trainer.models.students))
     for name in first:
         if name in backbone:
             assert torch.equal(first[name], backbone[name]) and torch.equal(
@@ -153,7 +155,7 @@ def test_pretrained_weights_are_copied_to_all_members_except_random_layers(make_
             )
     head = "roi_heads.box_predictor.cls_score.weight"
     assert not torch.equal(first[head], second[head])
-    assert same(copy_of(trainer.students), copy_of(trainer.teachers))
+    assert same(copy_of(trainer.models.students), copy_of(trainer.models.teachers))
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_members_learn_from_their_own_teacher_by_default(make_trainer):
 
     trainer.settings.method.select_pseudo_labels = recorded
     recorded_training(trainer)
-    assert teachers == list(enumerate(members_of(trainer.teachers))) * 2
+    assert teachers == list(enumerate(members_of(trainer.models.teachers))) * 2
 
 
 def test_one_member_is_a_plain_detector():

@@ -40,8 +40,9 @@ def config(datasets, tmp_path, weights):
 @pytest.mark.parametrize("method", ["LocReweight", "Stac", "CST"])
 def test_all_models_start_from_the_file(config, weights, method):
     trainer = build_trainer(config({"SEMI.METHOD": method}))
-    models = [*map(members_of, (trainer.students, trainer.teachers, trainer.pseudo_labelers))]
-    for model in chain(*models):
+    models = trainer.models
+    every = (models.students, models.teachers, models.pseudo_labelers)
+    for model in chain(*map(members_of, every)):
         stem = timm_backbone(model).net.conv_stem.weight
         assert torch.equal(stem, weights[1]["conv_stem.weight"])
 

@@ -101,7 +101,7 @@ def train_with_members(datasets: dict, folder: Path) -> dict:
     """Train two students; returns all students and teachers, and the memory."""
     trainer = train_short(datasets, folder, MEMBERS)
     return {
-        "members": [copy_of(trainer.students), copy_of(trainer.teachers)],
+        "members": [copy_of(trainer.models.students), copy_of(trainer.models.teachers)],
         "memory": trainer.settings.method.memory,
     }
 

@@ -215,3 +215,22 @@ def _errors_of(check: Callable[[], object]) -> list[Finding]:
     except UsageError as error:
         return [Finding(Severity.ERROR, str(error))]
     return []
+
+
+def check_burn_in(*, previous: int, current: int, done: int) -> None:
+    """Reject a burn-in that would start again when resuming, and overwrite the teacher.
+
+    Args:
+        previous: ``SEMI.BURN_IN_ITERS`` of the stopped run.
+        current: ``SEMI.BURN_IN_ITERS`` of the resumed run.
+        done: iterations that the stopped run has done.
+
+    Raises:
+        UsageError: says what to set it to.
+    """
+    if previous < done < current:
+        raise UsageError(
+            f"SEMI.BURN_IN_ITERS {current} would undo what the teacher has learned: burn-in ended "
+            f"after {previous} of the {done} iterations done; set it to {previous}, or start a new "
+            "run"
+        )

@@ -8,15 +8,13 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import create_ddp_model, hooks
+from detectron2.engine import hooks
 from detectron2.engine.hooks import HookBase
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from torch import nn
 
 from ..checkpoint.checkpointer import (
     FINAL,
@@ -26,15 +24,14 @@ from ..checkpoint.checkpointer import (
 )
 from ..checkpoint.files import list_checkpoints
 from ..checkpoint.loading import check_weights_exist
-from ..checkpoint.timm_weights import find_pretrained, load_pretrained
+from ..checkpoint.timm_weights import find_pretrained
 from ..config import check_supported, scale_to_world_size
 from ..data.loader import Batch, StreamDataset, TwoStreamBatchSampler, build_loader
 from ..data.mapper import ViewMapper
 from ..data.training_sets import load_training_sets
 from ..data.unreadable import UnreadableImageCounter
-from ..ema import MovingAverage, keep_rate, update_teacher
+from ..ema import keep_rate
 from ..errors import UsageError
-from ..methods import build_members
 from ..modeling.committee import members_of
 from .console import CONSOLE
 from .evaluation import (
@@ -54,6 +51,7 @@ from .hooks import (
     PreemptionCheckpoint,
     ResumableBestCheckpointer,
 )
+from .models import Models
 from .optimizer import RunningStatistics, SkipNonFiniteOptimizer, amp_dtype
 from .panels import PseudoLabelPanels
 from .preemption import STOP_REQUEST, leave_signals_to_trainer
@@ -61,7 +59,7 @@ from .progress import Progress
 from .remaining_time import RemainingTime, Schedule
 from .resumable_trainer import ResumableTrainer
 from .skipped_steps import SkippedSteps
-from .startup_checks import log_effective_values
+from .startup_checks import check_burn_in, log_effective_values
 from .step_metrics import DeferredMetrics, StepReport, average_metrics, describe_problems
 from .training_step import StepResult, StepSettings, training_step
 from .writers import ResumableWriter, truncate_after
@@ -78,8 +76,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         teacher: the moving average of the student, which is the result of training.
         pseudo_labeler: the model that makes pseudo-labels. It is the teacher itself, or, for
             methods that freeze it, a copy from the end of burn-in.
-        students, teachers, pseudo_labelers: the three models above. For methods with several
-            members, committees whose first members they are.
+        models: all students and teachers. The three above are the first ones.
         model: the students, wrapped in DistributedDataParallel if there are several processes.
         optimizer: updates the students.
         sets: the training images.
@@ -106,28 +103,15 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.sets = load_training_sets(cfg)
         self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
 
-        method = self.settings.method
-        self.students = build_members(cfg, method)
-        self.student, *further_students = members_of(self.students)
-        self.model = _distributed(self.students).train()
-        # DDP has copied the first process's students to all processes; the teachers copy them now.
-        self.teachers = build_members(cfg, method).eval()
-        self.teacher, *further_teachers = members_of(self.teachers)
-        self._average = MovingAverage(self.teachers, self.students)
-        self._average.update(keep_rate=0.0)
-        self.pseudo_labelers = self.teachers
-        further_parts: dict[str, Any] = {}
-        if method.frozen_pseudo_labeler:
-            self.pseudo_labelers = build_members(cfg, method).eval()
-            further_parts["pseudo_labeler"] = self.pseudo_labelers
-        self.pseudo_labeler = members_of(self.pseudo_labelers)[0]
-        if further_students:
-            further_parts["further_students"] = nn.ModuleList(further_students)
-            further_parts["further_teachers"] = nn.ModuleList(further_teachers)
+        self.models = models = Models(cfg, self.settings.method)
+        self.student = members_of(models.students)[0]
+        self.teacher = members_of(models.teachers)[0]
+        self.pseudo_labeler = members_of(models.pseudo_labelers)[0]
+        self.model = models.trained
 
         self._amp_dtype = amp_dtype(cfg)
-        self.optimizer = SkipNonFiniteOptimizer(cfg, self.students, self._amp_dtype)
-        self._statistics = RunningStatistics(self.students)
+        self.optimizer = SkipNonFiniteOptimizer(cfg, models.students, self._amp_dtype)
+        self._statistics = RunningStatistics(models.students)
         self._skipped = SkippedSteps(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_SKIPPED_STEPS)
         self._deferred_metrics = DeferredMetrics()
         self._batches: Iterator[Batch] | None = None
@@ -147,7 +131,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
             score_threshold=lambda: this._best_threshold(),
             student=self.student,
             trainer=this,
-            **further_parts,
+            **models.further_parts,
         )
         self.register_named_hooks(self.build_hooks())
         if comm.is_main_process():
@@ -276,7 +260,9 @@ class SemiSupervisedTrainer(ResumableTrainer):
         else:
             if resume:
                 self._warn_of_weights_of_run()
-            self._copy_loaded_weights()
+            has_weights = self.checkpointer.contents is not None
+            random = self.checkpointer.mismatched_weights if has_weights else None
+            self.models.copy_loaded_weights(random)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise UsageError(
@@ -286,23 +272,6 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self._writer.truncate_on_resume = resume
         if resume and comm.is_main_process():
             truncate_after(self._skipped.file, self.start_iter - 1)
-
-    def _copy_loaded_weights(self) -> None:
-        """Copy the weights of ``MODEL.WEIGHTS``, which the first teacher has, to all models.
-
-        Layers that the file does not have stay different in each member. Without the file, the
-        backbone of each member starts from ``MODEL.TIMM.PRETRAINED``.
-        """
-        self.student.load_state_dict(self.teacher.state_dict())
-        for student in members_of(self.students):
-            load_pretrained(self.cfg, student)
-        if self.checkpointer.contents is not None:
-            random = self.checkpointer.mismatched_weights
-            loaded = {k: v for k, v in self.teacher.state_dict().items() if k not in random}
-            for student in members_of(self.students)[1:]:
-                student.load_state_dict(loaded, strict=False)
-        for models in (self.teachers, self.pseudo_labelers):
-            models.load_state_dict(self.students.state_dict())
 
     def _warn_of_weights_of_run(self) -> None:
         if self.checkpointer.contents is CheckpointContents.TEACHER:
@@ -326,7 +295,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.sets.check_same(state_dict.get("data", {}), self.cfg.DATASETS.CHECKS.ALLOW_CHANGED)
-        _check_burn_in(
+        check_burn_in(
             previous=state_dict["burn_in"],
             current=self.cfg.SEMI.BURN_IN_ITERS,
             done=state_dict["iteration"] + 1,
@@ -404,7 +373,9 @@ class SemiSupervisedTrainer(ResumableTrainer):
         autocast = self.cfg.SOLVER.AMP.ENABLED
         try:
             with torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=autocast):
-                return training_step(self.model, self.pseudo_labelers, batch, self.settings), report
+                return training_step(
+                    self.model, self.models.pseudo_labelers, batch, self.settings
+                ), report
         except FloatingPointError as error:  # Detectron2 raises it for non-finite proposals
             return None, replace(report, failure=str(error))
 
@@ -419,9 +390,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         # During burn-in the EMA step and keep rate are 0, so the teacher equals the student.
         step = max(0, self.iter + 1 - self.cfg.SEMI.BURN_IN_ITERS)
         rate = keep_rate(step, self.cfg.SEMI.EMA_KEEP_RATE)
-        self._average.update(rate)
-        if step == 0 and self.pseudo_labelers is not self.teachers:
-            update_teacher(self.pseudo_labelers, self.students, keep_rate=0.0)
+        self.models.update_teachers(rate, burning_in=step == 0)
         result = replace(result, metrics=result.metrics | self.optimizer.loss_scale)
         self._deferred_metrics.add(self.iter, reports, result, {"gradients": largest})
 
@@ -445,29 +414,3 @@ class SemiSupervisedTrainer(ResumableTrainer):
             self.storage.put_scalar(
                 "skipped_steps", self._skipped.total, smoothing_hint=False, cur_iter=iteration
             )
-
-
-def _distributed(students: nn.Module) -> nn.Module:
-    is_gpu = members_of(students)[0].device.type == "cuda"
-    return create_ddp_model(
-        students, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if is_gpu else None
-    )
-
-
-def _check_burn_in(*, previous: int, current: int, done: int) -> None:
-    """Reject a burn-in that would start again when resuming, and overwrite the teacher.
-
-    Args:
-        previous: ``SEMI.BURN_IN_ITERS`` of the stopped run.
-        current: ``SEMI.BURN_IN_ITERS`` of the resumed run.
-        done: iterations that the stopped run has done.
-
-    Raises:
-        UsageError: says what to set it to.
-    """
-    if previous < done < current:
-        raise UsageError(
-            f"SEMI.BURN_IN_ITERS {current} would undo what the teacher has learned: burn-in ended "
-            f"after {previous} of the {done} iterations done; set it to {previous}, or start a new "
-            "run"
-        )
