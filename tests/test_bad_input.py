@@ -269,7 +269,7 @@ def test_training_does_not_start(project, case):
 
 def test_unchanged_project_is_valid(project, monkeypatch):
     reached = []
-    build = "locreweight.engine.trainer.build_members"
+    build = "locreweight.engine.models.build_members"
     monkeypatch.setattr(build, lambda cfg, method: reached.append(cfg))
     with pytest.raises(AttributeError):  # there is no model to go on with
         SemiSupervisedTrainer(project.config())
