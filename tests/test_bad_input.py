@@ -271,7 +271,7 @@ def test_unchanged_project_is_valid(project, monkeypatch):
     reached = []
     build = "locreweight.engine.models.build_members"
     monkeypatch.setattr(build, lambda cfg, method: reached.append(cfg))
-    with pytest.raises(AttributeError):  # there is no model to go on with
+    with pytest.raises(AttributeError):  # there is no model to continue with
         SemiSupervisedTrainer(project.config())
     assert reached
 

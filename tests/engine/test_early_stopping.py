@@ -92,7 +92,7 @@ def test_run_ends_early_with_all_results(make_run, tmp_path, caplog):
 
     patient = make_run(resume=True, settings={"SOLVER.EARLY_STOPPING_PATIENCE": 4})
     assert not patient.is_finished
-    assert len(recorded_training(patient).students) == 3, "goes on to SOLVER.MAX_ITER"
+    assert len(recorded_training(patient).students) == 3, "continues to SOLVER.MAX_ITER"
 
 
 def test_run_stopped_before_its_final_checkpoint_ends_when_it_is_resumed(make_run, tmp_path):

@@ -43,7 +43,7 @@ def test_shared_burn_in_gives_the_model_of_a_whole_supervised_training(tmp_path)
 def test_burn_in_is_not_shared(tmp_path, exists):
     source, target = tmp_path / "main", tmp_path / "baseline"
     source.mkdir()
-    if exists == "baseline":  # it goes on from its own checkpoint
+    if exists == "baseline":  # it resumes from its own checkpoint
         target.mkdir()
         (target / "last_checkpoint").write_text("model_0000003.pth")
         (source / "model_0000001.pth").touch()

@@ -90,7 +90,7 @@ def choose_base(weights: str) -> tuple[str, str]:
 def base_and_options(options: list[str]) -> tuple[Path, list[str]]:
     """Choose the config for checks of data that come without one, and complete the user's options.
 
-    A config that is an example has data sets of its own. The options replace them by defaults.
+    An example config names its own data sets. The returned options reset these keys to defaults.
 
     Args:
         options: ``KEY VALUE`` pairs of the user.

@@ -191,7 +191,7 @@ class YoloLabels:
 class LabelStudioTasks:
     """Tasks for Label Studio whose predictions are the detections, and the labeling interface.
 
-    Label Studio shows images of its own machine below ``LOCAL_FILES_DOCUMENT_ROOT``.
+    Label Studio can only show images that are below its ``LOCAL_FILES_DOCUMENT_ROOT``.
     """
 
     def __init__(self, file: Path, class_names: list[str], root: Path, model: str) -> None:

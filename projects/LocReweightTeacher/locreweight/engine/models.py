@@ -21,7 +21,7 @@ class Models:
 
     Attributes:
         students: the models that are optimized: a detector, or a committee of several.
-        teachers: the moving averages of the students, built alike.
+        teachers: the moving averages of the students, with the same structure.
         pseudo_labelers: the models that make pseudo-labels: the teachers, or, for methods that
             freeze them, copies from the end of burn-in.
         trained: the students, wrapped in DistributedDataParallel if there are several processes.

@@ -182,10 +182,10 @@ class SemiSupervisedMethod:
     :meth:`select_for_members` and :meth:`update_state` are called for each member.
 
     Attributes:
-        num_members: number of students, and of teachers. Each student is trained on all images, by
-            gradients of its own losses, and each teacher is the moving average of its student. The
-            first teacher is the result of training.
-        own_strong_views: whether each member has its own strong view of an unlabeled image.
+        num_members: number of students, and of teachers. Each student is trained on all images
+            with separate losses, and each teacher is the moving average of one student. The first
+            teacher is the result of training.
+        own_strong_views: whether each member gets a separate strong view of an unlabeled image.
             Otherwise they share one.
         frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
             pseudo-labels. Otherwise the current teacher makes them.
@@ -223,7 +223,7 @@ class SemiSupervisedMethod:
         """
 
     def select_for_members(self, inputs: list[LabelingInputs]) -> list[list[Instances]]:
-        """Select the pseudo-labels of each student. Default: those of its own teacher.
+        """Select the pseudo-labels of each student. By default, student i uses those of teacher i.
 
         Args:
             inputs: one for each teacher, all with the same weak views.

@@ -69,7 +69,9 @@ class RecordCache:
             atomic_write_bytes(own, _encode(parsed))
             os.replace(own, file)
         except OSError as error:  # a full disk or a folder of someone else
-            logger.warning("cannot write the cache %s: %s. Training goes on without", file, error)
+            logger.warning(
+                "cannot write the cache %s: %s. Training continues without it", file, error
+            )
         return parsed
 
 
