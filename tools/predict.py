@@ -120,7 +120,7 @@ def main() -> None:
             root = common_folder(file.path for file in files)
             writers.append(CocoDataset(args.save_coco, detector.class_names, root))
         if args.save_yolo:
-            writers.append(YoloLabels(args.save_yolo, detector.class_names))
+            writers.append(YoloLabels(args.save_yolo, detector.class_names, files))
         if args.save_crops:
             writers.append(CropWriter(args.save_crops))
         summary = predict_files(

@@ -35,7 +35,7 @@ from locreweight.command_line import (
 )
 from locreweight.engine.inference import INPUT_HELP, exit_if_unreadable, find_inputs
 from locreweight.engine.label_suggestion import suggest
-from locreweight.engine.labeling_task import TaskFormat, write_labeling_task
+from locreweight.engine.labeling_task import TaskFormat, check_new_folder, write_labeling_task
 from locreweight.engine.prediction import TrainingFiles, training_files
 from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
@@ -72,6 +72,7 @@ def main() -> None:
     args = parse_arguments()
     unreadable: list[str] = []
     try:
+        check_new_folder(args.output)  # before the images are assessed, which takes long
         detector = Predictor(
             args.weights,
             args.config_file,

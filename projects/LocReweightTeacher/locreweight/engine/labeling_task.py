@@ -56,6 +56,16 @@ class OverviewWriter:
             save_picture(grid(rows), self._file)
 
 
+def check_new_folder(folder: Path) -> None:
+    """Check that a folder does not exist or is empty.
+
+    Raises:
+        UsageError: if it is not empty.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"the folder {folder} is not empty: use a new folder for --output")
+
+
 def write_labeling_task(
     output: Path,
     detector: Predictor,
@@ -78,33 +88,32 @@ def write_labeling_task(
         the data set for ``DATASETS.TRAIN`` once the labels are corrected.
 
     Raises:
-        UsageError: if the folder is not empty.
+        UsageError: if the folder is not empty, or two images would have the same YOLO label file.
+            Nothing has been written then.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"the folder {output} is not empty: use a new folder for --output")
+    check_new_folder(output)
     images = output / "images"
-    files = []
-    for suggestion in suggestions:
-        original = suggestion.file
-        file = images / original.name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if copy:
-            shutil.copy2(original.path, file)
-        else:
-            file.symlink_to(original.path.resolve())
-        files.append(InputFile(file, original.name))
+    originals = [suggestion.file for suggestion in suggestions]
     writer: DetectionWriter
     names = detector.class_names
     if task_format is TaskFormat.COCO:
         writer = CocoDataset(output / "annotations.json", names, images)
         dataset = f"coco:{output / 'annotations.json'}:{images}"
     elif task_format is TaskFormat.YOLO:
-        writer = YoloLabels(output / "labels", names)
+        writer = YoloLabels(output / "labels", names, originals)
         dataset = f"yolo:{images}:{output / 'labels'}"
     else:
-        model = Path(detector.cfg.MODEL.WEIGHTS).stem
+        weights = Path(detector.cfg.MODEL.WEIGHTS).absolute()
+        model = f"{weights.parent.name}/{weights.stem}"  # such as "mine/model_best"
         writer = LabelStudioTasks(output / "tasks.json", names, output, model)
         dataset = f"coco:<COCO export of Label Studio>:{images}"
+    files = [InputFile(images / original.name, original.name) for original in originals]
+    for original, file in zip(originals, files, strict=True):
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            shutil.copy2(original.path, file.path)
+        else:
+            file.path.symlink_to(original.path.resolve())
     captions = [
         f"{rank}. classes {s.uncertainty.classes:.2f}, boxes {s.uncertainty.boxes:.2f}, "
         f"views {s.uncertainty.views:.2f}"
