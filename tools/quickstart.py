@@ -27,7 +27,7 @@ from locreweight.engine.predictor import Predictor
 from locreweight.engine.run_folder import SUMMARY_METRICS, RunFolder
 from locreweight.engine.shared_burn_in import start_from_checkpoint
 from locreweight.errors import UsageError
-from locreweight.run_files import LAST_CHECKPOINT, METRICS_FILE
+from locreweight.run_files import FINAL_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE
 from locreweight.visualization.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,9 +76,14 @@ def report_of(output: Path) -> Path:
 
 
 def is_finished(output: Path, cfg: CfgNode) -> bool:
-    """Whether a run has been trained and evaluated to the end."""
-    is_evaluated = cfg.SOLVER.MAX_ITER in RunFolder(output).evaluations
-    return is_evaluated and (output / "model_final.pth").is_file()
+    """Whether a run has been trained and evaluated to the end, or to an early one."""
+    run = RunFolder(output)
+    same_end = (run.max_iter, run.patience) == (
+        cfg.SOLVER.MAX_ITER,
+        cfg.SOLVER.EARLY_STOPPING_PATIENCE,
+    )
+    is_final = run.final_evaluation is not None
+    return same_end and is_final and (output / FINAL_CHECKPOINT).is_file()
 
 
 def share_burn_in(source: Path, target: Path, burn_in: int) -> None:

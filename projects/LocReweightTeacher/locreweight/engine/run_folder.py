@@ -29,6 +29,7 @@ from ..run_files import (
     is_run_folder,
 )
 from .detection_analysis import DetectionAnalysis, read_analyses
+from .hooks import is_patience_over
 from .run_record import RunRecord, read_run_records
 
 BASE_CONFIG = CONFIGS_FOLDER / "Base-LocReweight.yaml"
@@ -155,6 +156,11 @@ class RunFolder:
         return min(int(self.config.get("SEMI.BURN_IN_ITERS", 0)), self.max_iter)
 
     @property
+    def patience(self) -> int:
+        """``SOLVER.EARLY_STOPPING_PATIENCE``; 0 if unknown."""
+        return int(self.config.get("SOLVER.EARLY_STOPPING_PATIENCE", 0))
+
+    @property
     def iterations_done(self) -> int:
         """Number of iterations in ``metrics.json``."""
         done = max((int(record["iteration"]) + 1 for record in self.metrics), default=0)
@@ -174,6 +180,27 @@ class RunFolder:
             for record in self.metrics
             if "bbox/AP" in record
         }
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether early stopping has ended the training."""
+        aps = {done: record["bbox/AP"] for done, record in self.evaluations.items()}
+        known = {done: ap for done, ap in aps.items() if not math.isnan(ap)}
+        done = max(aps, default=0)
+        return 0 < done < self.max_iter and is_patience_over(
+            done,
+            max(known, key=known.__getitem__, default=0),
+            patience=self.patience,
+            eval_period=self.config.get("TEST.EVAL_PERIOD", 0),
+            burn_in=self.burn_in if self.burn_in < self.max_iter else 0,
+        )
+
+    @property
+    def final_evaluation(self) -> dict[str, float] | None:
+        """The last evaluation of a training that has reached its end; None before."""
+        done = max(self.evaluations, default=0)
+        is_last = done == self.max_iter or self.ended_early
+        return self.evaluations[done] if done and is_last else None
 
     def curve(self, metric: str) -> Curve:
         """Return all values of a metric, the last one of iterations that were measured twice."""
