@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..visualization.drawing import captioned, grid, save_picture
+from ..visualization.drawing import captioned, explained, grid, save_picture
 from .detection_files import CocoDataset, DetectionWriter, LabelStudioTasks, YoloLabels
 from .detections import Detections
 from .inference import Frame, InputFile
@@ -20,6 +20,13 @@ from .predictor import Predictor
 
 NUM_COLUMNS, NUM_ROWS = 4, 3  # of the overview
 OVERVIEW_SIDE = 360  # longer side of each image of the overview, in pixels
+
+
+LEGEND = (
+    "The most useful images. Above each: how uncertain the model is about classes and boxes, and "
+    "how much its detections in the mirrored image differ, from 0 to 1. At each box: class, score "
+    "and localization quality q; shorter in crowded images."
+)
 
 
 class TaskFormat(str, Enum):
@@ -53,7 +60,7 @@ class OverviewWriter:
     def close(self) -> None:
         rows = [self._cells[i : i + NUM_COLUMNS] for i in range(0, len(self._cells), NUM_COLUMNS)]
         if rows:
-            save_picture(grid(rows), self._file)
+            save_picture(explained(grid(rows), LEGEND), self._file)
 
 
 def check_new_folder(folder: Path) -> None:
