@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -306,11 +307,9 @@ def group_seeds(runs: Sequence[RunFolder]) -> list[RunGroup]:
     for run in runs:
         is_seed = _seed_of(run.path) >= 0
         members.setdefault(run.path.resolve().parent if is_seed else run.path, []).append(run)
-    names = unique_names([path for path, group in members.items() if len(group) > 1])
-    seeded = iter(names)
     return [
-        RunGroup(next(seeded) if len(group) > 1 else group[0].name, group)
-        for group in members.values()
+        RunGroup(name, group)
+        for name, group in zip(unique_names(list(members)), members.values(), strict=True)
     ]
 
 
@@ -345,25 +344,50 @@ def differing_keys(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
+@dataclass(frozen=True)
+class Summary:
+    """The summaries of several runs as tables.
+
+    Attributes:
+        headers: run, model, iterations and the metrics that at least one row has.
+        means: mean and standard deviation over the seeds, see :func:`_mean_rows`.
+        rows: of all runs.
+    """
+
+    headers: list[str]
+    means: list[list[str]]
+    rows: list[list[str]]
+
+    @classmethod
+    def of(cls, runs: Sequence[RunFolder]) -> Summary:
+        headers = ["run", "model", "iterations", *SUMMARY_METRICS]
+        means = _mean_rows(runs)
+        rows = [
+            [r.run, r.model, str(r.iteration), *map(format_metric, r.values)]
+            for run in runs
+            for r in run.summary()
+        ]
+        used = [any(row[i] for row in [*means, *rows]) for i in range(len(headers))]
+        return cls(
+            list(compress(headers, used)),
+            [list(compress(row, used)) for row in means],
+            [list(compress(row, used)) for row in rows],
+        )
+
+
 def summary_table(runs: Sequence[RunFolder]) -> str:
     """Return the summary of all runs as tables in Markdown: means over seeds, and all runs."""
-    headers = ["run", "model", "iterations", *SUMMARY_METRICS]
-    means = mean_summary(runs)
-    rows = [
-        [r.run, r.model, r.iteration, *map(format_metric, r.values)]
-        for run in runs
-        for r in run.summary()
-    ]
-    align = ("left", "left", *["right"] * (len(headers) - 2))
+    summary = Summary.of(runs)
+    align = ("left", "left", *["right"] * (len(summary.headers) - 2))
     tables = [
-        tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
-        for table in (means, rows)
+        tabulate(table, summary.headers, tablefmt="github", disable_numparse=True, colalign=align)
+        for table in (summary.means, summary.rows)
         if table
     ]
     return "\n\n".join(tables)
 
 
-def mean_summary(runs: Sequence[RunFolder]) -> list[list[str]]:
+def _mean_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
     """Return the rows of the summary with mean and standard deviation over the seeds.
 
     Only rows that all seeds of a group have. Groups of a single run are left out.
