@@ -59,7 +59,7 @@ def main() -> None:
     command += ["--config-file", CONFIG, "--resume"]
     run_script(*command, *options)
 
-    print("3/4  training for as many iterations with the labeled images only", flush=True)
+    print("3/4  training from the same burn-in with the labeled images only", flush=True)
     share_burn_in(output, baseline, cfg.SEMI.BURN_IN_ITERS)
     labeled_only = ["SEMI.BURN_IN_ITERS", str(cfg.SOLVER.MAX_ITER), "TEST.MONITORED_IMAGES", "0"]
     run_script(*command, *options, *labeled_only, "OUTPUT_DIR", str(baseline))
