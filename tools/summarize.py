@@ -3,8 +3,9 @@
 
     python tools/summarize.py output/quickstart [output/another ...]
 
-F1 is the highest of all score thresholds, which the last column shows. A folder that compare.py has
-written stands for all its runs; then the means over the seeds are printed, too.
+F1 is the highest of all score thresholds, which the last column shows. With several test sets, the
+results are those of the first. A folder that compare.py has written stands for all its runs; then
+the means over the seeds are printed, too.
 """
 
 from __future__ import annotations

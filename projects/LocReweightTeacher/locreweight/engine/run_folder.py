@@ -112,6 +112,19 @@ class RunFolder:
         return read_metrics(self.path)
 
     @cached_property
+    def _records(self) -> list[dict[str, float]]:
+        """The metrics. With several test sets, the first one's results have the names of a single
+        one's, such as ``bbox/AP``.
+        """
+        first, *others = self.config.get("DATASETS.TEST") or [""]
+        if not others:
+            return self.metrics
+        return [
+            {name.replace(f"{first}/", "", 1): value for name, value in record.items()}
+            for record in self.metrics
+        ]
+
+    @cached_property
     def starts(self) -> list[RunRecord]:
         """The start of the run and each resume, oldest first."""
         return read_run_records(self.path)
@@ -171,14 +184,15 @@ class RunFolder:
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Number of completed iterations -> metrics of the evaluation (``bbox/AP``, ...).
 
-        Empty without ``config.yaml``, which is needed to recognize the last evaluation.
+        With several test sets, these are the metrics of the first one. Empty without
+        ``config.yaml``, which is needed to recognize the last evaluation.
         """
         if not self.max_iter:
             return {}
         # Iterations are counted from 0. Detectron2's hooks log the last evaluation as MAX_ITER.
         return {
             min(int(record["iteration"]) + 1, self.max_iter): record
-            for record in self.metrics
+            for record in self._records
             if "bbox/AP" in record
         }
 
@@ -205,7 +219,7 @@ class RunFolder:
 
     def curve(self, metric: str) -> Curve:
         """Return all values of a metric, the last one of iterations that were measured twice."""
-        values = {int(m["iteration"]): m[metric] for m in self.metrics if metric in m}
+        values = {int(m["iteration"]): m[metric] for m in self._records if metric in m}
         return Curve(sorted(values), [values[iteration] for iteration in sorted(values)])
 
     def last_record_with(self, metric: str) -> dict[str, float]:

@@ -176,6 +176,7 @@ def render(runs: Sequence[RunFolder], images: int, device: str) -> str:
         several=several,
         num_runs=len(runs),
         summary=Summary.of(runs),
+        several_test_sets=any(len(run.config.get("DATASETS.TEST", [])) > 1 for run in runs),
         compared=comparison_figures(groups) if several else [],
         differing=differing_keys([section.run for section in sections]) if several else [],
     )
