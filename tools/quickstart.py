@@ -18,7 +18,7 @@ import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, reports_errors
 from locreweight.config import load_config
 from locreweight.engine.detection_files import PictureWriter
 from locreweight.engine.inference import find_inputs
@@ -26,7 +26,6 @@ from locreweight.engine.prediction import predict_files
 from locreweight.engine.predictor import Predictor
 from locreweight.engine.run_folder import SUMMARY_METRICS, RunFolder
 from locreweight.engine.shared_burn_in import start_from_checkpoint
-from locreweight.errors import UsageError
 from locreweight.run_files import FINAL_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE
 from locreweight.visualization.report import write_report
 
@@ -35,6 +34,7 @@ CONFIG = "configs/quickstart.yaml"
 NUM_PICTURES = 12
 
 
+@reports_errors
 def main() -> None:
     parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument("--verbose", action="store_true", help="print the whole log of training")
@@ -117,7 +117,4 @@ def run_script(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    main()
