@@ -124,3 +124,56 @@ def test_other_patience_is_not_finished(tmp_path):
     write_run(tmp_path / "out", {300: 26.0, 400: 20.0}, burn_in=300, options=PATIENT)
     assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, PATIENT))
     assert not quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))
+
+
+def script(code):
+    return ["-c", f"import pathlib, sys, time\n{code}"]
+
+
+def end_of_burn_in(output):
+    return (
+        f"folder = pathlib.Path({str(output)!r})\n"
+        "folder.mkdir()\n"
+        "(folder / 'metrics.json').touch()\n"
+        "(folder / 'model_0000001.pth').touch()\n"
+    )
+
+
+def test_baseline_trains_at_the_same_time_from_the_end_of_burn_in(tmp_path):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    started = f"pathlib.Path({str(tmp_path / 'started')!r})"
+    main_run = script(
+        f"{end_of_burn_in(output)}while not {started}.exists():\n    time.sleep(0.01)"
+    )
+    baseline_run = script(
+        f"assert pathlib.Path({str(baseline)!r}, 'model_0000001.pth').exists()\n"
+        f"print('console')\n{started}.touch()"
+    )
+    quickstart.train_both(main_run, baseline_run, output, baseline, burn_in=2)
+    assert (baseline / "console.txt").read_text() == "console\n"
+
+
+def test_failed_training_starts_no_baseline(tmp_path):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    with pytest.raises(SystemExit) as error:
+        quickstart.train_both(script("sys.exit(7)"), script(""), output, baseline, burn_in=2)
+    assert error.value.code == 7
+    assert not baseline.exists()
+
+
+def test_training_that_fails_after_burn_in_stops_the_baseline(tmp_path):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    main_run = script(f"{end_of_burn_in(output)}time.sleep(1.5)\nsys.exit(7)")
+    with pytest.raises(SystemExit) as error:
+        quickstart.train_both(main_run, script("time.sleep(60)"), output, baseline, burn_in=2)
+    assert error.value.code == 7
+
+
+def test_failed_baseline_is_an_error_that_names_its_output(tmp_path, capsys):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    failing = script("print('reason', file=sys.stderr)\nsys.exit(3)")
+    with pytest.raises(SystemExit) as error:
+        quickstart.train_both(script(end_of_burn_in(output)), failing, output, baseline, burn_in=2)
+    assert error.value.code == 3
+    assert str(baseline / "console.txt") in capsys.readouterr().out
+    assert "reason" in (baseline / "console.txt").read_text()
