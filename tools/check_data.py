@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.opts,
         args.num_gpus,
     )
-    print(report.overview)
+    if report.overview:
+        print(report.overview)
     for finding in report.findings:
         print(format_finding(finding))
     if report.training_values:
