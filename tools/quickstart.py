@@ -11,6 +11,7 @@ command shows the results.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, reports_errors
 from locreweight.config import load_config
 from locreweight.engine.detection_files import PictureWriter
 from locreweight.engine.inference import find_inputs
@@ -29,8 +30,7 @@ from locreweight.engine.predictor import Predictor
 from locreweight.engine.run_folder import SUMMARY_METRICS, RunFolder
 from locreweight.engine.run_queue import CONSOLE_FILE
 from locreweight.engine.shared_burn_in import start_from_checkpoint
-from locreweight.errors import UsageError
-from locreweight.run_files import LAST_CHECKPOINT, METRICS_FILE
+from locreweight.run_files import FINAL_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE
 from locreweight.visualization.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,7 @@ CONFIG = "configs/quickstart.yaml"
 NUM_PICTURES = 12
 
 
+@reports_errors
 def main() -> None:
     parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument("--verbose", action="store_true", help="print the whole log of training")
@@ -80,9 +81,14 @@ def report_of(output: Path) -> Path:
 
 
 def is_finished(output: Path, cfg: CfgNode) -> bool:
-    """Whether a run has been trained and evaluated to the end."""
-    is_evaluated = cfg.SOLVER.MAX_ITER in RunFolder(output).evaluations
-    return is_evaluated and (output / "model_final.pth").is_file()
+    """Whether a run has been trained and evaluated to the end, or to an early one."""
+    run = RunFolder(output)
+    same_end = (run.max_iter, run.patience) == (
+        cfg.SOLVER.MAX_ITER,
+        cfg.SOLVER.EARLY_STOPPING_PATIENCE,
+    )
+    is_final = run.final_evaluation is not None
+    return same_end and is_final and (output / FINAL_CHECKPOINT).is_file()
 
 
 def train_both(
@@ -159,7 +165,6 @@ def run_script(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    # Like Ctrl-C, it has to stop the trainings.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    main()

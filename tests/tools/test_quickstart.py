@@ -52,9 +52,9 @@ def test_burn_in_is_not_shared(tmp_path, exists):
     assert not (target / "model_0000001.pth").exists()
 
 
-def write_run(folder, aps, burn_in):
+def write_run(folder, aps, burn_in, options=()):
     folder.mkdir(parents=True)
-    cfg = load_config(quickstart.CONFIG, ["SEMI.BURN_IN_ITERS", str(burn_in)])
+    cfg = load_config(quickstart.CONFIG, ["SEMI.BURN_IN_ITERS", str(burn_in), *options])
     (folder / "config.yaml").write_text(cfg.dump())
     names = ["bbox/AP", "bbox/AP50", "bbox/AP75"]
     lines = [
@@ -87,6 +87,43 @@ def test_longer_run_is_not_finished(tmp_path):
     cfg = load_config(quickstart.CONFIG, ["SOLVER.MAX_ITER", "900"])
     assert not quickstart.is_finished(tmp_path / "out", cfg)
     assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))
+
+
+PATIENT = ["SOLVER.EARLY_STOPPING_PATIENCE", "1", "TEST.EVAL_PERIOD", "100"]
+
+
+def test_second_call_after_early_stopping_does_not_train(tmp_path, monkeypatch, capsys):
+    output, baseline = tmp_path / "out", tmp_path / "out-labeled-only"
+    monkeypatch.chdir(quickstart.ROOT)
+    write_run(output, {300: 26.0, 400: 40.0, 500: 40.0}, burn_in=300, options=PATIENT)
+    write_run(baseline, {100: 33.0, 200: 31.0}, burn_in=800, options=PATIENT)
+    (output / "report.html").touch()
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "OUTPUT_DIR", str(output), *PATIENT])
+    monkeypatch.setattr(quickstart, "run_script", lambda *_: pytest.fail("trained again"))
+    quickstart.main()
+    printed = capsys.readouterr().out
+    assert "| labeled images only     |          200 | 31.00 |" in printed
+    assert "| final teacher           |          500 | 40.00 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("aps", "options"),
+    [
+        ({300: 26.0, 400: 40.0}, PATIENT),  # the last one is the best
+        ({300: 26.0, 400: 20.0}, [*PATIENT[:1], "2", *PATIENT[2:]]),
+        ({300: 26.0, 400: 20.0}, PATIENT[2:]),
+    ],
+)
+def test_interrupted_run_with_early_stopping_is_not_finished(tmp_path, aps, options):
+    write_run(tmp_path / "out", aps, burn_in=300, options=options)
+    cfg = load_config(quickstart.CONFIG, options)
+    assert not quickstart.is_finished(tmp_path / "out", cfg)
+
+
+def test_other_patience_is_not_finished(tmp_path):
+    write_run(tmp_path / "out", {300: 26.0, 400: 20.0}, burn_in=300, options=PATIENT)
+    assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, PATIENT))
+    assert not quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))
 
 
 def script(code):

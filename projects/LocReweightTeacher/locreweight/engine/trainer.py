@@ -256,7 +256,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.start_iter > 0:
-            CONSOLE.info("resumed after iteration %d", self.iter)
+            CONSOLE.info("resumed after iteration %d", self.start_iter)
         else:
             if resume:
                 self._warn_of_weights_of_run()
