@@ -72,7 +72,7 @@ def main() -> None:
     print("3/3  drawing detections and writing the report", flush=True)
     files = find_inputs(["datasets/synthetic/val"])[:NUM_PICTURES]
     predict_files(Predictor(output), files, [PictureWriter(output / "detections")])
-    write_report([output, baseline], report_of(output), images=200)
+    write_report([output, baseline], report_of(output), images=100)
     print_results(output, baseline)
 
 
