@@ -33,6 +33,7 @@ from ..data.unreadable import UnreadableImageCounter
 from ..ema import keep_rate
 from ..errors import UsageError
 from ..modeling.committee import members_of
+from .agreement import check_same_data
 from .console import CONSOLE
 from .evaluation import (
     count_test_images,
@@ -101,6 +102,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
             find_pretrained(cfg)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
+        check_same_data(cfg, self.sets)
         self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
 
         self.models = models = Models(cfg, self.settings.method)
