@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _TOOLS = ("unshare", "nsenter", "ip", "mount")
 _ENTER = ("nsenter", "--preserve-credentials", "--user", "--net", "--uts", "--mount", "--target")
+_INTERFACE = "cable"
 # The last command keeps the namespaces until its standard input is closed, which happens when the
 # test process ends.
 _BEGIN = """
@@ -72,6 +73,10 @@ class Host:
         """Plug the cable in (``up``) or pull it out (``down``)."""
         self._run("ip", "link", "set", self.interface, state)
 
+    def hide(self, folder: Path) -> None:
+        """Give this host an empty folder of its own in the place of one that the hosts share."""
+        self._run("mount", "-t", "tmpfs", "tmpfs", str(folder))
+
     def _run(self, *arguments: str) -> None:
         subprocess.run(self.command(arguments), check=True, capture_output=True, text=True)
 
@@ -100,9 +105,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         # In the same user namespace, which may then connect them.
         inside = ["nsenter", "--preserve-credentials", "--user", "--target", str(first.pid)]
         second = stack.enter_context(_host(2, [*inside, "unshare"]))
-        ends = ["name", first.interface, "type", "veth", "peer", "name", second.interface]
-        first._run("ip", "link", "add", *ends)
-        first._run("ip", "link", "set", second.interface, "netns", str(second.pid))
+        other_end = ["name", _INTERFACE, "netns", str(second.pid)]
+        first._run("ip", "link", "add", "name", _INTERFACE, "type", "veth", "peer", *other_end)
         for host in (first, second):
             host._run("ip", "address", "add", f"{host.address}/24", "dev", host.interface)
             host.set_link("up")
@@ -124,7 +128,7 @@ def _host(number: int, unshare: Sequence[str]) -> Iterator[Host]:
         if holder.stdout.readline() != "ready\n":
             holder.stdin.close()
             raise subprocess.CalledProcessError(1, holder.args, stderr=holder.stderr.read())
-        host = Host(name, f"10.77.0.{number}", f"cable{number}", holder.pid)
+        host = Host(name, f"10.77.0.{number}", _INTERFACE, holder.pid)
         try:
             yield host
         finally:

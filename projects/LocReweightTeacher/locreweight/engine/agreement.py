@@ -178,7 +178,8 @@ def _digest_records(records: Sequence[dict]) -> str:
     digest = hashlib.sha256()
     for record in records:
         boxes = [
-            (a["bbox"], a["category_id"], a.get("iscrowd", 0)) for a in record.get("annotations", ())
+            (a["bbox"], a["category_id"], a.get("iscrowd", 0))
+            for a in record.get("annotations", ())
         ]
         image = (Path(record["file_name"]).name, record.get("height"), record.get("width"))
         digest.update(repr((image, boxes)).encode())
