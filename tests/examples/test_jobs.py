@@ -12,6 +12,7 @@ import yaml
 
 from locreweight.engine import argument_parser
 from tests import soak
+from tests.engine.tiny_training import make_datasets
 from tests.two_hosts import reason_to_skip, two_hosts
 
 JOBS = Path(__file__).parents[2] / "examples/jobs"
@@ -91,7 +92,7 @@ SETTINGS = {"SOLVER.MAX_ITER": 6, "SOLVER.STEPS": (), "SEMI.BURN_IN_ITERS": 2}
 
 
 @pytest.mark.slow
-def test_ssh_job_trains_on_two_hosts(tmp_path, datasets):
+def test_ssh_job_trains_on_two_hosts(tmp_path):
     """With a stand-in for ssh that enters the host."""
     if reason := reason_to_skip():
         pytest.skip(reason)
@@ -103,7 +104,7 @@ def test_ssh_job_trains_on_two_hosts(tmp_path, datasets):
         ]
         ssh.write_text("#!/bin/sh\ncase $2 in\n" + "\n".join(cases) + "\nesac\n")
         ssh.chmod(0o755)
-        _, script, *arguments = soak.command(tmp_path, datasets, SETTINGS)
+        _, script, *arguments = soak.command(tmp_path, make_datasets(tmp_path / "data"), SETTINGS)
         assert script == "train_net.py"
         environment = soak.environment() | {
             "PATH": f"{tmp_path}:{os.environ['PATH']}",

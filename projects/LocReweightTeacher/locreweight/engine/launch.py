@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Gloo raises RuntimeError for all of them.
 _CONNECTION_ERROR = re.compile(r"[Gg]loo|NCCL|torch\.distributed\.Dist\w*Error")
-_TYPE_AND_SOURCE = re.compile(r"^[\w.]+Error: (\[\S+\] ?)?")
+_TYPE_OR_SOURCE = re.compile(r"^[\w.]+Error: |\[/\S+\] ?")
 
 Main = Callable[[argparse.Namespace], object]
 
@@ -127,7 +127,7 @@ def _connection_problem(error: Exception) -> str:
     line = next((line for line in reversed(lines) if _CONNECTION_ERROR.search(line)), "")
     if not line:
         return ""
-    reason = _TYPE_AND_SOURCE.sub("", line.strip())
+    reason = _TYPE_OR_SOURCE.sub("", line.strip()).split(". ")[0]
     if "connectFullMesh" in line or "Store" in line or "Network" in line:
         return (
             f"cannot connect to the other processes ({reason}). Check that all hosts were started "
