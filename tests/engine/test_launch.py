@@ -80,7 +80,17 @@ def test_connection_error_is_one_line(error, words):
     assert "\n" not in raised.value.code
 
 
-def test_other_errors_keep_their_traceback():
-    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    with restored_loggers_and_signals(), pytest.raises(RuntimeError, match="mat1"):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        # Of a process that failed while it used a group.
+        ProcessRaisedException(
+            "Traceback:\n  group = _get_global_gloo_group()\nPicklingError: cannot pickle x\n", 0, 1
+        ),
+    ],
+)
+def test_other_errors_keep_their_traceback(error):
+    with restored_loggers_and_signals(), pytest.raises(type(error)) as raised:
         launch(raises(error), argument_parser().parse_args([]))
+    assert raised.value is error

@@ -33,8 +33,11 @@ from .preemption import EXIT_CODE, STOP_REQUEST, Stopped, handle_signals
 
 logger = logging.getLogger(__name__)
 
-# Gloo raises RuntimeError for all of them.
+# The message of a ProcessRaisedException is a whole traceback.
+_ERROR_LINE = re.compile(r"^[\w.]+Error: .*", re.MULTILINE)
+# Gloo raises RuntimeError for all of its errors.
 _CONNECTION_ERROR = re.compile(r"[Gg]loo|NCCL|torch\.distributed\.Dist\w*Error")
+_AT_START = re.compile(r"connectFullMesh|Dist(Store|Network)Error")
 _TYPE_OR_SOURCE = re.compile(r"^[\w.]+Error: |\[/\S+\] ?")
 
 Main = Callable[[argparse.Namespace], object]
@@ -115,7 +118,7 @@ def launch(main: Main, args: argparse.Namespace) -> None:
         if error.signal_name:
             raise
         sys.exit(error.exit_code)
-    except ProcessRaisedException as error:  # its message is the traceback of the process
+    except ProcessRaisedException as error:
         if problem := _connection_problem(error):
             sys.exit(f"error: machine {args.machine_rank} on {socket.gethostname()}: {problem}")
         raise
@@ -123,12 +126,11 @@ def launch(main: Main, args: argparse.Namespace) -> None:
 
 def _connection_problem(error: Exception) -> str:
     """What an error of PyTorch's communication means; empty for any other error."""
-    lines = "".join(traceback.format_exception_only(error)).splitlines()
-    line = next((line for line in reversed(lines) if _CONNECTION_ERROR.search(line)), "")
-    if not line:
+    lines = _ERROR_LINE.findall("".join(traceback.format_exception_only(error)))
+    if not (lines and _CONNECTION_ERROR.search(lines[-1])):
         return ""
-    reason = _TYPE_OR_SOURCE.sub("", line.strip()).split(". ")[0]
-    if "connectFullMesh" in line or "Store" in line or "Network" in line:
+    reason = _TYPE_OR_SOURCE.sub("", lines[-1]).split(". ")[0]
+    if _AT_START.search(lines[-1]):
         return (
             f"cannot connect to the other processes ({reason}). Check that all hosts were started "
             "within --timeout, that they can reach the address and port of the first one, and "
