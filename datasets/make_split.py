@@ -11,18 +11,17 @@ file, but is an error if the annotations differ from those that the file was mad
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, reports_errors
 from locreweight.config import load_config
 from locreweight.data.datasets.splits import write_split_file
 from locreweight.data.training_sets import register_datasets
-from locreweight.errors import UsageError
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument(
@@ -42,15 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--output", type=Path, required=True, metavar="FILE", help="json file to write"
     )
     args = parser.parse_args(arguments)
-    try:
-        unused = ("DATASETS.TEST", "DATASETS.UNLABELED", "DATASETS.UNLABELED_TRUTH")
-        empty = [part for key in unused for part in (key, "()")]
-        cfg = load_config(args.config_file, [*args.opts, *empty])
-        register_datasets(cfg)
-        annotated = {name: DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN}
-        write_split_file(args.output, annotated, args.percent, args.seeds)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    unused = ("DATASETS.TEST", "DATASETS.UNLABELED", "DATASETS.UNLABELED_TRUTH")
+    empty = [part for key in unused for part in (key, "()")]
+    cfg = load_config(args.config_file, [*args.opts, *empty])
+    register_datasets(cfg)
+    annotated = {name: DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN}
+    write_split_file(args.output, annotated, args.percent, args.seeds)
     images = sum(map(len, annotated.values()))
     count = len(args.percent) * len(args.seeds)
     print(f"{args.output}: {count} splits of {images} images")

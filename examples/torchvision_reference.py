@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch import Tensor, distributed, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, models, ops, tv_tensors, utils
+from torchvision import datasets, models, ops, tv_tensors
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms import v2
@@ -60,7 +60,7 @@ class Settings:
     unlabeled: str = option(f"{DATASETS}/synthetic/unlabeled", "folder of the unlabeled images")
     val: str = option(f"{DATASETS}/synthetic/val.json", "COCO json of the validation images")
     val_images: str = option(f"{DATASETS}/synthetic/val", "folder of the validation images")
-    output: str = option("output/reference", "folder for the teacher's weights and detections")
+    output: str = option("output/reference", "folder for the teacher's weights")
     backbone: str = option("resnet18", "one of torchvision's ResNets")
     backbone_weights: str = option("", "file with torchvision's weights; empty for random weights")
     channels: int = option(64, "channels of the feature pyramid")
@@ -378,27 +378,22 @@ def endless_batches(data: Dataset, size: int) -> Iterator[list]:
 
 
 @torch.no_grad()
-def evaluate(model: Detector, images: datasets.CocoDetection, output: str = "") -> list[float]:
-    """AP, AP50 and AP75 in percent. With ``output``, detections in the first images are drawn."""
+def evaluate(model: Detector, images: datasets.CocoDetection) -> list[float]:
+    """AP, AP50 and AP75 in percent."""
     model.eval()
     coco, results = images.coco, []
-    categories = coco.loadCats(coco.getCatIds())
-    views = (view for view, _ in images)
-    image_ids = iter(images.ids)
+    category_ids = coco.getCatIds()
+    views = zip(images.ids, (view for view, _ in images), strict=True)
     while batch := list(itertools.islice(views, 8)):
-        detections = model.detect(*model.extract_features(batch))
-        for view, detected in zip(batch, detections, strict=True):
-            image_id = next(image_ids)
+        detections = model.detect(*model.extract_features([view for _, view in batch]))
+        for (image_id, view), detected in zip(batch, detections, strict=True):
             size = coco.imgs[image_id]["height"], coco.imgs[image_id]["width"]
             boxes = warp_boxes(detected["boxes"], view.matrix.inverse(), size)
             boxes = ops.box_convert(boxes, "xyxy", "xywh")
             columns = (boxes, detected["labels"], detected["scores"])
             for box, label, score in zip(*(x.tolist() for x in columns), strict=True):
                 result = {"image_id": image_id, "bbox": box, "score": score}
-                results.append(result | {"category_id": categories[label - 1]["id"]})
-            if output and image_id in images.ids[:12]:
-                names = [category["name"] for category in categories]
-                draw(view, detected, names, f"{output}/{image_id}.png")
+                results.append(result | {"category_id": category_ids[label - 1]})
     if not results:
         return [0.0, 0.0, 0.0]
     with redirect_stdout(None):
@@ -407,20 +402,6 @@ def evaluate(model: Detector, images: datasets.CocoDetection, output: str = "") 
         coco_eval.accumulate()
         coco_eval.summarize()
     return [100 * x for x in coco_eval.stats[:3]]
-
-
-def draw(view: View, detected: dict[str, Tensor], names: list[str], file: str) -> None:
-    """Write a picture of the detections with scores above 0.5, if there are any."""
-    confident = detected["scores"] > 0.5
-    columns = [detected[name][confident].tolist() for name in ("labels", "scores", "quality")]
-    rows = zip(*columns, strict=True)
-    texts = [f"{names[label - 1]} {score:.0%} q {quality:.2f}" for label, score, quality in rows]
-    if texts:
-        zoom = 480 / min(view.image.shape[1:])
-        picture = v2.functional.resize(view.image, [480])
-        boxes = detected["boxes"][confident] * zoom
-        picture = utils.draw_bounding_boxes(picture, boxes, texts, width=2)
-        v2.functional.to_pil_image(picture).save(file)
 
 
 def train(settings: Settings) -> None:
@@ -460,7 +441,7 @@ def train(settings: Settings) -> None:
         update_teacher(teacher, student, keep_rate(mutual_steps, settings.final_keep_rate))
         progress.set_postfix(loss=f"{loss:.2f}", pseudo_labels=count, refresh=False)
         if RANK == 0 and (step % settings.period == 0 or step == settings.iterations):
-            rows.append(["teacher", step, *evaluate(teacher, val, settings.output)])
+            rows.append(["teacher", step, *evaluate(teacher, val)])
             torch.save((vars(settings), teacher.state_dict()), f"{settings.output}/teacher.pt")
     if RANK == 0:
         rows.append(["student", settings.iterations, *evaluate(student, val)])

@@ -274,7 +274,7 @@ def test_unreadable_data_set_does_not_hide_other_findings(project):
 def test_unwritable_list_file(project, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         check_data.main(["--list", str(tmp_path), *project.arguments])
-    assert exit_.value.code == f"error: cannot write {tmp_path}: Is a directory"
+    assert exit_.value.code == f"error: cannot read or write {tmp_path}: Is a directory"
     assert "0 errors, 0 warnings" in capsys.readouterr().out
 
 

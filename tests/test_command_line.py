@@ -5,8 +5,9 @@ import argparse
 import pytest
 
 import check_data
-from locreweight.command_line import ConfigArgumentParser
+from locreweight.command_line import ConfigArgumentParser, reports_errors
 from locreweight.engine import argument_parser
+from locreweight.errors import UsageError
 
 
 @pytest.fixture
@@ -91,3 +92,32 @@ def test_namespace_can_be_given(parser):
     namespace = argparse.Namespace(extra=1)
     assert parser.parse_args(["--resume"], namespace) is namespace
     assert namespace.resume and namespace.extra == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UsageError("wrong"), "error: wrong"),
+        (
+            NotADirectoryError(20, "Not a directory", "a/b.html"),
+            "error: cannot read or write a/b.html: Not a directory",
+        ),
+    ],
+)
+def test_errors_end_a_tool_with_one_line(error, message):
+    @reports_errors
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == message
+
+
+def test_errors_without_a_file_keep_their_traceback():
+    @reports_errors
+    def main() -> None:
+        raise ConnectionResetError("by peer")
+
+    with pytest.raises(ConnectionResetError):
+        main()

@@ -101,7 +101,7 @@ def test_plan_combines_configs_methods_and_seeds(tmp_path):
     for run in runs:
         assert run.cfg.OUTPUT_DIR == str(run.output)
         assert (run.cfg.SEED, run.cfg.DATASETS.SPLIT_SEED) == (run.seed, run.seed)
-    assert runs[0].cfg.SEMI.METHOD == "Stac"
+    assert runs[0].cfg.SEMI.METHOD == "STAC"
 
 
 def test_options_override_the_configs_of_all_runs(tmp_path):

@@ -377,7 +377,7 @@ def test_method_has_its_own_output_folder_unless_one_is_given(method):
 def test_options_override_the_method():
     cfg = load_config(QUICKSTART, ["SEMI.EMA_KEEP_RATE", "0.5"], "stac")
     assert cfg.SEMI.EMA_KEEP_RATE == 0.5
-    assert cfg.SEMI.METHOD == "Stac"
+    assert cfg.SEMI.METHOD == "STAC"
 
 
 def test_find_method_file_accepts_all_names_and_paths(tmp_path):
@@ -399,7 +399,7 @@ def test_find_method_file_lists_the_names(method):
 
 RENAMED = {  # former key: former value, today's key, today's value
     "SEMI.STRATEGY": ("SoftTeacher", "SEMI.METHOD", "SoftTeacher"),
-    "INPUT.RECIPE": ("StacRecipe", "INPUT.AUGMENTATION_POLICY", "StacPolicy"),
+    "INPUT.RECIPE": ("StacRecipe", "INPUT.AUGMENTATION_POLICY", "STACPolicy"),
     "TEST.WATCHED_IMAGES": (7, "TEST.MONITORED_IMAGES", 7),
     "DATASETS.DROP_BAD_BOXES": (True, "DATASETS.CHECKS.DROP_BAD_BOXES", True),
     "DATASETS.CHECK_IMAGES": (False, "DATASETS.CHECKS.DECODE_IMAGES", False),
@@ -436,11 +436,32 @@ def test_config_of_an_older_checkpoint_is_translated():
     assert values["SEMI.BURN_IN_ITERS"] == 300
 
 
-@pytest.mark.parametrize("name", ["SoftTeacher", "UnbiasedTeacher", "Stac"])
-def test_renamed_policies_exist(name):
-    cfg = config_from_text(f"INPUT: {{RECIPE: {name}Recipe}}", [])
-    assert cfg.INPUT.AUGMENTATION_POLICY == f"{name}Policy"
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("SoftTeacherRecipe", "SoftTeacherPolicy"),
+        ("UnbiasedTeacherRecipe", "UnbiasedTeacherPolicy"),
+        ("StacRecipe", "STACPolicy"),
+        ("StacPolicy", "STACPolicy"),
+    ],
+)
+def test_former_names_of_policies_are_accepted(old, new):
+    cfg = config_from_text(f"INPUT: {{RECIPE: {old}}}", [])
+    assert cfg.INPUT.AUGMENTATION_POLICY == new
     build_augmentation_policy(cfg)
+
+
+@pytest.mark.parametrize(("old", "new"), [("Stac", "STAC"), ("Mum", "MUM")])
+def test_former_names_of_methods_are_accepted(tmp_path, old, new):
+    file = tmp_path / "old.yaml"
+    file.write_text(f"SEMI: {{METHOD: {old}}}")
+    for cfg in (
+        load_config(str(file), []),
+        load_config("", ["SEMI.METHOD", old]),
+        config_from_text(f"SEMI: {{METHOD: {old}}}", []),
+    ):
+        assert cfg.SEMI.METHOD == new
+        assert type(build_method(cfg)).__name__ == new
 
 
 def test_output_folders_of_all_experiments_differ():

@@ -1,6 +1,7 @@
 """The documentation names only files, functions, config keys, options and messages that exist."""
 
 import ast
+import configparser
 import csv
 import itertools
 import re
@@ -220,6 +221,14 @@ def test_metric_names_exist(page):
     assert names
     for name in {*names, "skipped_steps", "loss_scale", "data_time"}:
         assert name in messages(), name
+
+
+def test_all_files_have_the_version_of_the_changelog():
+    (version,) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[:1]
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["metadata"]["version"] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
 
 
 def test_results_have_one_row_per_run():

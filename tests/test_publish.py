@@ -40,7 +40,7 @@ from tests.engine.tiny_training import (
     same,
     training_config,
 )
-from tests.modeling.tiny_model import as_options
+from tests.modeling.tiny_model import BACKBONES, as_options
 from tests.tiny_data import make_coco
 
 LICENSE = "cc-by-4.0"
@@ -57,15 +57,22 @@ def keys(**settings):
     return {name.replace("__", "."): value for name, value in settings.items()}
 
 
+@pytest.fixture(scope="module", params=["resnet", "timm_efficientnet", "timm_vit"])
+def backbone(request):
+    """Settings of a backbone."""
+    return BACKBONES[request.param]
+
+
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
+def datasets(backbone, tmp_path_factory):
     """Data sets whose test set has an earlier teacher's detections as ground truth.
 
     Later teachers have an AP between 0 and 100 on it.
     """
     folder = tmp_path_factory.mktemp("data")
     names = make_datasets(folder)
-    earlier = build_trainer(training_config(names, folder / "earlier", {"SOLVER.MAX_ITER": 2}))
+    settings = backbone | {"SOLVER.MAX_ITER": 2}
+    earlier = build_trainer(training_config(names, folder / "earlier", settings))
     earlier.train()
     test_set = detections_as_ground_truth(
         earlier.teacher, names["DATASETS.TEST"][0], folder / "detections.json"
@@ -74,10 +81,10 @@ def datasets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(datasets, tmp_path_factory):
+def run(datasets, backbone, tmp_path_factory):
     """Output folder of a run that was evaluated twice, and its trainer."""
     output = tmp_path_factory.mktemp("jane") / "tiny.v1"
-    settings = {"DATASETS.TEST": datasets["DATASETS.TEST"], "TEST.EVAL_PERIOD": 2}
+    settings = backbone | {"DATASETS.TEST": datasets["DATASETS.TEST"], "TEST.EVAL_PERIOD": 2}
     cfg = training_config(datasets, output, settings)
     register_datasets(cfg)
     torch.manual_seed(cfg.SEED)
@@ -141,10 +148,12 @@ def test_predictor_takes_the_address_of_a_model(run, served):
     assert same(detector.model.state_dict(), copy_of(run[1].teacher))
 
 
-def test_training_with_other_classes_keeps_all_other_layers(run, served, tmp_path, caplog):
+def test_training_with_other_classes_keeps_all_other_layers(
+    run, served, backbone, tmp_path, caplog
+):
     """One log line names the layers that depend on the classes."""
     labeled = make_coco(tmp_path / "labeled", images=3, classes=("ant", "bee"))
-    settings = {
+    settings = backbone | {
         "MODEL.WEIGHTS": "locreweight://tiny/v1",
         "MODEL.ROI_HEADS.NUM_CLASSES": 2,
         "DATASETS.TRAIN": ["coco:{}:{}".format(*labeled)],

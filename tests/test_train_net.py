@@ -74,7 +74,7 @@ def test_train_resume_and_evaluate(make_arguments, tmp_path):
     assert f"Detectron2 {describe_detectron2()}" in log.read_text()
 
     run_script(*make_arguments("--resume", **{"SOLVER.MAX_ITER": 5}))
-    assert "resumed after iteration 2" in log.read_text()
+    assert "resumed after iteration 3" in log.read_text()
     assert metrics()[-1]["iteration"] == 4
 
     before = content_of(tmp_path)
@@ -116,7 +116,7 @@ def test_training_never_replaces_a_run(make_arguments, datasets, tmp_path):
     )
 
     run_script(*arguments, "SOLVER.MAX_ITER", "4", "--resume")
-    assert "resumed after iteration 2" in (run / "log.txt").read_text()
+    assert "resumed after iteration 3" in (run / "log.txt").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-old-1"]
 
 
@@ -153,7 +153,7 @@ def test_output_below_the_unlabeled_images(make_arguments, datasets, tmp_path):
     assert list((images / "any name/panels").glob("*.jpg"))
     run_script(*make_arguments("--resume", **settings | {"SOLVER.MAX_ITER": 4}))
     log = (images / "any name/log.txt").read_text()
-    assert "resumed after iteration 2" in log
+    assert "resumed after iteration 3" in log
     assert log.count("5 labeled and 5 unlabeled images") == 2
     assert log.count(f"left out 1 folders of runs in the image folder {images}") == 2
 
@@ -308,7 +308,7 @@ def test_resume_with_another_copy_of_detectron2(make_arguments, tmp_path):
     arguments = make_arguments("--resume", **{"SOLVER.MAX_ITER": 5})
     command = [sys.executable, str(SCRIPT), *arguments]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
-    assert "resumed after iteration 2" in (tmp_path / "log.txt").read_text()
+    assert "resumed after iteration 3" in (tmp_path / "log.txt").read_text()
     starts = read_run_records(tmp_path)
     assert starts[0].versions["Detectron2"] == describe_detectron2()
     assert starts[1].versions["Detectron2"].startswith("9.8 (a folder on the Python path")
@@ -316,7 +316,7 @@ def test_resume_with_another_copy_of_detectron2(make_arguments, tmp_path):
 
 def test_method_is_found_by_its_short_name(make_arguments, tmp_path):
     run_script(*make_arguments("--method", "published/stac-coco", **{"SOLVER.MAX_ITER": 1}))
-    assert "AUGMENTATION_POLICY: StacPolicy" in (tmp_path / "config.yaml").read_text()
+    assert "AUGMENTATION_POLICY: STACPolicy" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser, positive
+from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
 from locreweight.config import load_config
 from locreweight.engine.config_suggestion import base_and_options, write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
@@ -58,37 +58,34 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
-    try:
-        if args.write_config and not args.config_file:
-            base, args.opts = base_and_options(args.opts)
-            args.config_file = str(base)
-        report = check_data(
-            lambda options: load_config(args.config_file, options, args.method),
-            args.opts,
-            args.num_gpus,
-        )
+    if args.write_config and not args.config_file:
+        base, args.opts = base_and_options(args.opts)
+        args.config_file = str(base)
+    report = check_data(
+        lambda options: load_config(args.config_file, options, args.method),
+        args.opts,
+        args.num_gpus,
+    )
+    if report.overview:
         print(report.overview)
-        for finding in report.findings:
-            print(format_finding(finding))
-        if report.training_values:
-            print(f"\n{report.training_values}")
-        print(f"\nto train:\n  {training_command(args, report.options)}\n\n{report.summary}")
-        if args.list:
-            # File names can contain any bytes.
-            args.list.write_text(format_all_files(report.findings), errors="surrogateescape")
-        if args.write_config:
-            if report.sets is None or report.has_errors:
-                raise UsageError("no config was written: fix the errors above first")
-            write_config(args.write_config, report.cfg, report.sets)
-            print(f"\nwrote {args.write_config}; to train with it:")
-            print(f"  python train_net.py --config-file {args.write_config}")
-    except UsageError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write {args.list}: {error.strerror}")
+    for finding in report.findings:
+        print(format_finding(finding))
+    if report.training_values:
+        print(f"\n{report.training_values}")
+    print(f"\nto train:\n  {training_command(args, report.options)}\n\n{report.summary}")
+    if args.list:
+        # File names can contain any bytes.
+        args.list.write_text(format_all_files(report.findings), errors="surrogateescape")
+    if args.write_config:
+        if report.sets is None or report.has_errors:
+            raise UsageError("no config was written: fix the errors above first")
+        write_config(args.write_config, report.cfg, report.sets)
+        print(f"\nwrote {args.write_config}; to train with it:")
+        print(f"  python train_net.py --config-file {args.write_config}")
     sys.exit(1 if report.has_errors else 0)
 
 

@@ -25,9 +25,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from locreweight.command_line import ConfigArgumentParser, positive
+from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
 from locreweight.engine.comparison import plan_runs, run_all
-from locreweight.errors import UsageError
 from locreweight.visualization.comparison_report import CURVES, TABLE, write_report
 
 
@@ -74,6 +73,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+@reports_errors
 def main() -> None:
     args = parse_arguments()
     # Signals of a scheduler and of a closed terminal also have to stop the runs, as Ctrl-C does.
@@ -91,8 +91,6 @@ def main() -> None:
             lambda: write_report(runs, args.output),
             share_burn_in=args.share_burn_in,
         )
-    except UsageError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; to resume, repeat the command")
     print(f"\n{(args.output / TABLE).read_text()}\ncurves: {args.output / CURVES}")

@@ -11,7 +11,6 @@ column a checkpoint. The color of a box is its class.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from locreweight.command_line import (
     add_device_argument,
     add_weights_arguments,
     positive,
+    reports_errors,
     score,
 )
 from locreweight.engine.inference import INPUT_HELP, picture_file
@@ -34,6 +34,7 @@ from locreweight.visualization.drawing import save_picture
 SIDE = 360  # longer side of each image, in pixels
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -62,24 +63,21 @@ def main() -> None:
     parser.add_argument("--threshold", type=score, default=0.5, help="minimum score")
     args = parser.parse_args()
     names = args.names or unique_names([Path(weights) for weights in args.weights])
-    try:
-        if len(set(names)) != len(args.weights):
-            raise UsageError(
-                f"{len(args.weights)} checkpoints need {len(args.weights)} different --names"
-            )
-        detectors = {
-            name: Predictor(weights, args.config_file, device=args.device, last=args.last)
-            for name, weights in zip(names, args.weights, strict=True)
-        }
-        for name, detector in detectors.items():
-            if detector.class_names != detectors[names[0]].class_names:
-                raise UsageError(f"{names[0]} and {name} have different classes")
-        records = annotated_records(detectors[names[0]], args.dataset)
-        selected = select_annotated(records, args.input, args.count)
-        bar = tqdm(selected, desc="images", disable=None)
-        picture = draw_comparison(detectors, bar, args.threshold, SIDE)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    if len(set(names)) != len(args.weights):
+        raise UsageError(
+            f"{len(args.weights)} checkpoints need {len(args.weights)} different --names"
+        )
+    detectors = {
+        name: Predictor(weights, args.config_file, device=args.device, last=args.last)
+        for name, weights in zip(names, args.weights, strict=True)
+    }
+    for name, detector in detectors.items():
+        if detector.class_names != detectors[names[0]].class_names:
+            raise UsageError(f"{names[0]} and {name} have different classes")
+    records = annotated_records(detectors[names[0]], args.dataset)
+    selected = select_annotated(records, args.input, args.count)
+    bar = tqdm(selected, desc="images", disable=None)
+    picture = draw_comparison(detectors, bar, args.threshold, SIDE)
     save_picture(picture, args.output)
     print(f"{len(selected)} images: {args.output}")
 

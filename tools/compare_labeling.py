@@ -18,9 +18,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser, positive
+from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
 from locreweight.engine.labeling_comparison import LabelingPlan, compare_labeling, labeling_table
-from locreweight.errors import UsageError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@reports_errors
 def main() -> None:
     args = parse_arguments()
     plan = LabelingPlan(
@@ -55,8 +55,6 @@ def main() -> None:
     )
     try:
         results = compare_labeling(plan, args.seeds, args.parallel)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; to resume, repeat the command")
     with (args.output / "results.csv").open("w", newline="") as file:

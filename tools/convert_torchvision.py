@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import sys
 from pathlib import Path
 
 from torch import Tensor
 
 from locreweight.checkpoint.conversion import resnet_from_torchvision, torchvision_resnet_settings
 from locreweight.checkpoint.safe_loading import read_weights
-from locreweight.command_line import HelpFormatter
+from locreweight.command_line import HelpFormatter, reports_errors
 from locreweight.errors import UsageError
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -32,15 +32,12 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="weight file of torchvision")
     parser.add_argument("output", type=Path, help="file to write; its name must end with .pkl")
     args = parser.parse_args()
-    try:
-        if args.output.suffix != ".pkl":
-            raise UsageError(f"the name of {args.output} must end with .pkl, for Detectron2")
-        weights = read_weights(str(args.weights))
-        settings = torchvision_resnet_settings(weights)
-        if not all(isinstance(value, Tensor) for value in weights.values()):
-            raise UsageError(f"{args.weights} does not only hold tensors: use torchvision's file")
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    if args.output.suffix != ".pkl":
+        raise UsageError(f"the name of {args.output} must end with .pkl, for Detectron2")
+    weights = read_weights(str(args.weights))
+    settings = torchvision_resnet_settings(weights)
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UsageError(f"{args.weights} does not only hold tensors: use torchvision's file")
     arrays = {name: value.numpy() for name, value in resnet_from_torchvision(weights).items()}
     content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
     args.output.parent.mkdir(parents=True, exist_ok=True)

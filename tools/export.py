@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from locreweight.checkpoint.timm_weights import write_timm_weights
-from locreweight.command_line import HelpFormatter, add_weights_arguments, positive
+from locreweight.command_line import HelpFormatter, add_weights_arguments, positive, reports_errors
 from locreweight.data.datasets.image_folders import load_folder
 from locreweight.data.image_io import read_rgb
 from locreweight.engine.predictor import Predictor, model_input
@@ -92,35 +91,33 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+@reports_errors
 def main() -> None:
     args = parse_arguments()
-    try:
-        if args.onnx:
-            check_onnx_is_installed()
-        detector = load_detector(args.weights, args.config_file, last=args.last)
-        if args.torchscript or args.onnx:
-            files = [record["file_name"] for record in load_folder(args.images)][: args.count]
-            lines = export_graphs(
-                detector.model,
-                load_images(detector.cfg, files),
-                graph_metadata(detector.cfg, detector.class_names, detector.score_threshold),
-                torchscript=args.torchscript,
-                onnx=args.onnx,
-            )
-            print("\n".join(lines))
-        if args.detectron2:
-            written = write_stock_detector(
-                args.detectron2,
-                detector.cfg,
-                detector.model.state_dict(),
-                first_order=args.first_order,
-            )
-            print(f"for Detectron2: {' '.join(map(str, written))}")
-        if args.timm:
-            write_timm_weights(args.timm, detector.cfg, detector.model)
-            print(f"for timm: {args.timm} ({detector.cfg.MODEL.TIMM.NAME})")
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    if args.onnx:
+        check_onnx_is_installed()
+    detector = load_detector(args.weights, args.config_file, last=args.last)
+    if args.torchscript or args.onnx:
+        files = [record["file_name"] for record in load_folder(args.images)][: args.count]
+        lines = export_graphs(
+            detector.model,
+            load_images(detector.cfg, files),
+            graph_metadata(detector.cfg, detector.class_names, detector.score_threshold),
+            torchscript=args.torchscript,
+            onnx=args.onnx,
+        )
+        print("\n".join(lines))
+    if args.detectron2:
+        written = write_stock_detector(
+            args.detectron2,
+            detector.cfg,
+            detector.model.state_dict(),
+            first_order=args.first_order,
+        )
+        print(f"for Detectron2: {' '.join(map(str, written))}")
+    if args.timm:
+        write_timm_weights(args.timm, detector.cfg, detector.model)
+        print(f"for timm: {args.timm} ({detector.cfg.MODEL.TIMM.NAME})")
 
 
 if __name__ == "__main__":

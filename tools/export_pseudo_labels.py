@@ -11,13 +11,13 @@ relative to the folder that is printed. Each annotation also has its ``score`` a
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
     positive,
+    reports_errors,
     score,
 )
 from locreweight.engine.detection_files import CocoDataset, common_folder
@@ -27,6 +27,7 @@ from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
 
 
+@reports_errors
 def main() -> None:
     parser = ConfigArgumentParser(description=__doc__)
     add_checkpoint_arguments(parser)
@@ -39,20 +40,17 @@ def main() -> None:
     )
     parser.add_argument("--count", type=positive, help="maximum number of images. Default: all")
     args = parser.parse_args()
-    try:
-        detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
-        detector.threshold = (
-            detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD if args.threshold is None else args.threshold
-        )
-        files = find_inputs(args.input) if args.input else training_files(detector).unlabeled
-        files = [file for file in files if not file.is_video][: args.count]
-        if not files:
-            raise UsageError(f"there is no image in {' '.join(args.input)}")
-        root = common_folder(file.path for file in files)
-        writer = CocoDataset(args.json, detector.class_names, root)
-        summary = predict_files(detector, files, [writer], batch=args.batch)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
+    detector.threshold = (
+        detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD if args.threshold is None else args.threshold
+    )
+    files = find_inputs(args.input) if args.input else training_files(detector).unlabeled
+    files = [file for file in files if not file.is_video][: args.count]
+    if not files:
+        raise UsageError(f"there is no image in {' '.join(args.input)}")
+    root = common_folder(file.path for file in files)
+    writer = CocoDataset(args.json, detector.class_names, root)
+    summary = predict_files(detector, files, [writer], batch=args.batch)
     print(
         f"{summary.objects} pseudo-labels of {summary.images} images, as a dataset: "
         f"coco:{args.json}:{root}"

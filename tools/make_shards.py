@@ -14,11 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from locreweight.command_line import HelpFormatter
+from locreweight.command_line import HelpFormatter, reports_errors
 from locreweight.data.datasets.shard_writer import write_shards
-from locreweight.errors import UsageError
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -38,8 +38,6 @@ def main() -> None:
     args = parser.parse_args()
     try:
         index = write_shards(args.images, args.output, args.images_per_shard)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: run the same command again to continue")
     print(f"wrote {index}; use it as shards:{index} in DATASETS.UNLABELED")

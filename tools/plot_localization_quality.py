@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from locreweight.command_line import ConfigArgumentParser, add_checkpoint_arguments, positive
+from locreweight.command_line import (
+    ConfigArgumentParser,
+    add_checkpoint_arguments,
+    positive,
+    reports_errors,
+)
 from locreweight.engine.localization_analysis import (
     annotated_records,
     calibration,
@@ -30,7 +34,6 @@ from locreweight.engine.localization_analysis import (
     localize,
 )
 from locreweight.engine.predictor import Predictor
-from locreweight.errors import UsageError
 from locreweight.visualization.figures import plot_localization
 
 
@@ -41,6 +44,7 @@ def figure_file(text: str) -> Path:
     return Path(text)
 
 
+@reports_errors
 def main() -> None:
     parser = ConfigArgumentParser(description=__doc__)
     add_checkpoint_arguments(parser)
@@ -53,11 +57,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     parser.add_argument("--count", type=positive, help="maximum number of images. Default: all")
     args = parser.parse_args()
-    try:
-        detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
-        data = localize(detector, annotated_records(detector, args.dataset, args.count))
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
+    data = localize(detector, annotated_records(detector, args.dataset, args.count))
     threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
     args.output.parent.mkdir(parents=True, exist_ok=True)
     plot_localization(data, threshold).savefig(args.output, dpi=130)

@@ -31,6 +31,7 @@ from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
     positive,
+    reports_errors,
     score,
 )
 from locreweight.engine.detection_files import (
@@ -91,50 +92,44 @@ def describe_threshold(detector: Predictor, given: float | None) -> str:
     return f"objects with a score above {detector.threshold:.2g}{reason}"
 
 
+@reports_errors
 def main() -> None:
     args = parse_arguments()
-    try:
-        files = find_inputs(args.input, args.output)[: args.count]
-        is_stream = any(file.stream for file in files)
-        if (args.save_coco or args.save_yolo) and any(file.is_video for file in files):
-            raise UsageError(
-                "--save-coco and --save-yolo are for images: use --save-json for videos"
-            )
-        detector = Predictor(
-            args.weights,
-            args.config_file,
-            args.opts,
-            args.device,
-            last=args.last,
-            threshold=args.threshold,
-        )
-        print(f"{detector.cfg.MODEL.WEIGHTS}: {describe_threshold(detector, args.threshold)}")
-        if note := detector.threshold_note:
-            print(f"note: {note}")
-        writers: list[DetectionWriter] = []
-        if args.output:
-            writers.append(PictureWriter(args.output, drawing_style(args)))
-        if args.save_json:
-            writers.append(CocoResults(args.save_json))
-        if args.save_coco:
-            root = common_folder(file.path for file in files)
-            writers.append(CocoDataset(args.save_coco, detector.class_names, root))
-        if args.save_yolo:
-            writers.append(YoloLabels(args.save_yolo, detector.class_names))
-        if args.save_crops:
-            writers.append(CropWriter(args.save_crops))
-        summary = predict_files(
-            detector,
-            files,
-            writers,
-            classes=args.classes,
-            batch=args.batch,
-            max_frames=args.frames,
-        )
-    except UsageError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename}: {error.strerror}")
+    files = find_inputs(args.input, args.output)[: args.count]
+    is_stream = any(file.stream for file in files)
+    if (args.save_coco or args.save_yolo) and any(file.is_video for file in files):
+        raise UsageError("--save-coco and --save-yolo are for images: use --save-json for videos")
+    detector = Predictor(
+        args.weights,
+        args.config_file,
+        args.opts,
+        args.device,
+        last=args.last,
+        threshold=args.threshold,
+    )
+    print(f"{detector.cfg.MODEL.WEIGHTS}: {describe_threshold(detector, args.threshold)}")
+    if note := detector.threshold_note:
+        print(f"note: {note}")
+    writers: list[DetectionWriter] = []
+    if args.output:
+        writers.append(PictureWriter(args.output, drawing_style(args)))
+    if args.save_json:
+        writers.append(CocoResults(args.save_json))
+    if args.save_coco:
+        root = common_folder(file.path for file in files)
+        writers.append(CocoDataset(args.save_coco, detector.class_names, root))
+    if args.save_yolo:
+        writers.append(YoloLabels(args.save_yolo, detector.class_names, files))
+    if args.save_crops:
+        writers.append(CropWriter(args.save_crops))
+    summary = predict_files(
+        detector,
+        files,
+        writers,
+        classes=args.classes,
+        batch=args.batch,
+        max_frames=args.frames,
+    )
     written = " ".join(str(getattr(args, name)) for name in OUTPUTS if getattr(args, name))
     kind = "frames" if all(file.is_video for file in files) else "images"
     print(f"{summary.objects} detections in {summary.images} {kind}: {written}")

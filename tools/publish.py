@@ -13,16 +13,15 @@ published.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.command_line import HelpFormatter
-from locreweight.errors import UsageError
+from locreweight.command_line import HelpFormatter, reports_errors
 from locreweight.publish import PublishOptions, publish, read_trained_model
 from locreweight.visualization.model_card import PICTURE
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -61,10 +60,7 @@ def main() -> None:
         images=args.images,
         replace=args.replace,
     )
-    try:
-        entry = publish(read_trained_model(args.run, last=args.last), args.to, options)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    entry = publish(read_trained_model(args.run, last=args.last), args.to, options)
     print(f"{args.to / entry.name}: {entry.weights}, {len(entry.metrics)} metrics")
     if not entry.metrics:
         print("note: the run was not evaluated at this checkpoint, as the model card states")

@@ -11,14 +11,18 @@ A folder that compare.py has written stands for all its runs; details are those 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from locreweight.command_line import HelpFormatter, add_device_argument, non_negative
-from locreweight.errors import UsageError
+from locreweight.command_line import (
+    HelpFormatter,
+    add_device_argument,
+    non_negative,
+    reports_errors,
+)
 from locreweight.visualization.report import write_report
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -40,10 +44,7 @@ def main() -> None:
     add_device_argument(parser)
     args = parser.parse_args()
     output = args.output or args.runs[0] / "report.html"
-    try:
-        write_report(args.runs, output, args.images, args.device)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    write_report(args.runs, output, args.images, args.device)
     print(f"report: {output}")
 
 

@@ -155,7 +155,11 @@ def run(*command: str) -> None:
 
 
 def pip(command: str, *arguments: str) -> None:
-    run(str(PYTHON), "-m", "pip", command, "--disable-pip-version-check", "--no-input", *arguments)
+    # Python compiles a module when it is first imported. pip would compile all of them, which takes
+    # longer than everything else but the download of PyTorch.
+    options = ["--no-compile"] if command == "install" else []
+    options += ["--disable-pip-version-check", "--no-input"]
+    run(str(PYTHON), "-m", "pip", command, *options, *arguments)
 
 
 def make_venv(stamp: Stamp) -> None:

@@ -13,22 +13,21 @@ but they must enclose the same content, too.
 
 from __future__ import annotations
 
-import sys
-
 from locreweight.command_line import (
     ConfigArgumentParser,
     add_weights_arguments,
     non_negative,
     positive,
+    reports_errors,
 )
 from locreweight.config import load_config
 from locreweight.engine.inference import INPUT_HELP, picture_file
 from locreweight.engine.predictor import load_student
-from locreweight.errors import UsageError
 from locreweight.visualization.drawing import save_picture
 from locreweight.visualization.views import draw_view_table, select_records
 
 
+@reports_errors
 def main() -> None:
     parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="config of the training")
@@ -50,13 +49,10 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentations")
     args = parser.parse_args()
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        records = select_records(cfg, args.input, args.count)
-        student = load_student(cfg, args.weights, last=args.last)
-        picture = draw_view_table(cfg, records, student, args.proposals, args.seed)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    cfg = load_config(args.config_file, args.opts)
+    records = select_records(cfg, args.input, args.count)
+    student = load_student(cfg, args.weights, last=args.last)
+    picture = draw_view_table(cfg, records, student, args.proposals, args.seed)
     save_picture(picture, args.output)
     print(f"{len(records)} images: {args.output}")
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
 from locreweight.command_line import (
@@ -31,14 +30,14 @@ from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
     positive,
+    reports_errors,
     score,
 )
 from locreweight.engine.inference import INPUT_HELP, exit_if_unreadable, find_inputs
 from locreweight.engine.label_suggestion import suggest
-from locreweight.engine.labeling_task import TaskFormat, write_labeling_task
+from locreweight.engine.labeling_task import TaskFormat, check_new_folder, write_labeling_task
 from locreweight.engine.prediction import TrainingFiles, training_files
 from locreweight.engine.predictor import Predictor
-from locreweight.errors import UsageError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,34 +67,27 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@reports_errors
 def main() -> None:
     args = parse_arguments()
     unreadable: list[str] = []
-    try:
-        detector = Predictor(
-            args.weights,
-            args.config_file,
-            args.opts,
-            args.device,
-            last=args.last,
-            threshold=args.threshold,
-        )
-        sets = (
-            TrainingFiles([], find_inputs(args.input)) if args.input else training_files(detector)
-        )
-        files = [file for file in sets.unlabeled if not file.is_video]
-        if args.pool and args.pool < len(files):
-            files = random.Random(args.seed).sample(files, args.pool)
-        suggestions = suggest(
-            detector, files, sets.labeled, args.count, batch=args.batch, unreadable=unreadable
-        )
-        dataset = write_labeling_task(
-            args.output, detector, suggestions, args.format, copy=args.copy
-        )
-    except UsageError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename}: {error.strerror}")
+    check_new_folder(args.output)  # before the images are assessed, which takes long
+    detector = Predictor(
+        args.weights,
+        args.config_file,
+        args.opts,
+        args.device,
+        last=args.last,
+        threshold=args.threshold,
+    )
+    sets = TrainingFiles([], find_inputs(args.input)) if args.input else training_files(detector)
+    files = [file for file in sets.unlabeled if not file.is_video]
+    if args.pool and args.pool < len(files):
+        files = random.Random(args.seed).sample(files, args.pool)
+    suggestions = suggest(
+        detector, files, sets.labeled, args.count, batch=args.batch, unreadable=unreadable
+    )
+    dataset = write_labeling_task(args.output, detector, suggestions, args.format, copy=args.copy)
     print(f"{len(suggestions)} of {len(files)} images: {args.output}")
     print(f"when corrected, add to DATASETS.TRAIN: {dataset}")
     exit_if_unreadable(unreadable, len(files) + len(sets.labeled))

@@ -32,12 +32,12 @@ SCHEDULE = {"SEMI.BURN_IN_ITERS": BURN_IN, "SOLVER.MAX_ITER": ITERATIONS}
 METHODS: dict[str, dict] = {
     name: {}
     for name in (
-        *("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "Stac"),
+        *("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "STAC"),
         *("UnbiasedTeacherV2", "RPL", "CST", "ISMT"),
     )
 } | {
     # Enough images to mix. MixPL mixes once its cache is full, after the first step.
-    "Mum": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    "MUM": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
     "InstantTeaching": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
     "InstantTeachingStar": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
     # The thresholds of LabelMatch change after the first step.

@@ -188,7 +188,7 @@ def test_command_line_resumes_from_the_checkpoint_before_a_damaged_one(copied_ru
     log = (copied_run / "log.txt").read_text()
     assert "resuming from model_0000001.pth" in log
     assert "model_final.pth (" in log and "model_0000002.pth (" in log
-    assert "resumed after iteration 1" in log
+    assert "resumed after iteration 2" in log
     assert (
         torch.load(copied_run / "model_final.pth", weights_only=True)["trainer"]["iteration"] == 2
     )

@@ -1,6 +1,7 @@
 """What training prints on the console and what goes to the log only."""
 
 import logging
+import os
 import sys
 import warnings
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from locreweight.engine.console import (
     CONSOLE,
+    describe_environment,
     is_for_console,
     log_setup,
     prints_to_log,
@@ -149,3 +151,11 @@ def test_setup_is_logged_without_escape_codes_and_addresses(printed_and_logged, 
     printed, log = printed_and_logged(lambda: log_setup(cfg, "arguments"))
     assert printed == "" and "\033" not in log and "object at 0x" not in log
     assert cfg.dump() in log and (tmp_path / "config.yaml").read_text() == cfg.dump()
+
+
+def test_environment_is_described_without_a_compiler(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "PyTorch" in describe_environment()
+    assert capfd.readouterr().err == ""
+    assert "CXX" not in os.environ

@@ -142,14 +142,15 @@ def test_coco_file_can_be_read_again(tmp_path, images):
 
 
 def test_yolo_files_can_be_read_again(tmp_path, images):
-    write(YoloLabels(tmp_path / "labels", CLASSES), images)
+    write(YoloLabels(tmp_path / "labels", CLASSES, [frame.file for frame, _ in images]), images)
     check(read(f"yolo:{tmp_path}/images:{tmp_path}/labels"))
 
 
 def test_two_images_do_not_share_a_yolo_file(tmp_path):
     files = [InputFile(Path(name), Path(name)) for name in ("a.jpg", "a.png")]
     with pytest.raises(UsageError, match=r"a\.jpg and a\.png"):
-        write(YoloLabels(tmp_path, CLASSES), [(Frame(file), detections_of()) for file in files])
+        YoloLabels(tmp_path / "labels", CLASSES, files)
+    assert not (tmp_path / "labels").exists()
 
 
 def test_label_studio_tasks(tmp_path, images):

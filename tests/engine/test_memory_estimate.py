@@ -16,7 +16,7 @@ def test_estimate_counts_models_exactly(backbone):
     one = estimate_memory(cfg, [(64, 64)], num_gpus=1)
     assert one.models == 4 * model_bytes  # student, teacher, gradients and momentum
     assert estimate_memory(cfg, [(64, 64)], num_gpus=2).models == 5 * model_bytes
-    stac = tiny_config(BACKBONES[backbone] | {"SEMI.METHOD": "Stac"})
+    stac = tiny_config(BACKBONES[backbone] | {"SEMI.METHOD": "STAC"})
     assert estimate_memory(stac, [(64, 64)], num_gpus=1).models == 5 * model_bytes
 
 

@@ -19,20 +19,26 @@ from locreweight.engine import load_for_evaluation
 from locreweight.engine.predictor import Predictor, load_student
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
-from tests.modeling.tiny_model import plain_config, tiny_config
+from tests.modeling.tiny_model import BACKBONES, plain_config, tiny_config
 from tests.tiny_data import CLASSES, make_folder
 
 
+@pytest.fixture(scope="module", params=["resnet", "timm_efficientnet", "timm_vit"])
+def backbone(request):
+    """Settings of a backbone."""
+    return BACKBONES[request.param]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(backbone, tmp_path_factory):
     """Output folder of a finished training."""
     return tmp_path_factory.mktemp("trained")
 
 
 @pytest.fixture(scope="module")
-def trained(datasets, folder):
+def trained(datasets, folder, backbone):
     """Trainer of the finished training."""
-    trainer = build_trainer(training_config(datasets, folder))
+    trainer = build_trainer(training_config(datasets, folder, backbone))
     trainer.train()
     return trainer
 
@@ -63,8 +69,8 @@ def test_description_in_the_checkpoint_is_plain_text(trained, folder):
     assert read_description(str(folder / "model_final.pth")).config == content["config"]
 
 
-def test_checkpoint_with_a_description_can_be_resumed(trained, datasets, folder):
-    cfg = training_config(datasets, folder, {"SOLVER.MAX_ITER": 5})
+def test_checkpoint_with_a_description_can_be_resumed(trained, datasets, folder, backbone):
+    cfg = training_config(datasets, folder, backbone | {"SOLVER.MAX_ITER": 5})
     assert build_trainer(cfg, resume=True).start_iter == 4
 
 

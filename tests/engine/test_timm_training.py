@@ -37,7 +37,7 @@ def config(datasets, tmp_path, weights):
     return make
 
 
-@pytest.mark.parametrize("method", ["LocReweight", "Stac", "CST"])
+@pytest.mark.parametrize("method", ["LocReweight", "STAC", "CST"])
 def test_all_models_start_from_the_file(config, weights, method):
     trainer = build_trainer(config({"SEMI.METHOD": method}))
     models = trainer.models

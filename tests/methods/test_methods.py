@@ -372,8 +372,8 @@ def make_method(name, **settings):
 @pytest.mark.parametrize(
     "name",
     [
-        *("LocReweight", "ShuffledLocReweight", "Stac", "UnbiasedTeacher", "SoftTeacher"),
-        *("Mum", "InstantTeaching", "InstantTeachingStar", "MixPL"),
+        *("LocReweight", "ShuffledLocReweight", "STAC", "UnbiasedTeacher", "SoftTeacher"),
+        *("MUM", "InstantTeaching", "InstantTeachingStar", "MixPL"),
         *("UnbiasedTeacherV2", "LabelMatch", "RPL", "CST", "ISMT"),
     ],
 )
@@ -382,7 +382,7 @@ def test_build_method_reads_the_config(name):
     method = make_method(name, **parts | {"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
     assert type(method).__name__ == name
     assert method.pseudo_label_threshold == 0.65
-    assert method.frozen_pseudo_labeler == (name == "Stac")
+    assert method.frozen_pseudo_labeler == (name == "STAC")
     assert method.num_members == (2 if name in ("InstantTeachingStar", "CST", "ISMT") else 1)
     if isinstance(method, LocReweight):
         assert method.ler and not method.prc
@@ -393,7 +393,7 @@ def test_build_method_lists_the_known_names():
         make_method("Unbiased")
 
 
-@pytest.mark.parametrize("name", ["LocReweight", "Stac", "UnbiasedTeacher"])
+@pytest.mark.parametrize("name", ["LocReweight", "STAC", "UnbiasedTeacher"])
 def test_pseudo_labels_are_the_detections_above_the_threshold(name):
     detections = detections_with([0.9, 0.7, 0.6])
     method = make_method(name, **{"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})

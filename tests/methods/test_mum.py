@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from locreweight.config import load_config
 from locreweight.errors import UsageError
 from locreweight.methods import build_method
-from locreweight.methods.mum import Mum, TileMixing
+from locreweight.methods.mum import MUM, TileMixing
 from tests.modeling.tiny_model import tiny_config
 
 
 def make_mum(images=8, **settings):
-    keys = {"SEMI.METHOD": "Mum", "SOLVER.IMS_PER_BATCH_UNLABELED": images}
+    keys = {"SEMI.METHOD": "MUM", "SOLVER.IMS_PER_BATCH_UNLABELED": images}
     return build_method(tiny_config(keys | settings))
 
 
@@ -120,4 +120,4 @@ def test_recipe_is_that_of_unbiased_teacher():
     mum, base = (load_config("", [], name) for name in ("mum", "unbiased_teacher"))
     base.SEMI.METHOD, base.OUTPUT_DIR = mum.SEMI.METHOD, mum.OUTPUT_DIR
     assert mum == base
-    assert Mum.box_loss(make_mum(), SimpleNamespace()) is None
+    assert MUM.box_loss(make_mum(), SimpleNamespace()) is None

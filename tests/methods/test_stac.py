@@ -5,9 +5,9 @@ import torch
 from tests.engine.tiny_training import copy_of, recorded_training, same
 
 STAC = {
-    "SEMI.METHOD": "Stac",
+    "SEMI.METHOD": "STAC",
     "SEMI.EMA_KEEP_RATE": 0.0,
-    "INPUT.AUGMENTATION_POLICY": "StacPolicy",
+    "INPUT.AUGMENTATION_POLICY": "STACPolicy",
     "SEMI.BURN_IN_ITERS": 2,
     "SOLVER.MAX_ITER": 5,
     "SOLVER.CHECKPOINT_PERIOD": 4,

@@ -308,7 +308,7 @@ def test_note_if_the_threshold_of_the_model_is_higher(without_pictures, tmp_path
 def test_output_that_cannot_be_written_is_an_error(without_pictures, tmp_path):
     (tmp_path / "file").touch()
     code, _ = without_pictures("--json", tmp_path / "file" / "a.json")
-    assert code.startswith("error: cannot write") and "file" in code
+    assert code.startswith("error: cannot read or write") and "file" in code
 
 
 def test_error_is_one_line(predict_call):

@@ -52,9 +52,9 @@ def test_burn_in_is_not_shared(tmp_path, exists):
     assert not (target / "model_0000001.pth").exists()
 
 
-def write_run(folder, aps, burn_in):
+def write_run(folder, aps, burn_in, options=()):
     folder.mkdir(parents=True)
-    cfg = load_config(quickstart.CONFIG, ["SEMI.BURN_IN_ITERS", str(burn_in)])
+    cfg = load_config(quickstart.CONFIG, ["SEMI.BURN_IN_ITERS", str(burn_in), *options])
     (folder / "config.yaml").write_text(cfg.dump())
     names = ["bbox/AP", "bbox/AP50", "bbox/AP75"]
     lines = [
@@ -87,3 +87,93 @@ def test_longer_run_is_not_finished(tmp_path):
     cfg = load_config(quickstart.CONFIG, ["SOLVER.MAX_ITER", "900"])
     assert not quickstart.is_finished(tmp_path / "out", cfg)
     assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))
+
+
+PATIENT = ["SOLVER.EARLY_STOPPING_PATIENCE", "1", "TEST.EVAL_PERIOD", "100"]
+
+
+def test_second_call_after_early_stopping_does_not_train(tmp_path, monkeypatch, capsys):
+    output, baseline = tmp_path / "out", tmp_path / "out-labeled-only"
+    monkeypatch.chdir(quickstart.ROOT)
+    write_run(output, {300: 26.0, 400: 40.0, 500: 40.0}, burn_in=300, options=PATIENT)
+    write_run(baseline, {100: 33.0, 200: 31.0}, burn_in=800, options=PATIENT)
+    (output / "report.html").touch()
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "OUTPUT_DIR", str(output), *PATIENT])
+    monkeypatch.setattr(quickstart, "run_script", lambda *_: pytest.fail("trained again"))
+    quickstart.main()
+    printed = capsys.readouterr().out
+    assert "| labeled images only     |          200 | 31.00 |" in printed
+    assert "| final teacher           |          500 | 40.00 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("aps", "options"),
+    [
+        ({300: 26.0, 400: 40.0}, PATIENT),  # the last one is the best
+        ({300: 26.0, 400: 20.0}, [*PATIENT[:1], "2", *PATIENT[2:]]),
+        ({300: 26.0, 400: 20.0}, PATIENT[2:]),
+    ],
+)
+def test_interrupted_run_with_early_stopping_is_not_finished(tmp_path, aps, options):
+    write_run(tmp_path / "out", aps, burn_in=300, options=options)
+    cfg = load_config(quickstart.CONFIG, options)
+    assert not quickstart.is_finished(tmp_path / "out", cfg)
+
+
+def test_other_patience_is_not_finished(tmp_path):
+    write_run(tmp_path / "out", {300: 26.0, 400: 20.0}, burn_in=300, options=PATIENT)
+    assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, PATIENT))
+    assert not quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))
+
+
+def script(code):
+    return ["-c", f"import pathlib, sys, time\n{code}"]
+
+
+def end_of_burn_in(output):
+    return (
+        f"folder = pathlib.Path({str(output)!r})\n"
+        "folder.mkdir()\n"
+        "(folder / 'metrics.json').touch()\n"
+        "(folder / 'model_0000001.pth').touch()\n"
+    )
+
+
+def test_baseline_trains_at_the_same_time_from_the_end_of_burn_in(tmp_path):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    started = f"pathlib.Path({str(tmp_path / 'started')!r})"
+    main_run = script(
+        f"{end_of_burn_in(output)}while not {started}.exists():\n    time.sleep(0.01)"
+    )
+    baseline_run = script(
+        f"assert pathlib.Path({str(baseline)!r}, 'model_0000001.pth').exists()\n"
+        f"print('console')\n{started}.touch()"
+    )
+    quickstart.train_both(main_run, baseline_run, output, baseline, burn_in=2)
+    assert (baseline / "console.txt").read_text() == "console\n"
+
+
+def test_failed_training_starts_no_baseline(tmp_path):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    with pytest.raises(SystemExit) as error:
+        quickstart.train_both(script("sys.exit(7)"), script(""), output, baseline, burn_in=2)
+    assert error.value.code == 7
+    assert not baseline.exists()
+
+
+def test_training_that_fails_after_burn_in_stops_the_baseline(tmp_path):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    main_run = script(f"{end_of_burn_in(output)}time.sleep(1.5)\nsys.exit(7)")
+    with pytest.raises(SystemExit) as error:
+        quickstart.train_both(main_run, script("time.sleep(60)"), output, baseline, burn_in=2)
+    assert error.value.code == 7
+
+
+def test_failed_baseline_is_an_error_that_names_its_output(tmp_path, capsys):
+    output, baseline = tmp_path / "main", tmp_path / "baseline"
+    failing = script("print('reason', file=sys.stderr)\nsys.exit(3)")
+    with pytest.raises(SystemExit) as error:
+        quickstart.train_both(script(end_of_burn_in(output)), failing, output, baseline, burn_in=2)
+    assert error.value.code == 3
+    assert str(baseline / "console.txt") in capsys.readouterr().out
+    assert "reason" in (baseline / "console.txt").read_text()

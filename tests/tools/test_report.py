@@ -155,6 +155,11 @@ def test_report_of_a_comparison_shows_means_and_the_first_seed(comparison):
     page = Page((comparison / "report.html").read_text())
     headings = [a["id"] for tag, a in page.elements if tag == "h2"]
     assert headings == ["results", "compared", "run-1", "run-2"]
+    tags = [tag for tag, _ in page.elements]
+    first = tags[: tags.index("h2")]
+    assert first.count("img") == 2, "the page opens with pictures of before and after"
+    # Each of the two shown runs has two of them, and two panels.
+    assert tags.count("img") == 2 * (2 + 2)
     for part in (
         "good, 2 seeds",
         "± 0.00",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,27 @@ def test_task_can_be_trained_on_without_its_unlabeled_originals(run, suggest_cal
     assert len(sets.unlabeled) == 5 - 3
 
 
-def test_label_studio(suggest_call, tmp_path):
+def test_label_studio(run, suggest_call, tmp_path):
     code, printed = suggest_call("--count", 2, "--format", "label-studio", "--copy")
     assert code == 0 and "export of Label Studio" in printed.out
-    for task in json.loads((tmp_path / "out/tasks.json").read_text()):
+    tasks = json.loads((tmp_path / "out/tasks.json").read_text())
+    for task in tasks:
         path = tmp_path / "out" / task["data"]["image"].split("?d=")[1]
         assert path.is_file() and not path.is_symlink()
     assert (tmp_path / "out/tasks.xml").is_file()
+
+    model = [task["predictions"][0]["model_version"] for task in tasks]
+    assert model == [f"{run.output.name}/model_best"] * 2
+
+
+def test_yolo_task_with_a_name_for_two_images_writes_nothing(run, suggest_call, tmp_path):
+    file = sorted(run.unlabeled.iterdir())[0]
+    for suffix in (".png", ".jpg"):
+        shutil.copy(file, tmp_path / f"same{suffix}")
+    words = ("--input", tmp_path / "same.png", tmp_path / "same.jpg", "--format", "yolo")
+    code, _ = suggest_call(*words)
+    assert code.startswith("error: ") and "would have the same YOLO label file" in code
+    assert not (tmp_path / "out").exists()
 
 
 def test_suggestions_do_not_depend_on_the_order_of_the_images(run, call, tmp_path):

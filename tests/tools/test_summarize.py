@@ -75,6 +75,24 @@ def test_summary_shows_the_best_f1_and_its_threshold(tmp_path):
     assert student.split()[-2:] == ["|", "|"]
 
 
+def test_columns_without_values_are_left_out(tmp_path):
+    run = write_run(tmp_path / "mine", 0, 60, [(60, 5.0, 4.0)])
+    headers = summary_table([open_run(run)]).splitlines()[0].replace("|", " ").split()
+    assert headers == ["run", "model", "iterations", "AP", "AP50", "AP75"]
+
+
+def test_summary_of_several_test_sets_is_that_of_the_first(tmp_path):
+    run = write_run(tmp_path / "mine", 0, 60, [])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["DATASETS"]["TEST"] = ["coco:a:b", "coco:c:d"]
+    (run / "config.yaml").write_text(yaml.dump(config))
+    names = [f"{model}{name}" for model in ("", "student/") for name in config["DATASETS"]["TEST"]]
+    record = {f"{name}/bbox/AP": ap for name, ap in zip(names, (5.0, 9.0, 4.0, 8.0), strict=True)}
+    (run / "metrics.json").write_text(json.dumps({"iteration": 59} | record))
+    assert [row.values[0] for row in open_run(run).summary()] == [4.0, 5.0]
+    assert open_run(run).curve("student/bbox/AP").values == [4.0]
+
+
 def test_folder_of_a_comparison_stands_for_its_runs(tmp_path, call):
     for method, values in {"a": (10.0, 20.0, 30.0), "b": (5.0, 6.0, 7.0)}.items():
         for seed, value in enumerate(values, 1):

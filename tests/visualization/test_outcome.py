@@ -11,12 +11,13 @@ from locreweight.visualization.outcome import describe_comparison, describe_run
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name, burn_in, evaluations, end=60, test_set="coco:a:b"):
+    def make(name, burn_in, evaluations, end=60, test_set="coco:a:b", patience=0):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = {
             "SEMI": {"BURN_IN_ITERS": burn_in},
-            "SOLVER": {"MAX_ITER": end},
+            "SOLVER": {"MAX_ITER": end, "EARLY_STOPPING_PATIENCE": patience},
+            "TEST": {"EVAL_PERIOD": 20},
             "DATASETS": {"TEST": [test_set]},
         }
         (folder / "config.yaml").write_text(yaml.dump(config))
@@ -70,6 +71,15 @@ def test_unfinished_runs_are_not_compared(make_run):
     first = group("a", make_run("a", 20, [(60, 40.0, 1.0)]))
     second = group("b", make_run("b", 20, [(40, 90.0, 1.0)]))
     assert "nothing to compare yet" in describe_comparison([first, second])
+
+
+def test_run_that_ended_early_is_finished(make_run):
+    evaluations = [(20, 20.0, 20.0), (40, 19.0, 18.0)]
+    early, other = make_run("a", 20, evaluations, patience=1), make_run("b", 20, [(60, 9.0, 1.0)])
+    assert "After 40 of 60 iterations (early stopping), the teacher" in describe_run(early)
+    assert "a has the highest final AP, 19.0" in describe_comparison(
+        [group("a", early), group("b", other)]
+    )
 
 
 def test_runs_with_different_test_sets_are_not_compared(make_run):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+from .errors import UsageError
+
+Parameters = ParamSpec("Parameters")
 Number = TypeVar("Number", int, float)
 Arguments = TypeVar("Arguments", bound=argparse.Namespace)
 
@@ -54,6 +59,26 @@ class ConfigArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         parsed.opts = pairs
         return parsed
+
+
+def reports_errors(main: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Decorate the main function of a tool: errors end it with one line instead of a traceback.
+
+    This holds for mistakes of the user, and for files that cannot be read or written.
+    """
+
+    @functools.wraps(main)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UsageError as error:
+            sys.exit(f"error: {error}")
+        except OSError as error:
+            if error.filename is None:
+                raise
+            sys.exit(f"error: cannot read or write {error.filename}: {error.strerror}")
+
+    return wrapper
 
 
 THRESHOLD_HELP = (

@@ -34,12 +34,14 @@ _RENAMED_KEYS = {
     "DATASETS.ALLOW_OUTSIDE_PATHS": "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS",
     "DATASETS.ALLOW_CHANGED": "DATASETS.CHECKS.ALLOW_CHANGED",
 }
-# Today's key -> former value -> today's value.
+# Key -> former value -> today's value. Former values are accepted everywhere.
 _RENAMED_VALUES = {
+    "SEMI.METHOD": {"Stac": "STAC", "Mum": "MUM"},
     "INPUT.AUGMENTATION_POLICY": {
         "SoftTeacherRecipe": "SoftTeacherPolicy",
         "UnbiasedTeacherRecipe": "UnbiasedTeacherPolicy",
-        "StacRecipe": "StacPolicy",
+        "StacRecipe": "STACPolicy",
+        "StacPolicy": "STACPolicy",
     },
 }
 
@@ -74,7 +76,7 @@ def add_locreweight_config(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
     # Semi-supervised method (locreweight/methods/): "LocReweight", its control
-    # "ShuffledLocReweight", or a published method: "Stac", "UnbiasedTeacher", "SoftTeacher", "Mum",
+    # "ShuffledLocReweight", or a published method: "STAC", "UnbiasedTeacher", "SoftTeacher", "MUM",
     # "InstantTeaching", "InstantTeachingStar", "MixPL", "UnbiasedTeacherV2", "LabelMatch", "RPL",
     # "CST", "ISMT". It decides which detections become pseudo-labels, what the student sees and
     # which losses are used.
@@ -250,7 +252,7 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.TEST.MONITORED_IMAGES = 200
 
     # How training images are augmented (locreweight/data/transforms/policies.py):
-    # "SoftTeacherPolicy", "UnbiasedTeacherPolicy", "StacPolicy", "InstantTeachingPolicy", or a name
+    # "SoftTeacherPolicy", "UnbiasedTeacherPolicy", "STACPolicy", "InstantTeachingPolicy", or a name
     # that you registered in AUGMENTATION_POLICY_REGISTRY. Sizes and flips come from Detectron2's
     # INPUT keys.
     cfg.INPUT.AUGMENTATION_POLICY = "SoftTeacherPolicy"
@@ -363,6 +365,9 @@ def _build_config(merge: Callable[[CfgNode], None], source: str, options: Sequen
             f"config value of the wrong type: {error}. Write fractions with a decimal point "
             "(10.0, not 10) and lists with brackets and quotes (['a'], not a)"
         ) from error
+    for key, names in _RENAMED_VALUES.items():
+        section, name = key.split(".")
+        cfg[section][name] = names.get(cfg[section][name], cfg[section][name])
     set_timm_input(cfg)
     return cfg
 
@@ -387,7 +392,7 @@ def _unknown_key_message(error: str, known: list[str]) -> str:
 
 
 def _translate_renamed_keys(cfg: CfgNode) -> None:
-    """Replace former keys and values by today's and drop removed keys, in place."""
+    """Replace former keys by today's and drop removed keys, in place."""
     for key in _REMOVED_KEYS:
         section, name = key.rsplit(".", 1)
         cfg.get(section, {}).pop(name, None)
@@ -400,7 +405,7 @@ def _translate_renamed_keys(cfg: CfgNode) -> None:
         *sections, name = new.split(".")
         for section in sections:
             node = node.setdefault(section, CfgNode())
-        node[name] = _RENAMED_VALUES.get(new, {}).get(value, value)
+        node[name] = value
 
 
 class _BoundedConfig(CfgNode):

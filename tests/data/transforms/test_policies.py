@@ -31,7 +31,7 @@ def test_stac_policy_has_a_fixed_weak_view_and_random_strong_views(tmp_path):
     make_folder(tmp_path / "images", images=1, seed=0)
     (file,) = (tmp_path / "images").iterdir()
     mapper = ViewMapper(
-        tiny_config({"INPUT.AUGMENTATION_POLICY": "StacPolicy", "INPUT.MIN_SIZE_TEST": 48})
+        tiny_config({"INPUT.AUGMENTATION_POLICY": "STACPolicy", "INPUT.MIN_SIZE_TEST": 48})
     )
     samples = []
     for seed in range(8):

@@ -10,9 +10,12 @@ import argparse
 import contextlib
 import io
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import detectron2
 import fvcore
@@ -73,11 +76,20 @@ def log_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         OSError: if the file cannot be written.
     """
     logger.info("process %d of %d", comm.get_rank() + 1, comm.get_world_size())
-    logger.info("environment:\n%s", collect_env_info())
+    logger.info("environment:\n%s", describe_environment())
     logger.info("arguments: %s", args)
     logger.info("config:\n%s", cfg.dump())
     if comm.is_main_process():
         Path(cfg.OUTPUT_DIR, CONFIG_FILE).write_text(cfg.dump())
+
+
+def describe_environment() -> str:
+    """Return Detectron2's summary. It asks the C++ compiler for its version, if there is one."""
+    if shutil.which(os.environ.get("CXX", "c++")):
+        return collect_env_info()
+    # The shell would print that the compiler is missing.
+    with mock.patch.dict(os.environ, CXX="false"):
+        return collect_env_info()
 
 
 class ConsoleHandler(logging.StreamHandler):

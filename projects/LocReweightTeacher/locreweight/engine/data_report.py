@@ -168,6 +168,8 @@ def _overview(sets: DataSets, facts: dict[str, ImageFacts]) -> str:
             if boxes and purpose != "unlabeled":
                 counts = ", ".join(f"{name} {count}" for name, count in boxes.most_common())
                 lines.append(f"boxes of {name}: {counts}")
+    if not rows:  # no data set could be read
+        return ""
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     return "\n".join([table, "ranges: minimum / median / maximum", *lines, ""])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -156,25 +156,30 @@ class YoloLabels:
     ``yolo:<images>:<folder>`` reads them again, if the images are one input folder.
     """
 
-    def __init__(self, folder: Path, class_names: list[str]) -> None:
+    def __init__(self, folder: Path, class_names: list[str], files: Sequence[InputFile]) -> None:
         """
         Args:
             folder: the label files have the ``name`` of each input in this folder.
             class_names: in the order of their numbers.
+            files: all images that will be added.
+
+        Raises:
+            UsageError: if two images would have the same label file. Nothing has been written then.
         """
         self._folder = folder
-        self._written: dict[Path, InputFile] = {}
+        labels: dict[Path, InputFile] = {}
+        for file in files:
+            other = labels.setdefault(file.name.with_suffix(".txt"), file)
+            if other != file:
+                raise UsageError(
+                    f"{other} and {file} would have the same YOLO label file: rename one of them"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
 
     def add(self, frame: Frame, detections: Detections) -> None:
         height, width = detections.image.shape[:2]
         file = self._folder / frame.file.name.with_suffix(".txt")
-        other = self._written.setdefault(file, frame.file)
-        if other != frame.file:
-            raise UsageError(
-                f"{other} and {frame.file} would have the same YOLO label file: rename one of them"
-            )
         file.parent.mkdir(parents=True, exist_ok=True)
         corners = detections.boxes / [width, height, width, height]
         boxes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]

@@ -89,6 +89,23 @@ class ResumableBestCheckpointer(BestCheckpointer):
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
 
 
+def is_patience_over(
+    done: int, improved_at: int, *, patience: int, eval_period: int, burn_in: int
+) -> bool:
+    """Whether early stopping ends a training.
+
+    Args:
+        done: number of completed iterations.
+        improved_at: number of iterations before the best evaluation.
+        patience: ``SOLVER.EARLY_STOPPING_PATIENCE``, in evaluations; 0 for no early stopping.
+        eval_period: iterations between evaluations.
+        burn_in: iterations of burn-in, which do not count; 0 if all of training is burn-in.
+    """
+    if not patience or done % eval_period:
+        return False
+    return done - max(improved_at, burn_in) >= patience * eval_period
+
+
 class EarlyStopping(HookBase):
     """Decides that training ends because the teacher has not become better for some evaluations.
 
@@ -101,9 +118,7 @@ class EarlyStopping(HookBase):
         """
         Args:
             best: runs before this hook.
-            patience: ``SOLVER.EARLY_STOPPING_PATIENCE``, in evaluations; 0 for no early stopping.
-            eval_period: iterations between evaluations.
-            burn_in: iterations of burn-in, which do not count; 0 if all of training is burn-in.
+            patience, eval_period, burn_in: as for :func:`is_patience_over`.
         """
         self._best = best
         self._patience = patience
@@ -119,9 +134,13 @@ class EarlyStopping(HookBase):
 
     def is_due(self, done: int) -> bool:
         """Whether training ends after ``done`` iterations; the same in all processes."""
-        if not self._patience or done % self._period:
-            return False
-        return done - max(self._improved_at, self._burn_in) >= self._patience * self._period
+        return is_patience_over(
+            done,
+            self._improved_at,
+            patience=self._patience,
+            eval_period=self._period,
+            burn_in=self._burn_in,
+        )
 
     def state_dict(self) -> dict:
         return {"improved_at": self._improved_at}

@@ -209,7 +209,8 @@ def _read_video(
             yield Frame(file, count - 1, rate), image
         if not count:
             kind = "stream" if file.stream else "video"
-            unreadable.append(f"{file}: no frame of the {kind} can be read")
+            camera = "camera " if file.stream.isdigit() else ""
+            unreadable.append(f"{camera}{file}: no frame of the {kind} can be read")
     finally:
         video.release()
 

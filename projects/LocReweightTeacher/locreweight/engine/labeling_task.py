@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..visualization.drawing import captioned, grid, save_picture
+from ..visualization.drawing import captioned, explained, grid, save_picture
 from .detection_files import CocoDataset, DetectionWriter, LabelStudioTasks, YoloLabels
 from .detections import Detections
 from .inference import Frame, InputFile
@@ -20,6 +20,13 @@ from .predictor import Predictor
 
 NUM_COLUMNS, NUM_ROWS = 4, 3  # of the overview
 OVERVIEW_SIDE = 360  # longer side of each image of the overview, in pixels
+
+
+LEGEND = (
+    "The most useful images. Above each: how uncertain the model is about classes and boxes, and "
+    "how much its detections in the mirrored image differ, from 0 to 1. At each box: class, score "
+    "and localization quality q; shorter in crowded images."
+)
 
 
 class TaskFormat(str, Enum):
@@ -53,7 +60,17 @@ class OverviewWriter:
     def close(self) -> None:
         rows = [self._cells[i : i + NUM_COLUMNS] for i in range(0, len(self._cells), NUM_COLUMNS)]
         if rows:
-            save_picture(grid(rows), self._file)
+            save_picture(explained(grid(rows), LEGEND), self._file)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Check that a folder does not exist or is empty.
+
+    Raises:
+        UsageError: if it is not empty.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"the folder {folder} is not empty: use a new folder for --output")
 
 
 def write_labeling_task(
@@ -78,33 +95,32 @@ def write_labeling_task(
         the data set for ``DATASETS.TRAIN`` once the labels are corrected.
 
     Raises:
-        UsageError: if the folder is not empty.
+        UsageError: if the folder is not empty, or two images would have the same YOLO label file.
+            Nothing has been written then.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"the folder {output} is not empty: use a new folder for --output")
+    check_new_folder(output)
     images = output / "images"
-    files = []
-    for suggestion in suggestions:
-        original = suggestion.file
-        file = images / original.name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if copy:
-            shutil.copy2(original.path, file)
-        else:
-            file.symlink_to(original.path.resolve())
-        files.append(InputFile(file, original.name))
+    originals = [suggestion.file for suggestion in suggestions]
     writer: DetectionWriter
     names = detector.class_names
     if task_format is TaskFormat.COCO:
         writer = CocoDataset(output / "annotations.json", names, images)
         dataset = f"coco:{output / 'annotations.json'}:{images}"
     elif task_format is TaskFormat.YOLO:
-        writer = YoloLabels(output / "labels", names)
+        writer = YoloLabels(output / "labels", names, originals)
         dataset = f"yolo:{images}:{output / 'labels'}"
     else:
-        model = Path(detector.cfg.MODEL.WEIGHTS).stem
+        weights = Path(detector.cfg.MODEL.WEIGHTS).absolute()
+        model = f"{weights.parent.name}/{weights.stem}"  # such as "mine/model_best"
         writer = LabelStudioTasks(output / "tasks.json", names, output, model)
         dataset = f"coco:<COCO export of Label Studio>:{images}"
+    files = [InputFile(images / original.name, original.name) for original in originals]
+    for original, file in zip(originals, files, strict=True):
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            shutil.copy2(original.path, file.path)
+        else:
+            file.path.symlink_to(original.path.resolve())
     captions = [
         f"{rank}. classes {s.uncertainty.classes:.2f}, boxes {s.uncertainty.boxes:.2f}, "
         f"views {s.uncertainty.views:.2f}"

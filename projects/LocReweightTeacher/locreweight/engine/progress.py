@@ -74,7 +74,7 @@ class Progress(HookBase):
         if not self._bar.disable:
             self._bar.set_postfix_str(self._describe(done), refresh=False)
             self._bar.update()
-        elif now - self._last_line >= LINE_SECONDS:
+        elif now - self._last_line >= LINE_SECONDS and done < self.trainer.max_iter:
             self._last_line = now
             CONSOLE.info("iter %d of %d: %s", done, self.trainer.max_iter, self._describe(done))
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from ..run_files import (
     is_run_folder,
 )
 from .detection_analysis import DetectionAnalysis, read_analyses
+from .hooks import is_patience_over
 from .run_record import RunRecord, read_run_records
 
 BASE_CONFIG = CONFIGS_FOLDER / "Base-LocReweight.yaml"
@@ -110,6 +112,19 @@ class RunFolder:
         return read_metrics(self.path)
 
     @cached_property
+    def _records(self) -> list[dict[str, float]]:
+        """The metrics. With several test sets, the first one's results have the names of a single
+        one's, such as ``bbox/AP``.
+        """
+        first, *others = self.config.get("DATASETS.TEST") or [""]
+        if not others:
+            return self.metrics
+        return [
+            {name.replace(f"{first}/", "", 1): value for name, value in record.items()}
+            for record in self.metrics
+        ]
+
+    @cached_property
     def starts(self) -> list[RunRecord]:
         """The start of the run and each resume, oldest first."""
         return read_run_records(self.path)
@@ -155,6 +170,11 @@ class RunFolder:
         return min(int(self.config.get("SEMI.BURN_IN_ITERS", 0)), self.max_iter)
 
     @property
+    def patience(self) -> int:
+        """``SOLVER.EARLY_STOPPING_PATIENCE``; 0 if unknown."""
+        return int(self.config.get("SOLVER.EARLY_STOPPING_PATIENCE", 0))
+
+    @property
     def iterations_done(self) -> int:
         """Number of iterations in ``metrics.json``."""
         done = max((int(record["iteration"]) + 1 for record in self.metrics), default=0)
@@ -164,20 +184,42 @@ class RunFolder:
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Number of completed iterations -> metrics of the evaluation (``bbox/AP``, ...).
 
-        Empty without ``config.yaml``, which is needed to recognize the last evaluation.
+        With several test sets, these are the metrics of the first one. Empty without
+        ``config.yaml``, which is needed to recognize the last evaluation.
         """
         if not self.max_iter:
             return {}
         # Iterations are counted from 0. Detectron2's hooks log the last evaluation as MAX_ITER.
         return {
             min(int(record["iteration"]) + 1, self.max_iter): record
-            for record in self.metrics
+            for record in self._records
             if "bbox/AP" in record
         }
 
+    @property
+    def ended_early(self) -> bool:
+        """Whether early stopping has ended the training."""
+        aps = {done: record["bbox/AP"] for done, record in self.evaluations.items()}
+        known = {done: ap for done, ap in aps.items() if not math.isnan(ap)}
+        done = max(aps, default=0)
+        return 0 < done < self.max_iter and is_patience_over(
+            done,
+            max(known, key=known.__getitem__, default=0),
+            patience=self.patience,
+            eval_period=self.config.get("TEST.EVAL_PERIOD", 0),
+            burn_in=self.burn_in if self.burn_in < self.max_iter else 0,
+        )
+
+    @property
+    def final_evaluation(self) -> dict[str, float] | None:
+        """The last evaluation of a training that has reached its end; None before."""
+        done = max(self.evaluations, default=0)
+        is_last = done == self.max_iter or self.ended_early
+        return self.evaluations[done] if done and is_last else None
+
     def curve(self, metric: str) -> Curve:
         """Return all values of a metric, the last one of iterations that were measured twice."""
-        values = {int(m["iteration"]): m[metric] for m in self.metrics if metric in m}
+        values = {int(m["iteration"]): m[metric] for m in self._records if metric in m}
         return Curve(sorted(values), [values[iteration] for iteration in sorted(values)])
 
     def last_record_with(self, metric: str) -> dict[str, float]:
@@ -279,11 +321,9 @@ def group_seeds(runs: Sequence[RunFolder]) -> list[RunGroup]:
     for run in runs:
         is_seed = _seed_of(run.path) >= 0
         members.setdefault(run.path.resolve().parent if is_seed else run.path, []).append(run)
-    names = unique_names([path for path, group in members.items() if len(group) > 1])
-    seeded = iter(names)
     return [
-        RunGroup(next(seeded) if len(group) > 1 else group[0].name, group)
-        for group in members.values()
+        RunGroup(name, group)
+        for name, group in zip(unique_names(list(members)), members.values(), strict=True)
     ]
 
 
@@ -318,25 +358,50 @@ def differing_keys(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
+@dataclass(frozen=True)
+class Summary:
+    """The summaries of several runs as tables.
+
+    Attributes:
+        headers: run, model, iterations and the metrics that at least one row has.
+        means: mean and standard deviation over the seeds, see :func:`_mean_rows`.
+        rows: of all runs.
+    """
+
+    headers: list[str]
+    means: list[list[str]]
+    rows: list[list[str]]
+
+    @classmethod
+    def of(cls, runs: Sequence[RunFolder]) -> Summary:
+        headers = ["run", "model", "iterations", *SUMMARY_METRICS]
+        means = _mean_rows(runs)
+        rows = [
+            [r.run, r.model, str(r.iteration), *map(format_metric, r.values)]
+            for run in runs
+            for r in run.summary()
+        ]
+        used = [any(row[i] for row in [*means, *rows]) for i in range(len(headers))]
+        return cls(
+            list(compress(headers, used)),
+            [list(compress(row, used)) for row in means],
+            [list(compress(row, used)) for row in rows],
+        )
+
+
 def summary_table(runs: Sequence[RunFolder]) -> str:
     """Return the summary of all runs as tables in Markdown: means over seeds, and all runs."""
-    headers = ["run", "model", "iterations", *SUMMARY_METRICS]
-    means = mean_summary(runs)
-    rows = [
-        [r.run, r.model, r.iteration, *map(format_metric, r.values)]
-        for run in runs
-        for r in run.summary()
-    ]
-    align = ("left", "left", *["right"] * (len(headers) - 2))
+    summary = Summary.of(runs)
+    align = ("left", "left", *["right"] * (len(summary.headers) - 2))
     tables = [
-        tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
-        for table in (means, rows)
+        tabulate(table, summary.headers, tablefmt="github", disable_numparse=True, colalign=align)
+        for table in (summary.means, summary.rows)
         if table
     ]
     return "\n\n".join(tables)
 
 
-def mean_summary(runs: Sequence[RunFolder]) -> list[list[str]]:
+def _mean_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
     """Return the rows of the summary with mean and standard deviation over the seeds.
 
     Only rows that all seeds of a group have. Groups of a single run are left out.

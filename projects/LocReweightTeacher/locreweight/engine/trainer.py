@@ -261,7 +261,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.start_iter > 0:
-            CONSOLE.info("resumed after iteration %d", self.iter)
+            CONSOLE.info("resumed after iteration %d", self.start_iter)
             if self._process_change:
                 self._convert_files(self._process_change)
         else:

@@ -8,7 +8,6 @@ differs:
 
     from torch import Tensor
 
-    from ..losses.reweighting import quality_weighted_box_loss
     from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod
 
 
@@ -17,11 +16,7 @@ differs:
         \"\"\"Weight each box by the squared score of its pseudo-label.\"\"\"
 
         def box_loss(self, proposals: SampledProposals) -> Tensor:
-            foreground = proposals.foreground
-            weight = proposals.matched_gt_field("gt_score")[foreground.rows] ** 2
-            return quality_weighted_box_loss(
-                proposals.smooth_l1_box_loss(), weight, foreground.normalizer
-            )
+            return proposals.weighted_box_loss(proposals.matched_gt_field("gt_score") ** 2)
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import Tensor, nn, zeros_like
 
 from ..data.transforms.views import UnlabeledSample
 from ..errors import get_registered
+from ..losses.reweighting import quality_weighted_box_loss
 from ..modeling.building import build_detector
 from ..modeling.committee import Committee
 from ..modeling.meta_arch import BackboneMixing, SemiSupervisedRCNN, TeacherOutput
@@ -149,6 +150,17 @@ class SampledProposals:
     def smooth_l1_box_loss(self) -> Tensor:
         """``(F, 4)`` unreduced smooth L1 loss of the foreground proposals."""
         return self.box_predictor.smooth_l1_box_loss(self.foreground)
+
+    def weighted_box_loss(self, weight: Tensor) -> Tensor:
+        """Smooth L1 loss of the foreground proposals, each multiplied by its weight; a scalar.
+
+        Args:
+            weight: ``(R,)``; those of background proposals are not used.
+        """
+        foreground = self.foreground
+        return quality_weighted_box_loss(
+            self.smooth_l1_box_loss(), weight[foreground.rows], foreground.normalizer
+        )
 
     def matched_gt_field(self, name: str) -> Tensor:
         """Return a ``gt_*`` field of the pseudo-label that each proposal is matched to.

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 from ..losses.localization import at_least_float32
-from ..losses.reweighting import quality_weighted_box_loss
 from .base import (
     METHOD_REGISTRY,
     LabelingInputs,
@@ -106,11 +105,7 @@ class LabelMatch(SemiSupervisedMethod):
 
     def box_loss(self, proposals: SampledProposals) -> Tensor:
         """Regress to reliable pseudo-labels only."""
-        foreground = proposals.foreground
-        weight = proposals.matched_gt_field("gt_is_reliable")[foreground.rows]
-        return quality_weighted_box_loss(
-            proposals.smooth_l1_box_loss(), weight, foreground.normalizer
-        )
+        return proposals.weighted_box_loss(proposals.matched_gt_field("gt_is_reliable"))
 
     # The thresholds
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..losses.reweighting import (
-    proposal_reliability,
-    quality_weighted_box_loss,
-    reliability_weighted_cross_entropy,
-)
+from ..losses.reweighting import proposal_reliability, reliability_weighted_cross_entropy
 from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod
 
 
@@ -37,11 +33,7 @@ class LocReweight(SemiSupervisedMethod):
         """LER: weight foreground proposals by the quality of their pseudo-label (Eq. 11)."""
         if not self.ler:
             return super().box_loss(proposals)
-        foreground = proposals.foreground
-        quality = self.localization_quality(proposals)[foreground.rows]
-        return quality_weighted_box_loss(
-            proposals.smooth_l1_box_loss(), quality, foreground.normalizer
-        )
+        return proposals.weighted_box_loss(self.localization_quality(proposals))
 
     def localization_quality(self, proposals: SampledProposals) -> Tensor:
         """``(R,)`` localization quality score of the matched pseudo-label (Eq. 5)."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.transforms.views import project_to_strong_view
-from ..losses.reweighting import quality_weighted_box_loss, reliability_weighted_cross_entropy
+from ..losses.reweighting import reliability_weighted_cross_entropy
 from .base import (
     METHOD_REGISTRY,
     LabelingInputs,
@@ -117,12 +117,7 @@ class MixPL(SemiSupervisedMethod):
         )
 
     def box_loss(self, proposals: SampledProposals) -> Tensor:
-        foreground = proposals.foreground
-        return quality_weighted_box_loss(
-            proposals.smooth_l1_box_loss(),
-            proposals.image_weight[foreground.rows],
-            foreground.normalizer,
-        )
+        return proposals.weighted_box_loss(proposals.image_weight)
 
     # The cache
 

@@ -35,7 +35,7 @@ from .unbiased_teacher import UnbiasedTeacher
 
 
 @METHOD_REGISTRY.register()
-class Mum(UnbiasedTeacher):
+class MUM(UnbiasedTeacher):
     """Unbiased Teacher with mixed tiles.
 
     Attributes:
@@ -59,7 +59,7 @@ class Mum(UnbiasedTeacher):
         super().__init__(**kwargs)
         if images_per_process < self.group_size:
             raise UsageError(
-                f"SEMI.METHOD Mum mixes groups of {self.group_size} unlabeled images of the same "
+                f"SEMI.METHOD MUM mixes groups of {self.group_size} unlabeled images of the same "
                 f"GPU, but each GPU has {images_per_process}: raise SOLVER.IMS_PER_BATCH_UNLABELED "
                 "or use fewer GPUs"
             )

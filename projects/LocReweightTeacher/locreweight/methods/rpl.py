@@ -27,7 +27,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..errors import UsageError
-from ..losses.reweighting import quality_weighted_box_loss, reliability_weighted_cross_entropy
+from ..losses.reweighting import reliability_weighted_cross_entropy
 from .base import (
     METHOD_REGISTRY,
     LabelingInputs,
@@ -130,11 +130,7 @@ class RPL(SemiSupervisedMethod):
 
     def box_loss(self, proposals: SampledProposals) -> Tensor:
         """Weight foreground proposals by the weight of their class."""
-        foreground = proposals.foreground
-        weight = proposals.matched_gt_field("gt_weight")[foreground.rows]
-        return quality_weighted_box_loss(
-            proposals.smooth_l1_box_loss(), weight, foreground.normalizer
-        )
+        return proposals.weighted_box_loss(proposals.matched_gt_field("gt_weight"))
 
     # The certainty of the classes
 

@@ -1,7 +1,7 @@
 """STAC: pseudo-labels from a frozen teacher, unweighted losses.
 
 Sohn et al., "A Simple Semi-Supervised Learning Framework for Object Detection" (2020). Use it with
-``INPUT.AUGMENTATION_POLICY StacPolicy``, in which the weak view of an image is always the same. The
+``INPUT.AUGMENTATION_POLICY STACPolicy``, in which the weak view of an image is always the same. The
 pseudo-labels of an image are then the same in each iteration, as if they had been computed once
 and stored. Also use ``SEMI.EMA_KEEP_RATE 0.0``, which makes the student itself the result.
 
@@ -24,7 +24,7 @@ from .base import METHOD_REGISTRY, SemiSupervisedMethod
 
 
 @METHOD_REGISTRY.register()
-class Stac(SemiSupervisedMethod):
+class STAC(SemiSupervisedMethod):
     """The base class with a frozen pseudo-labeler."""
 
     frozen_pseudo_labeler = True

@@ -18,9 +18,10 @@ def describe_run(run: RunFolder) -> str:
         return "Nothing has been evaluated yet."
     last = max(evaluations)
     teacher, student = (_ap(evaluations[last], prefix) for prefix in ("", "student/"))
-    progress = f"After {last} iterations" if last >= run.max_iter else f"After {last} of "
+    progress = f"After {last} iterations"
     if last < run.max_iter:
-        progress += f"{run.max_iter} iterations"
+        early = " (early stopping)" if run.ended_early else ""
+        progress = f"After {last} of {run.max_iter} iterations{early}"
     if last <= run.burn_in:
         return f"{progress}, on labeled images only, the model has an AP of {teacher:.1f}."
     if run.burn_in not in evaluations:
@@ -60,7 +61,7 @@ def describe_comparison(groups: Sequence[RunGroup]) -> str:
 
 def _final_ap(group: RunGroup) -> float:
     """Mean AP of the finished runs; NaN if none is finished."""
-    final = [run.evaluations.get(run.max_iter) for run in group.runs]
+    final = [run.final_evaluation for run in group.runs]
     values = [_ap(record) for record in final if record]
     return mean(values) if values else math.nan
 

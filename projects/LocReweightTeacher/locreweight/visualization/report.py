@@ -20,13 +20,11 @@ from ..engine.detection_analysis import ClassAnalysis, DetectionAnalysis
 from ..engine.localization_analysis import annotated_records, correlations, localize
 from ..engine.predictor import Predictor
 from ..engine.run_folder import (
-    SUMMARY_METRICS,
     RunFolder,
+    Summary,
     describe_test_sets,
     differing_keys,
-    format_metric,
     group_seeds,
-    mean_summary,
     open_runs,
 )
 from ..errors import UsageError
@@ -60,7 +58,7 @@ class WebPicture:
 
 @dataclass
 class TestDetections:
-    """Detections of a run's last checkpoint in test images.
+    """Detections of a run's best checkpoint in test images.
 
     Attributes:
         missing: the reason why there are none; empty if there are.
@@ -166,19 +164,19 @@ def render(runs: Sequence[RunFolder], images: int, device: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["metric"] = format_metric
     several = len(groups) > 1
     names = [group.name for group in groups]
     return environment.get_template(TEMPLATE.name).render(
-        title=" and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} others",
+        title=" and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        if len(names) < 4
+        else f"{names[0]} and {len(names) - 1} others",
         outcome=describe_comparison(groups) if several else sections[0].outcome,
         warning=describe_test_sets(runs),
         sections=sections,
         several=several,
         num_runs=len(runs),
-        metrics=list(SUMMARY_METRICS),
-        means=mean_summary(runs),
-        results=[row for run in runs for row in run.summary()],
+        summary=Summary.of(runs),
+        several_test_sets=any(len(run.config.get("DATASETS.TEST", [])) > 1 for run in runs),
         compared=comparison_figures(groups) if several else [],
         differing=differing_keys([section.run for section in sections]) if several else [],
     )

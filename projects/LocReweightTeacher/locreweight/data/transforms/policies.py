@@ -89,7 +89,7 @@ def SoftTeacherPolicy(cfg: CfgNode) -> AugmentationPolicy:
 
 
 @AUGMENTATION_POLICY_REGISTRY.register()
-def StacPolicy(cfg: CfgNode) -> AugmentationPolicy:
+def STACPolicy(cfg: CfgNode) -> AugmentationPolicy:
     """``SoftTeacherPolicy`` with a fixed weak view: the image as it is resized for testing."""
     return replace(SoftTeacherPolicy(cfg), weak=resize_and_flip(cfg, is_train=False))
 
