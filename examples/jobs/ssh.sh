@@ -8,7 +8,7 @@
 # that they share. ssh must not ask for a password. The other hosts connect to the first one, at
 # port 29500 (PORT=...). Ctrl-C here ends the training on all hosts.
 set -u
-read -ra hosts <<< "$1"
+read -ra hosts <<< "${1:?give the hosts as one argument, such as \"node1 node2\"}"
 shift
 port=${PORT:-29500}
 python=${PYTHON:-.venv/bin/python}
