@@ -41,6 +41,11 @@ from locreweight.engine import (
     launch,
     load_for_evaluation,
 )
+from locreweight.engine.agreement import (
+    check_same_setup,
+    check_shared_folder,
+    raised_everywhere,
+)
 from locreweight.engine.console import CONSOLE, LOG_FILE, log_setup, setup_logging
 from locreweight.engine.evaluation import results_table
 from locreweight.engine.output_folder import prepare_output_dir
@@ -53,30 +58,21 @@ from locreweight.run_files import EVALUATION_FOLDER
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Load the config and set up loggers, seeds and data sets; returns the frozen config."""
-    # Other programs may use Detectron2's argument parser, which lacks our flags.
-    cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
-    if cfg.MODEL.WEIGHTS and Path(cfg.MODEL.WEIGHTS).is_dir():
-        cfg.MODEL.WEIGHTS = str(choose_checkpoint(Path(cfg.MODEL.WEIGHTS)))
-    overwrite = getattr(args, "overwrite", False)
-    if args.eval_only:
-        if overwrite:
-            raise UsageError("--overwrite is for training: remove it, or remove --eval-only")
-        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, EVALUATION_FOLDER))  # a run's record stays as is
-    else:
-        check_supported(cfg)
-        cfg = scale_to_world_size(cfg, comm.get_world_size())
-    cfg.freeze()
-    check_device(cfg.MODEL.DEVICE)
-    register_datasets(cfg, training=not args.eval_only)
+    with raised_everywhere():
+        cfg = _load_config(args)
+        check_device(cfg.MODEL.DEVICE)
+        register_datasets(cfg, training=not args.eval_only)
+    check_same_setup(cfg, args)
     moved = None
     try:
         if not args.eval_only:
             moved = prepare_output_dir(
                 Path(cfg.OUTPUT_DIR),
                 resume=args.resume,
-                overwrite=overwrite,
+                overwrite=getattr(args, "overwrite", False),
                 used_files=_used_files(args, cfg),
             )
+            check_shared_folder(Path(cfg.OUTPUT_DIR))
         setup_logging(cfg.OUTPUT_DIR, verbose=getattr(args, "verbose", False))
         log_setup(cfg, args)
     except OSError as error:
@@ -89,6 +85,22 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if moved:
         logger.warning("moved the earlier run in OUTPUT_DIR %s to %s", cfg.OUTPUT_DIR, moved)
+    return cfg
+
+
+def _load_config(args: argparse.Namespace) -> CfgNode:
+    # Other programs may use Detectron2's argument parser, which lacks our flags.
+    cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
+    if cfg.MODEL.WEIGHTS and Path(cfg.MODEL.WEIGHTS).is_dir():
+        cfg.MODEL.WEIGHTS = str(choose_checkpoint(Path(cfg.MODEL.WEIGHTS)))
+    if args.eval_only:
+        if getattr(args, "overwrite", False):
+            raise UsageError("--overwrite is for training: remove it, or remove --eval-only")
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, EVALUATION_FOLDER))  # a run's record stays as is
+    else:
+        check_supported(cfg)
+        cfg = scale_to_world_size(cfg, comm.get_world_size())
+    cfg.freeze()
     return cfg
 
 

@@ -48,10 +48,10 @@ EXIT_CODE = 75  # of a run that was stopped by a signal
 # -- one process -----------------------------------------------------------------------------------
 
 
-def start(
+def command(
     folder: Path, datasets: dict, settings: dict, launcher: Sequence[str] = (), *flags: str
-) -> subprocess.Popen:
-    """Start a process, in its own process group, that starts or resumes the run in a folder.
+) -> list[str]:
+    """A command that starts or resumes the run in a folder, to be run in :data:`ROOT`.
 
     Args:
         folder: of the run.
@@ -61,11 +61,23 @@ def start(
     """
     options = TINY | TRAINING | datasets | SETTINGS | {"OUTPUT_DIR": folder} | settings
     config = ["--config-file", str(ROOT / "configs/Base-LocReweight.yaml"), *as_options(options)]
+    return [sys.executable, *launcher, "train_net.py", "--resume", "--verbose", *flags, *config]
+
+
+def environment() -> dict[str, str]:
+    """Environment variables of a run."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def start(
+    folder: Path, datasets: dict, settings: dict, launcher: Sequence[str] = (), *flags: str
+) -> subprocess.Popen:
+    """Run :func:`command` in a new process, in its own process group."""
     with open(folder / "output.txt", "a") as output:
         return subprocess.Popen(
-            [sys.executable, *launcher, "train_net.py", "--resume", "--verbose", *flags, *config],
+            command(folder, datasets, settings, launcher, *flags),
             cwd=ROOT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -199,9 +199,10 @@ def messages():
 
 
 def quoted_messages():
-    page = (ROOT / "docs/troubleshooting.md").read_text()
-    blocks = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
-    table = re.findall(r"^\| `([a-z][^`]* [^`]*)` \|", page, re.MULTILINE)
+    pages = [ROOT / f"docs/{name}.md" for name in ("troubleshooting", "several_machines")]
+    text = "".join(page.read_text() for page in pages)
+    blocks = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    table = re.findall(r"^\| `([a-z][^`]* [^`]*)` \|", text, re.MULTILINE)
     return [" ".join(text.split()) for text in [*blocks, *table]]
 
 

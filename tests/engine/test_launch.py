@@ -1,10 +1,12 @@
 """Start of processes."""
 
 import sys
+from socket import gethostname
 
 import pytest
 import torch
 from torch import distributed
+from torch.multiprocessing import ProcessRaisedException
 
 from locreweight.engine import argument_parser, launch
 from tests.engine.tiny_training import restored_loggers_and_signals
@@ -26,3 +28,69 @@ def test_launch_rejects_more_processes_of_torchrun_than_gpus(monkeypatch):
     expected = pytest.raises(SystemExit, match="error: 2 processes.*there are 1")
     with restored_loggers_and_signals(), expected:
         launch(print, argument_parser().parse_args([]))
+
+
+GLOO = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/"
+
+
+def raises(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError(
+                f"{GLOO}pair.cc:545] Read error [10.0.0.2]:59: Connection reset. Check it."
+            ),
+            r"lost another process \(Read error \[10.0.0.2\]:59: Connection reset\)\. If that",
+        ),
+        (
+            RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 20000ms for recv"),
+            r"lost another process \(Timed out waiting 20000ms for recv\)",
+        ),
+        (
+            distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"),
+            r"lost another process \(NCCL error in: x.cpp:1, remote process exited\)",
+        ),
+        (
+            distributed.DistStoreError("Timed out after 21 seconds waiting for clients."),
+            r"cannot connect to the other processes \(Timed out after 21 seconds waiting",
+        ),
+        (
+            ProcessRaisedException(
+                "\n\n-- Process 0 terminated with the following error:\nTraceback (most recent "
+                f"call last):\n  File\nRuntimeError: Gloo connectFullMesh failed with {GLOO}pair.cc"
+                ":152] timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:91\n",
+                0,
+                123,
+            ),
+            r"cannot connect to the other processes \(Gloo connectFullMesh failed with timed out",
+        ),
+    ],
+)
+def test_connection_error_is_one_line(error, words):
+    expected = pytest.raises(SystemExit, match=rf"^error: process 0 on {gethostname()}: {words}")
+    with restored_loggers_and_signals(), expected as raised:
+        launch(raises(error), argument_parser().parse_args([]))
+    assert "\n" not in raised.value.code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        # Of a process that failed while it used a group.
+        ProcessRaisedException(
+            "Traceback:\n  group = _get_global_gloo_group()\nPicklingError: cannot pickle x\n", 0, 1
+        ),
+    ],
+)
+def test_other_errors_keep_their_traceback(error):
+    with restored_loggers_and_signals(), pytest.raises(type(error)) as raised:
+        launch(raises(error), argument_parser().parse_args([]))
+    assert raised.value is error

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
+TOKEN_PREFIX = ".seen-"  # of a file that exists only while a start checks that all hosts see it
 METRICS_FILE = "metrics.json"
 RUN_FILE = "run.json"
 LAST_CHECKPOINT = "last_checkpoint"
@@ -27,6 +28,7 @@ _CHECKPOINT = re.compile(r"model_(best|final|resume|\d{7,})\.pth")
 _WRITTEN_HERE = (
     CONFIG_FILE,
     LOCK_FILE,
+    f"{TOKEN_PREFIX}*",
     METRICS_FILE,
     RUN_FILE,
     LAST_CHECKPOINT,

@@ -6,8 +6,11 @@ import argparse
 import logging
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
@@ -19,14 +22,23 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import (  # type: ignore[attr-defined]
     ProcessExitedException,
+    ProcessRaisedException,
     _prctl_pr_set_pdeathsig,
 )
 
 from ..command_line import ConfigArgumentParser
 from ..errors import UsageError
+from .agreement import describe_process
 from .preemption import EXIT_CODE, STOP_REQUEST, Stopped, handle_signals
 
 logger = logging.getLogger(__name__)
+
+# The message of a ProcessRaisedException is a whole traceback.
+_ERROR_LINE = re.compile(r"^[\w.]+Error: .*", re.MULTILINE)
+# Gloo raises RuntimeError for all of its errors.
+_CONNECTION_ERROR = re.compile(r"[Gg]loo|NCCL|torch\.distributed\.Dist\w*Error")
+_AT_START = re.compile(r"connectFullMesh|Dist(Store|Network)Error")
+_TYPE_OR_SOURCE = re.compile(r"^[\w.]+Error: |\[/\S+\] ?")
 
 Main = Callable[[argparse.Namespace], object]
 
@@ -106,6 +118,29 @@ def launch(main: Main, args: argparse.Namespace) -> None:
         if error.signal_name:
             raise
         sys.exit(error.exit_code)
+    except ProcessRaisedException as error:
+        if problem := _connection_problem(error):
+            sys.exit(f"error: machine {args.machine_rank} on {socket.gethostname()}: {problem}")
+        raise
+
+
+def _connection_problem(error: Exception) -> str:
+    """What an error of PyTorch's communication means; empty for any other error."""
+    lines = _ERROR_LINE.findall("".join(traceback.format_exception_only(error)))
+    if not (lines and _CONNECTION_ERROR.search(lines[-1])):
+        return ""
+    reason = _TYPE_OR_SOURCE.sub("", lines[-1]).split(". ")[0]
+    if _AT_START.search(lines[-1]):
+        return (
+            f"cannot connect to the other processes ({reason}). Check that all hosts were started "
+            "within --timeout, that they can reach the address and port of the first one, and "
+            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, see docs/several_machines.md"
+        )
+    return (
+        f"lost another process ({reason}). If that process ended by an error, it has printed it; "
+        "if not, its host or the network failed, or it took longer than --timeout. Continue with "
+        "--resume"
+    )
 
 
 def _check_gpus(processes: int) -> None:
@@ -132,6 +167,8 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
         raise
     except Exception as error:
         if not STOP_REQUEST.received:
+            if problem := _connection_problem(error):
+                sys.exit(f"error: {describe_process()}: {problem}")
             raise
         # The signal has also ended a worker or another process that this one depends on.
         logger.warning("stopped by a signal before a checkpoint could be saved: %s", error)

@@ -64,7 +64,7 @@ def write_run_record(output: Path, arguments: list[str], processes: int) -> None
         commit=_commit(),
         started=time.strftime("%Y-%m-%dT%H:%M:%S"),
         processes=processes,
-        versions=_versions(),
+        versions=software_versions(),
         machine=_machine(),
     )
     starts = [*read_run_records(output), record]
@@ -80,7 +80,8 @@ def read_run_records(output: Path) -> list[RunRecord]:
     return [RunRecord(**start) for start in json.loads(file.read_text())]
 
 
-def _versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
+    """Package -> version, for those on which results depend."""
     versions = {
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,

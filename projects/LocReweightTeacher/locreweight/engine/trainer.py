@@ -33,6 +33,8 @@ from ..data.unreadable import UnreadableImageCounter
 from ..ema import keep_rate
 from ..errors import UsageError
 from ..modeling.committee import members_of
+from ..run_files import METRICS_FILE
+from .agreement import check_same_data
 from .console import CONSOLE
 from .evaluation import (
     count_test_images,
@@ -55,6 +57,7 @@ from .models import Models
 from .optimizer import RunningStatistics, SkipNonFiniteOptimizer, amp_dtype
 from .panels import PseudoLabelPanels
 from .preemption import STOP_REQUEST, leave_signals_to_trainer
+from .process_change import ProcessChange
 from .progress import Progress
 from .remaining_time import RemainingTime, Schedule
 from .resumable_trainer import ResumableTrainer
@@ -101,6 +104,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
             find_pretrained(cfg)
         self.settings = StepSettings.from_config(cfg)
         self.sets = load_training_sets(cfg)
+        check_same_data(cfg, self.sets)
         self.unreadable = UnreadableImageCounter(cfg.DATASETS.CHECKS.MAX_UNREADABLE_SHARE)
 
         self.models = models = Models(cfg, self.settings.method)
@@ -119,6 +123,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         remaining_time = RemainingTime(Schedule.from_config(cfg, count_test_images(cfg)))
         self._writer = ResumableWriter(cfg.OUTPUT_DIR, remaining_time)
         self._progress = Progress(remaining_time)
+        self._process_change: ProcessChange | None = None
         self._best_model: ResumableBestCheckpointer | None = None
         self._early_stopping: EarlyStopping | None = None
         this = weakref.proxy(self)
@@ -257,6 +262,8 @@ class SemiSupervisedTrainer(ResumableTrainer):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.start_iter > 0:
             CONSOLE.info("resumed after iteration %d", self.start_iter)
+            if self._process_change:
+                self._convert_files(self._process_change)
         else:
             if resume:
                 self._warn_of_weights_of_run()
@@ -288,6 +295,7 @@ class SemiSupervisedTrainer(ResumableTrainer):
         return super().state_dict() | {
             "data": self.sets.fingerprint,
             "burn_in": self.cfg.SEMI.BURN_IN_ITERS,
+            "processes": comm.get_world_size(),
             **self.optimizer.state_dict(),
             "skipped_steps": self._skipped.state_dict(),
             "method": {self.cfg.SEMI.METHOD: self.settings.method.state_dict()},
@@ -295,6 +303,10 @@ class SemiSupervisedTrainer(ResumableTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.sets.check_same(state_dict.get("data", {}), self.cfg.DATASETS.CHECKS.ALLOW_CHANGED)
+        change = ProcessChange.between(state_dict, self.cfg, comm.get_world_size())
+        if change:
+            state_dict = change.convert_state(state_dict)
+        self._process_change = change
         check_burn_in(
             previous=state_dict["burn_in"],
             current=self.cfg.SEMI.BURN_IN_ITERS,
@@ -302,10 +314,24 @@ class SemiSupervisedTrainer(ResumableTrainer):
         )
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict)
+        if change:
+            schedule = self._named_hooks["lr_schedule"].scheduler
+            groups = self.optimizer.torch_optimizer.param_groups
+            for group, rate in zip(groups, schedule.get_lr(), strict=True):
+                group["lr"] = rate
         self._skipped.load_state_dict(state_dict["skipped_steps"])
         # Checkpoints of version 0.1.0 have no such state, and those of another method another one.
         if state := state_dict.get("method", {}).get(self.cfg.SEMI.METHOD):
             self.settings.method.load_state_dict(state)
+
+    def _convert_files(self, change: ProcessChange) -> None:
+        """Convert the files of a run that had another number of processes."""
+        CONSOLE.info("%s", change.describe(self.cfg))
+        if comm.is_main_process():
+            change.convert_lines(Path(self.cfg.OUTPUT_DIR, METRICS_FILE))
+            change.convert_lines(self._skipped.file)
+        # Otherwise the next start would convert them again.
+        self.checkpointer.save(PreemptionCheckpoint.NAME)
 
     # -- train ------------------------------------------------------------------------------------
 
