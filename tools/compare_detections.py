@@ -29,7 +29,7 @@ from locreweight.engine.predictor import Predictor
 from locreweight.engine.run_folder import unique_names
 from locreweight.errors import UsageError
 from locreweight.visualization.detections import draw_comparison, select_annotated
-from locreweight.visualization.drawing import save_picture
+from locreweight.visualization.drawing import explained, save_picture
 
 SIDE = 360  # longer side of each image, in pixels
 
@@ -78,6 +78,8 @@ def main() -> None:
     selected = select_annotated(records, args.input, args.count)
     bar = tqdm(selected, desc="images", disable=None)
     picture = draw_comparison(detectors, bar, args.threshold, SIDE)
+    if any(detector.has_localization_quality for detector in detectors.values()):
+        picture = explained(picture, "At each box: class, score and localization quality q.")
     save_picture(picture, args.output)
     print(f"{len(selected)} images: {args.output}")
 

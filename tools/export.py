@@ -42,7 +42,7 @@ def check_onnx_is_installed() -> None:
 def load_detector(weights: str, config_file: str, *, last: bool = False) -> Predictor:
     """Load a detector of this project on the CPU."""
     detector = Predictor(weights, config_file, device="cpu", last=last)
-    if not detector.has_localization_quality:
+    if detector.is_plain_detector:
         raise UsageError(
             f"{weights} is a plain Detectron2 detector: export it with Detectron2's own tools"
         )

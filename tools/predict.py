@@ -11,7 +11,7 @@ At least one kind of output is required; several can be combined:
 --save-json   a list in COCO's result format: ``image_id`` counts the images from 1, ``category_id``
               the classes from 1, ``bbox`` is (x, y, width, height) in pixels of the image.
               Additional fields are ``file_name``, ``category_name``, ``localization_quality`` (null
-              for a plain Detectron2 detector) and, for videos, ``frame`` (from 0)
+              if the model was not trained to predict it) and, for videos, ``frame`` (from 0)
 --save-coco   a COCO annotation file, which is a data set: coco:<file>:<folder of the images>
 --save-yolo   YOLO label files and classes.txt: yolo:<folder of the images>:<folder>
 --save-crops  the part of the image inside each box, in a folder for each class

@@ -77,6 +77,8 @@ def test_run_ends_early_with_all_results(make_run, tmp_path, caplog):
     assert (tmp_path / "model_final.pth").is_file()
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert record.results["bbox/AP"] == 6.0
+    results = [line["bbox/AP"] for line in read_metrics(tmp_path) if "bbox/AP" in line]
+    assert results == [5.0, 1.0, 6.0, 7.0, 7.0, 6.0], "evaluations close to each other are recorded"
     last = read_metrics(tmp_path)[-1]
     assert (last["iteration"], last["bbox/AP"]) == (5, 6.0)
     assert "trained iterations 1 to 6 in" in caplog.text and "does not get better" in caplog.text

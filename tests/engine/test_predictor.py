@@ -253,6 +253,13 @@ def test_plain_detector_has_no_localization_quality(tmp_path):
     assert not Predictor(str(tmp_path / "plain.pth"), device="cpu").has_localization_quality
 
 
+def test_detector_without_trained_variances_has_no_localization_quality(older):
+    settings = {"MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES": False}
+    older.with_name("config.yaml").write_text(tiny_config(settings).dump())
+    detector = Predictor(older, device="cpu")
+    assert not detector.has_localization_quality and not detector.is_plain_detector
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
 def test_predictor_rejects_files_that_are_not_checkpoints(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)

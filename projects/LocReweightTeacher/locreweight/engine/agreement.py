@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
 from ..run_files import TOKEN_PREFIX
+from .run_folder import flatten_config
 from .run_record import software_versions
 
 _PACKAGE = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def check_same_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     versions = software_versions()
     versions.pop("Python")  # another patch version does no harm
     _check_same(
-        {**versions, **flags, **_flatten(cfg), **_code()},
+        {**versions, **flags, **flatten_config(cfg), **_code()},
         "start the same command, in the same version of the project, on all hosts",
     )
 
@@ -163,14 +164,6 @@ def _code() -> dict[str, str]:
     if program.is_file():
         files[program.name] = program
     return {f"the file {name}": _digest(files[name].read_bytes()) for name in sorted(files)}
-
-
-def _flatten(node: CfgNode, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, CfgNode) else {name: value}
-    return flat
 
 
 def _digest_records(records: Sequence[dict]) -> str:

@@ -258,7 +258,8 @@ class LabelStudioTasks:
 def coco_entries(detections: Detections) -> Iterator[dict]:
     """Yield category, box (xywh, absolute pixels), score and localization quality in COCO format.
 
-    Categories are counted from 1. The localization quality of a plain Detectron2 detector is None.
+    Categories are counted from 1. The localization quality is None if the detector was not trained
+    to predict it.
     """
     quality = detections.localization_quality
     for i, (x1, y1, x2, y2) in enumerate(detections.boxes.tolist()):

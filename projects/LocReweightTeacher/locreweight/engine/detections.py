@@ -30,7 +30,7 @@ class Detections:
         instances: Detectron2's form of the detections, on the CPU: ``pred_boxes`` (xyxy, absolute
             pixels of the image), ``pred_classes``, ``scores`` and ``localization_quality``.
         class_names: of all classes of the model.
-        has_localization_quality: False for plain Detectron2 detectors.
+        has_localization_quality: False for detectors that were not trained to predict it.
         file: the image file; empty for images that were given as arrays.
     """
 
@@ -62,7 +62,7 @@ class Detections:
 
     @property
     def localization_quality(self) -> np.ndarray | None:
-        """``(N,)`` float32 (Eq. 5); None for plain Detectron2 detectors."""
+        """``(N,)`` float32 (Eq. 5); None if the detector was not trained to predict it."""
         return (
             self.instances.localization_quality.numpy() if self.has_localization_quality else None
         )

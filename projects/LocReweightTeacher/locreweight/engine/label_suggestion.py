@@ -32,8 +32,8 @@ class Uncertainty:
 
     Attributes:
         classes: mean entropy of the class probabilities of the detections, divided by its maximum.
-        boxes: mean of 1 - localization quality (Eq. 5), scaled to [0, 1]; 0 for plain Detectron2
-            detectors.
+        boxes: mean of 1 - localization quality (Eq. 5), scaled to [0, 1]; 0 for detectors that
+            were not trained to predict it.
         views: disagreement of the detections in the image and in its mirror image, see
             :func:`disagreement`.
     """

@@ -165,7 +165,8 @@ def localize(detector: Predictor, records: Sequence[dict]) -> Localization:
     """
     if not detector.has_localization_quality:
         raise UsageError(
-            "the checkpoint is a plain Detectron2 detector, which has no localization quality"
+            "the model was not trained to predict localization quality: it is a plain Detectron2 "
+            "detector, or its config has MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES False"
         )
     parts = [
         _localize_one(detector, record)

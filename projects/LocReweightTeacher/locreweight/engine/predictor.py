@@ -49,8 +49,10 @@ class Predictor:
             ``MODEL.WEIGHTS`` is the checkpoint file.
         model: the teacher of the checkpoint, in evaluation mode.
         class_names: in the order of the model's classes.
+        is_plain_detector: whether the checkpoint is a plain Detectron2 detector.
         has_localization_quality: whether the model was trained to predict localization quality,
-            which a plain Detectron2 detector was not.
+            which plain Detectron2 detectors and those without the KL loss
+            (``MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES False``) were not.
         score_threshold: the score threshold with the best F1 on the test set of the training; None
             if it is not known.
         threshold: objects above this score are returned by a call. Default: ``score_threshold``, or
@@ -60,6 +62,7 @@ class Predictor:
     cfg: CfgNode
     model: SemiSupervisedRCNN
     class_names: list[str]
+    is_plain_detector: bool
     has_localization_quality: bool
     score_threshold: float | None
     threshold: float
@@ -100,7 +103,9 @@ class Predictor:
         self.cfg = cfg
         self.model = build_detector(cfg).eval()
         contents = load_for_evaluation(cfg, self.model)
-        self.has_localization_quality = contents is not CheckpointContents.PLAIN_DETECTOR
+        self.is_plain_detector = contents is CheckpointContents.PLAIN_DETECTOR
+        is_gaussian = cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES
+        self.has_localization_quality = is_gaussian and not self.is_plain_detector
         names = description.class_names if description else class_names_of_data(cfg)
         self.class_names = names or [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
         self.score_threshold = description.score_threshold if description else None

@@ -44,7 +44,8 @@ class ResumableWriter(PeriodicWriter):
         """
         Args:
             folder: for ``metrics.json`` and TensorBoard's files.
-            remaining_time: is logged.
+            remaining_time: is logged. Its schedule says when there are evaluations: their results
+                are written at once, because the next evaluation replaces them.
         """
         super().__init__([], PERIOD)
         self.period = PERIOD
@@ -77,7 +78,9 @@ class ResumableWriter(PeriodicWriter):
         return [LenientWriter(w) for w in (*printers, self._json_writer, tensorboard)]
 
     def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self.period == 0 or self.trainer.is_last_iteration:
+        done = self.trainer.iter + 1
+        is_due = done % self.period == 0 or self._remaining_time.schedule.evaluated_models(done)
+        if is_due or self.trainer.is_last_iteration:
             for writer in self._writers:
                 writer.write()
 

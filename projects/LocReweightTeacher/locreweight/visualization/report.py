@@ -66,7 +66,8 @@ class TestDetections:
         score_threshold: detections above it are drawn and count for F1.
         images: number of images.
         best, worst: images with the highest and the lowest F1.
-        figures: the paper's Fig. 3.
+        figures: the paper's Fig. 3; none if the model was not trained to predict localization
+            quality.
         correlations: name, Pearson's coefficient, Spearman's coefficient, number of detections.
     """
 
@@ -262,7 +263,7 @@ def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetection
         known = detector.score_threshold
         score_threshold = SCORE_THRESHOLD if known is None else known
         ranked = rank_images(detector, records, score_threshold)
-        data = localize(detector, records)
+        data = localize(detector, records) if detector.has_localization_quality else None
     except (OSError, UsageError) as error:
         return TestDetections(missing=str(error))
     threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
@@ -273,10 +274,10 @@ def detect_test_images(run: RunFolder, count: int, device: str) -> TestDetection
         images=len(records),
         best=[_draw_example(detector, image, score_threshold) for image in ranked[:half]],
         worst=[_draw_example(detector, image, score_threshold) for image in ranked[::-1][:half]],
-        figures=localization_figures(data, threshold),
+        figures=localization_figures(data, threshold) if data else [],
         correlations=[
             (name, f"{c.pearson:.3f}", f"{c.spearman:.3f}", c.count)
-            for name, c in correlations(data, threshold).items()
+            for name, c in (correlations(data, threshold) if data else {}).items()
         ],
     )
 
