@@ -18,16 +18,24 @@ def test_launch_rejects_more_processes_than_gpus(monkeypatch):
         launch(print, argument_parser().parse_args(["--num-gpus", "3"]))
 
 
-def test_launch_rejects_more_processes_of_torchrun_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+@pytest.mark.parametrize(
+    ("gpus", "options", "words"),
+    [
+        (1, [], "2 processes.*there are 1"),
+        (2, ["--num-machines", "3"], r"torchrun starts 2 machine\(s\) instead of --num-machines 3"),
+        (2, ["--num-gpus", "2"], "remove --num-gpus"),
+    ],
+)
+def test_launch_rejects_what_torchrun_has_not_started(monkeypatch, gpus, options, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
     # The function `launch` of the package hides the module.
     module = sys.modules["locreweight.engine.launch"]
     monkeypatch.setattr(module, "_prctl_pr_set_pdeathsig", lambda _: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    expected = pytest.raises(SystemExit, match="error: 2 processes.*there are 1")
-    with restored_loggers_and_signals(), expected:
-        launch(print, argument_parser().parse_args([]))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with restored_loggers_and_signals(), pytest.raises(SystemExit, match=f"error: {words}"):
+        launch(print, argument_parser().parse_args(options))
 
 
 GLOO = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/"

@@ -23,7 +23,8 @@ def detectron2_launcher(hosts, number):
     return [], "--num-machines", "2", "--machine-rank", str(number), "--dist-url", url
 
 
-def torchrun(hosts, number, *flags, nodes="2"):
+def torchrun(hosts, number, nodes="2"):
+    """The same of torchrun."""
     is_first = hosts[number] is hosts[0]
     rendezvous = {
         "--rdzv-backend": "c10d",
@@ -33,9 +34,8 @@ def torchrun(hosts, number, *flags, nodes="2"):
         "--local-addr": hosts[number].address,
     }
     options = {"--nnodes": nodes, "--nproc-per-node": "1", "--max-restarts": "3", **rendezvous}
-    return (
-        ["-m", "torch.distributed.run", *(x for pair in options.items() for x in pair), *flags],
-    )
+    launcher = ["-m", "torch.distributed.run", *(x for pair in options.items() for x in pair)]
+    return launcher, "--num-machines", nodes[0]
 
 
 @pytest.fixture(scope="module")

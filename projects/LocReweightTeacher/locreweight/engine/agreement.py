@@ -91,8 +91,8 @@ def check_same_data(cfg: CfgNode, sets: TrainingSets) -> None:
     tests = {f"the test set {name}": DatasetCatalog.get(name) for name in cfg.DATASETS.TEST}
     _check_same(
         {
-            **{f"the {stream} images": text for stream, text in sets.fingerprint.items()},
-            "the boxes of the labeled images": _digest_records(sets.labeled),
+            **{f"the list of {stream} images": text for stream, text in sets.fingerprint.items()},
+            "the list of labeled boxes": _digest_records(sets.labeled),
             **{name: _digest_records(records) for name, records in tests.items()},
         },
         "give all hosts the same data sets",

@@ -178,6 +178,12 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
 def _run_under_torchrun(main: Main, args: argparse.Namespace, timeout: timedelta) -> None:
     if args.num_gpus != 1:
         raise UsageError("torchrun sets the number of processes: remove --num-gpus")
+    if (machines := int(os.environ["GROUP_WORLD_SIZE"])) < args.num_machines:
+        raise UsageError(
+            f"torchrun starts {machines} machine(s) instead of --num-machines {args.num_machines}: "
+            "it takes a machine for lost whose clock is off by more than 15 seconds. Synchronize "
+            "the clocks, or remove --num-machines to train with fewer"
+        )
     # End with torchrun: otherwise this process would survive a kill of torchrun and train beside
     # the restarted run.
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
