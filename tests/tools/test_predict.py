@@ -273,9 +273,12 @@ def test_only_chosen_classes_are_kept(without_pictures, tmp_path):
     assert json.loads(file.read_text()) == expected != []
 
 
-def test_unknown_class_is_an_error(without_pictures, tmp_path):
-    code, _ = without_pictures("--json", tmp_path / "a.json", "--classes", "cat", "cow")
+def test_unknown_class_is_an_error_and_writes_nothing(without_pictures, tmp_path):
+    output = tmp_path / "json.json", tmp_path / "yolo"
+    files = "--json", output[0], "--save-yolo", output[1]
+    code, _ = without_pictures(*files, "--classes", "cat", "cow")
     assert code == "error: the model has no class 'cow'; its classes are cat, dog, owl"
+    assert not any(file.exists() for file in output)
 
 
 def test_annotations_of_videos_are_an_error(predict_call, tmp_path):

@@ -167,6 +167,7 @@ class YoloLabels:
             UsageError: if two images would have the same label file. Nothing has been written then.
         """
         self._folder = folder
+        self._class_names = class_names
         labels: dict[Path, InputFile] = {}
         for file in files:
             other = labels.setdefault(file.name.with_suffix(".txt"), file)
@@ -174,8 +175,6 @@ class YoloLabels:
                 raise UsageError(
                     f"{other} and {file} would have the same YOLO label file: rename one of them"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
 
     def add(self, frame: Frame, detections: Detections) -> None:
         height, width = detections.image.shape[:2]
@@ -190,7 +189,9 @@ class YoloLabels:
         file.write_text("".join(lines))
 
     def close(self) -> None:
-        pass
+        self._folder.mkdir(parents=True, exist_ok=True)
+        names = "".join(f"{name}\n" for name in self._class_names)
+        (self._folder / "classes.txt").write_text(names)
 
 
 class LabelStudioTasks:
