@@ -32,7 +32,14 @@ SCHEDULE = {"SEMI.BURN_IN_ITERS": BURN_IN, "SOLVER.MAX_ITER": ITERATIONS}
 METHODS: dict[str, dict] = {
     name: {}
     for name in (
-        *("LocReweight", "ShuffledLocReweight", "SoftTeacher", "UnbiasedTeacher", "STAC"),
+        *(
+            "LocReweight",
+            "ShuffledLocReweight",
+            "MeanLocReweight",
+            "SoftTeacher",
+            "UnbiasedTeacher",
+            "STAC",
+        ),
         *("UnbiasedTeacherV2", "RPL", "CST", "ISMT"),
     )
 } | {

@@ -7,6 +7,7 @@ import pytest
 TRAININGS = [
     "LocReweight",
     "ShuffledLocReweight",
+    "MeanLocReweight",
     "SoftTeacher",
     "UnbiasedTeacher",
     "STAC",

@@ -26,7 +26,9 @@ def waits_in_this_package(waits):
     return {place: waits[package + place] for _, package, place in parts if package}
 
 
-@pytest.mark.parametrize("name", ["LocReweight", "ShuffledLocReweight", "SoftTeacher", "float16"])
+@pytest.mark.parametrize(
+    "name", ["LocReweight", "ShuffledLocReweight", "MeanLocReweight", "SoftTeacher", "float16"]
+)
 def test_step_waits_only_for_numbers_it_needs(device_results, name):
     results = device_results[name]
     assert waits_in_this_package(results["burn_in"]) == {FOREGROUND: 1}

@@ -29,6 +29,7 @@ from locreweight.methods import (
 )
 from locreweight.methods.base import to_pseudo_labels
 from locreweight.methods.loc_reweight import LocReweight
+from locreweight.methods.mean_loc_reweight import mean_within_groups
 from locreweight.methods.shuffled_loc_reweight import shuffle_within_groups
 from locreweight.methods.soft_teacher import SoftTeacher, regress_boxes
 from locreweight.modeling.meta_arch import TeacherOutput
@@ -275,6 +276,49 @@ def test_shuffled_control_computes_the_paper_losses_with_shuffled_weights(by_sam
     assert_close(losses["loss_cls"], weighted)
 
 
+# Mean control
+
+
+def test_mean_replaces_the_weights_of_each_group():
+    weights = torch.tensor([1.0, 2.0, 4.0, 6.0, 8.0])
+    is_foreground = torch.tensor([0, 1, 1, 0, 1]).bool()
+    expected = torch.tensor([3.5, 14 / 3, 14 / 3, 3.5, 14 / 3])
+    assert_close(mean_within_groups(weights, is_foreground), expected)
+
+
+@pytest.mark.parametrize("is_foreground", [True, False], ids=["foreground", "background"])
+def test_mean_works_with_one_group_and_with_no_proposal(is_foreground):
+    weights = torch.rand(5)
+    mask = torch.full((5,), is_foreground)
+    assert_close(mean_within_groups(weights, mask), weights.mean().expand(5))
+    assert mean_within_groups(weights[:0], mask[:0]).shape == (0,)
+
+
+@each_normalizer
+@each_labels
+def test_mean_control_computes_the_paper_losses_with_mean_weights(by_sampled, labels):
+    proposals = sample(
+        labels,
+        make_predictor(normalize_by_sampled=by_sampled),
+        teacher=make_predictions(count(labels)),
+        gt_localization_quality=torch.rand(count(labels)) / 2,
+    )
+    losses = make_method("MeanLocReweight").losses(proposals)
+    is_foreground = proposals.is_foreground
+    quality = PAPER.localization_quality(proposals)[is_foreground].mean().item()
+    boxes = [loss for _, loss in expected_box_losses(proposals, "corners", False, 1.0)]
+    expected = quality * sum(boxes) / max(count(labels) if by_sampled else len(boxes), 1)
+    expected = torch.tensor(expected if boxes else 0.0)
+    assert_close(losses["loss_box_reg"], expected, rtol=1e-4, atol=1e-5)
+    weighted = reweighting.reliability_weighted_cross_entropy(
+        proposals.predictions.scores,
+        proposals.labels,
+        mean_within_groups(PAPER.reliability(proposals), is_foreground),
+        per_sampled_proposal=by_sampled,
+    )
+    assert_close(losses["loss_cls"], weighted)
+
+
 # Soft Teacher
 
 
@@ -372,7 +416,14 @@ def make_method(name, **settings):
 @pytest.mark.parametrize(
     "name",
     [
-        *("LocReweight", "ShuffledLocReweight", "STAC", "UnbiasedTeacher", "SoftTeacher"),
+        *(
+            "LocReweight",
+            "ShuffledLocReweight",
+            "MeanLocReweight",
+            "STAC",
+            "UnbiasedTeacher",
+            "SoftTeacher",
+        ),
         *("MUM", "InstantTeaching", "InstantTeachingStar", "MixPL"),
         *("UnbiasedTeacherV2", "LabelMatch", "RPL", "CST", "ISMT"),
     ],

@@ -68,7 +68,7 @@ def test_compare_detections_has_a_column_per_checkpoint(run, call, tmp_path):
     assert call(compare_detections, *arguments)[0] == 0
     width, height = size_of(tmp_path / "c.png")
     cell = compare_detections.SIDE + 4
-    assert width == 3 * cell and height == 2 * (cell + 22)
+    assert width == 3 * cell and height == 2 * (cell + 22) + 22, "two rows and a legend"
 
 
 def test_compare_detections_rejects_images_of_another_dataset(run, call, tmp_path):
