@@ -23,7 +23,7 @@ def test_launch_rejects_more_processes_than_gpus(monkeypatch):
     [
         (1, [], "2 processes.*there are 1"),
         (2, ["--num-machines", "3"], r"torchrun starts 2 machine\(s\) instead of --num-machines 3"),
-        (2, ["--num-gpus", "2"], "remove --num-gpus"),
+        (2, ["--num-gpus", "2"], "torchrun sets the number of processes: remove --num-gpus"),
     ],
 )
 def test_launch_rejects_what_torchrun_has_not_started(monkeypatch, gpus, options, words):
