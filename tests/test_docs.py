@@ -234,7 +234,7 @@ def test_all_files_have_the_version_of_the_changelog():
 def test_results_have_one_row_per_run():
     with (ROOT / "docs/results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    runs = [(row["config"], row["method"], row["seed"]) for row in rows]
+    runs = [tuple(row[k] for k in ("config", "method", "seed", "iterations")) for row in rows]
     assert len(set(runs)) == len(runs) > 50
     for row in rows:
         assert (ROOT / f"configs/{row['config']}.yaml").is_file()
