@@ -52,9 +52,13 @@ def test_burn_in_is_not_shared(tmp_path, exists):
     assert not (target / "model_0000001.pth").exists()
 
 
+def quickstart_config(*options):
+    return load_config(quickstart.CONFIG, [*quickstart.SETTINGS, *options])
+
+
 def write_run(folder, aps, burn_in, options=()):
     folder.mkdir(parents=True)
-    cfg = load_config(quickstart.CONFIG, ["SEMI.BURN_IN_ITERS", str(burn_in), *options])
+    cfg = quickstart_config("SEMI.BURN_IN_ITERS", str(burn_in), *options)
     (folder / "config.yaml").write_text(cfg.dump())
     names = ["bbox/AP", "bbox/AP50", "bbox/AP75"]
     lines = [
@@ -68,25 +72,25 @@ def write_run(folder, aps, burn_in, options=()):
 def test_second_call_shows_the_results_in_a_few_lines(tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     monkeypatch.chdir(quickstart.ROOT)
-    write_run(output, {300: 26.0, 800: 40.0}, burn_in=300)
-    write_run(tmp_path / "out-labeled-only", {800: 33.0}, burn_in=800)
+    write_run(output, {300: 26.0, 700: 40.0}, burn_in=300)
+    write_run(tmp_path / "out-labeled-only", {700: 33.0}, burn_in=700)
     (output / "report.html").touch()
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "OUTPUT_DIR", str(output)])
     monkeypatch.setattr(quickstart, "run_script", lambda *_: pytest.fail("trained again"))
     quickstart.main()
     printed = capsys.readouterr().out
     assert f"has finished before. To repeat it, remove {output} and" in printed
-    assert "| labeled images only     |          800 | 33.00 |" in printed
-    assert "| final teacher           |          800 | 40.00 |" in printed
+    assert "| labeled images only     |          700 | 33.00 |" in printed
+    assert "| final teacher           |          700 | 40.00 |" in printed
     assert str(output / "report.html") in printed
     assert len(printed.splitlines()) < 20
 
 
 def test_longer_run_is_not_finished(tmp_path):
-    write_run(tmp_path / "out", {800: 40.0}, burn_in=300)
-    cfg = load_config(quickstart.CONFIG, ["SOLVER.MAX_ITER", "900"])
+    write_run(tmp_path / "out", {700: 40.0}, burn_in=300)
+    cfg = quickstart_config("SOLVER.MAX_ITER", "900")
     assert not quickstart.is_finished(tmp_path / "out", cfg)
-    assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))
+    assert quickstart.is_finished(tmp_path / "out", quickstart_config())
 
 
 PATIENT = ["SOLVER.EARLY_STOPPING_PATIENCE", "1", "TEST.EVAL_PERIOD", "100"]
@@ -96,7 +100,7 @@ def test_second_call_after_early_stopping_does_not_train(tmp_path, monkeypatch, 
     output, baseline = tmp_path / "out", tmp_path / "out-labeled-only"
     monkeypatch.chdir(quickstart.ROOT)
     write_run(output, {300: 26.0, 400: 40.0, 500: 40.0}, burn_in=300, options=PATIENT)
-    write_run(baseline, {100: 33.0, 200: 31.0}, burn_in=800, options=PATIENT)
+    write_run(baseline, {100: 33.0, 200: 31.0}, burn_in=700, options=PATIENT)
     (output / "report.html").touch()
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "OUTPUT_DIR", str(output), *PATIENT])
     monkeypatch.setattr(quickstart, "run_script", lambda *_: pytest.fail("trained again"))
@@ -116,14 +120,14 @@ def test_second_call_after_early_stopping_does_not_train(tmp_path, monkeypatch, 
 )
 def test_interrupted_run_with_early_stopping_is_not_finished(tmp_path, aps, options):
     write_run(tmp_path / "out", aps, burn_in=300, options=options)
-    cfg = load_config(quickstart.CONFIG, options)
+    cfg = quickstart_config(*options)
     assert not quickstart.is_finished(tmp_path / "out", cfg)
 
 
 def test_other_patience_is_not_finished(tmp_path):
     write_run(tmp_path / "out", {300: 26.0, 400: 20.0}, burn_in=300, options=PATIENT)
-    assert quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, PATIENT))
-    assert not quickstart.is_finished(tmp_path / "out", load_config(quickstart.CONFIG, []))
+    assert quickstart.is_finished(tmp_path / "out", quickstart_config(*PATIENT))
+    assert not quickstart.is_finished(tmp_path / "out", quickstart_config())
 
 
 def script(code):
