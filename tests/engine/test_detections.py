@@ -153,6 +153,14 @@ def test_two_images_do_not_share_a_yolo_file(tmp_path):
     assert not (tmp_path / "labels").exists()
 
 
+def test_image_called_classes_is_not_overwritten_by_the_class_names(tmp_path):
+    with pytest.raises(UsageError, match=r"classes\.jpg would be classes\.txt"):
+        YoloLabels(
+            tmp_path / "labels", CLASSES, [InputFile(Path("classes.jpg"), Path("classes.jpg"))]
+        )
+    assert not (tmp_path / "labels").exists()
+
+
 def test_label_studio_tasks(tmp_path, images):
     write(LabelStudioTasks(tmp_path / "tasks.json", ["cat", 'd"<og'], tmp_path, "best"), images)
     first, second = json.loads((tmp_path / "tasks.json").read_text())

@@ -66,6 +66,12 @@ def raises(error):
             r"lost another process \(NCCL error in: x.cpp:1, remote process exited\)",
         ),
         (
+            distributed.DistBackendError(
+                "NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed"
+            ),
+            r"lost another process \(NCCL error in: x.cpp:1, remote process exited\)",
+        ),
+        (
             distributed.DistStoreError("Timed out after 21 seconds waiting for clients."),
             r"cannot connect to the other processes \(Timed out after 21 seconds waiting",
         ),

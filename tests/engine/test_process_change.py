@@ -9,8 +9,8 @@ import torch
 from locreweight.engine.process_change import ProcessChange
 from tests.engine.tiny_training import build_trainer, recorded_training, same, training_config
 
-SHRINK = ProcessChange(before=2, now=1, done_before=7, burn_in_before=3, burn_in=6)
-GROW = ProcessChange(before=1, now=2, done_before=14, burn_in_before=6, burn_in=3)
+SHRINK = ProcessChange(before=2, now=1, done_before=7, burn_in_before=3, burn_in=6, max_iter=100)
+GROW = ProcessChange(before=1, now=2, done_before=14, burn_in_before=6, burn_in=3, max_iter=100)
 
 
 @pytest.mark.parametrize("done", range(20))
@@ -25,7 +25,7 @@ def test_half_as_many_processes_need_twice_as_many_iterations(done):
 def test_no_image_is_left_out_and_less_than_a_batch_is_repeated(before, now, burn_in_at_one):
     """Also where the lengths of burn-in are rounded."""
     burn_in_before, burn_in = round(burn_in_at_one / before), round(burn_in_at_one / now)
-    change = ProcessChange(before, now, 0, burn_in_before, burn_in)
+    change = ProcessChange(before, now, 0, burn_in_before, burn_in, 1_000_000)
     assert change.done(burn_in_before) == burn_in
     previous = 0
     for done in range(burn_in_before + 50):
@@ -37,10 +37,26 @@ def test_no_image_is_left_out_and_less_than_a_batch_is_repeated(before, now, bur
             assert 0 <= unlabeled - (converted - burn_in) * now < now
 
 
-def cfg_of(burn_in, reference=1):
-    return training_config(
-        {}, "output", {"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.REFERENCE_WORLD_SIZE": reference}
-    )
+def test_the_end_of_training_stays_the_end():
+    # Burn-in is 1333 iterations on three processes, and 4000 on one.
+    change = ProcessChange(3, 1, 120_000, 1333, 4000, 360_000)
+    assert change.done(120_000) == 360_000
+
+
+def test_cut_lines_are_left_out(tmp_path):
+    file = tmp_path / "metrics.json"
+    file.write_text('{"iteration": 0}\n{"itera\n{"iteration": 1}\n')
+    SHRINK.convert_lines(file)
+    assert [json.loads(x)["iteration"] for x in file.read_text().splitlines()] == [1, 3]
+
+
+def cfg_of(burn_in, reference=1, max_iter=4):
+    settings = {
+        "SEMI.BURN_IN_ITERS": burn_in,
+        "SOLVER.REFERENCE_WORLD_SIZE": reference,
+        "SOLVER.MAX_ITER": max_iter,
+    }
+    return training_config({}, "output", settings)
 
 
 STATE = {
@@ -60,7 +76,7 @@ STATE = {
 
 
 def test_state_is_converted():
-    change = ProcessChange.between(STATE, cfg_of(6), 1)
+    change = ProcessChange.between(STATE, cfg_of(6, max_iter=100), 1)
     assert change == SHRINK
     before = json.dumps(STATE)
     state = change.convert_state(STATE)

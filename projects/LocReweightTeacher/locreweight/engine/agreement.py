@@ -113,18 +113,19 @@ def check_shared_folder(folder: Path) -> None:
         token.touch()
     comm.synchronize()
     try:
-        blind = [name for name in comm.all_gather(_name_if_blind(token)) if name]
+        without_file = [name for name in comm.all_gather(_name_if_missing(token)) if name]
     finally:
         if comm.is_main_process():
             token.unlink(missing_ok=True)
-    if blind:
+    if without_file:
+        processes = _and_others(without_file)
         raise UsageError(
-            f"OUTPUT_DIR {str(folder)!r} is another folder for {_and_others(blind)} than for the "
-            "main process: it must be on a disk that all hosts share, under the same path"
+            f"OUTPUT_DIR {str(folder)!r} is another folder for {processes} than for the main "
+            "process: it must be on a disk that all hosts share, under the same path"
         )
 
 
-def _name_if_blind(token: Path) -> str:
+def _name_if_missing(token: Path) -> str:
     end = time.monotonic() + _VISIBLE_AFTER_SECONDS
     while not token.exists():
         if time.monotonic() > end:

@@ -84,7 +84,7 @@ def log_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def describe_environment() -> str:
-    """Return Detectron2's summary. It asks the C++ compiler for its version, if there is one."""
+    """Return Detectron2's summary, without the shell's error if there is no C++ compiler."""
     if shutil.which(os.environ.get("CXX", "c++")):
         return collect_env_info()
     # The shell would print that the compiler is missing.

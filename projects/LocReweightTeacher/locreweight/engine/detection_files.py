@@ -164,12 +164,15 @@ class YoloLabels:
             files: all images that will be added.
 
         Raises:
-            UsageError: if two images would have the same label file. Nothing has been written then.
+            UsageError: if two images would have the same label file, or one that of the class
+                names. Nothing has been written then.
         """
         self._folder = folder
         self._class_names = class_names
         labels: dict[Path, InputFile] = {}
         for file in files:
+            if file.name.with_suffix(".txt") == Path("classes.txt"):
+                raise UsageError(f"the YOLO label file of {file} would be classes.txt: rename it")
             other = labels.setdefault(file.name.with_suffix(".txt"), file)
             if other != file:
                 raise UsageError(

@@ -126,8 +126,10 @@ def launch(main: Main, args: argparse.Namespace) -> None:
 
 def _connection_problem(error: Exception) -> str:
     """What an error of PyTorch's communication means; empty for any other error."""
+    # NCCL's messages have a second line, such as "ncclRemoteError: ...".
     lines = _ERROR_LINE.findall("".join(traceback.format_exception_only(error)))
-    if not (lines and _CONNECTION_ERROR.search(lines[-1])):
+    lines = [line for line in lines if not line.startswith("nccl")]
+    if not (lines and _CONNECTION_ERROR.search(lines[-1])) or "invalid usage" in lines[-1]:
         return ""
     reason = _TYPE_OR_SOURCE.sub("", lines[-1]).split(". ")[0]
     if _AT_START.search(lines[-1]):
@@ -181,7 +183,7 @@ def _run_under_torchrun(main: Main, args: argparse.Namespace, timeout: timedelta
     if (machines := int(os.environ["GROUP_WORLD_SIZE"])) < args.num_machines:
         raise UsageError(
             f"torchrun starts {machines} machine(s) instead of --num-machines {args.num_machines}: "
-            "it takes a machine for lost whose clock is off by more than 15 seconds. Synchronize "
+            "it treats a machine as lost if its clock is off by more than 15 seconds. Synchronize "
             "the clocks, or remove --num-machines to train with fewer"
         )
     # End with torchrun: otherwise this process would survive a kill of torchrun and train beside

@@ -1,13 +1,14 @@
 """Resuming a run with another number of processes than it had before.
 
 With ``SOLVER.REFERENCE_WORLD_SIZE`` the number of images per iteration follows the number of
-processes, so that an iteration of before is worth more or less than one of now. Everything in a
+processes, so an earlier iteration has more or fewer images than a later one. Everything in a
 checkpoint that counts iterations is converted, so that the run goes on at the same images.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class ProcessChange:
         done_before: iterations that were done, in those of before.
         burn_in_before: iterations of burn-in, in those of before.
         burn_in: the same iterations, in those of now.
+        max_iter: iterations of the whole training, in those of now.
     """
 
     before: int
@@ -34,6 +36,7 @@ class ProcessChange:
     done_before: int
     burn_in_before: int
     burn_in: int
+    max_iter: int
 
     @classmethod
     def between(cls, state: dict[str, Any], cfg: CfgNode, processes: int) -> ProcessChange | None:
@@ -53,7 +56,8 @@ class ProcessChange:
         # Both are rounded from the same length of burn-in, unless its key was changed as well.
         if abs(burn_in - cfg.SEMI.BURN_IN_ITERS) <= max(factor, 1.0):
             burn_in = cfg.SEMI.BURN_IN_ITERS
-        return cls(before, processes, state["iteration"] + 1, burn_in_before, burn_in)
+        done = state["iteration"] + 1
+        return cls(before, processes, done, burn_in_before, burn_in, cfg.SOLVER.MAX_ITER)
 
     def done(self, before: int) -> int:
         """Convert a number of iterations that were done, rounded down.
@@ -63,7 +67,8 @@ class ProcessChange:
         """
         if before < self.burn_in_before:
             return min(before * self.before // self.now, self.burn_in)
-        return self.burn_in + (before - self.burn_in_before) * self.before // self.now
+        done = self.burn_in + (before - self.burn_in_before) * self.before // self.now
+        return min(done, self.max_iter)  # the length of training was rounded, too
 
     def index(self, before: int) -> int:
         """Convert the index of an iteration, which counts from 0; -1 is before the first one."""
@@ -107,8 +112,11 @@ class ProcessChange:
         if not file.exists():
             return
         truncate_after(file, self.done_before - 1)
-        lines = [json.loads(line) for line in file.read_bytes().splitlines()]
-        converted = [line | {"iteration": self.index(line["iteration"])} for line in lines]
+        converted = []
+        for line in file.read_bytes().splitlines():
+            with suppress(ValueError):  # a line that a full disk has cut off
+                record = json.loads(line)
+                converted.append(record | {"iteration": self.index(record["iteration"])})
         atomic_write_bytes(file, "".join(json.dumps(x) + "\n" for x in converted).encode())
 
     def describe(self, cfg: CfgNode) -> str:

@@ -327,11 +327,15 @@ class SemiSupervisedTrainer(ResumableTrainer):
     def _convert_files(self, change: ProcessChange) -> None:
         """Convert the files of a run that had another number of processes."""
         CONSOLE.info("%s", change.describe(self.cfg))
-        if comm.is_main_process():
-            change.convert_lines(Path(self.cfg.OUTPUT_DIR, METRICS_FILE))
-            change.convert_lines(self._skipped.file)
-        # Otherwise the next start would convert them again.
-        self.checkpointer.save(PreemptionCheckpoint.NAME)
+        # Without this checkpoint, the next start would convert the files again.
+        saved = self.checkpointer.save(PreemptionCheckpoint.NAME)
+        if not comm.is_main_process():
+            return
+        if not saved:
+            folder = self.cfg.OUTPUT_DIR
+            raise UsageError(f"no checkpoint could be saved to {folder!r}: free space on the disk")
+        change.convert_lines(Path(self.cfg.OUTPUT_DIR, METRICS_FILE))
+        change.convert_lines(self._skipped.file)
 
     # -- train ------------------------------------------------------------------------------------
 
