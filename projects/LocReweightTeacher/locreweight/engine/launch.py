@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
+from typing import NoReturn
 
 import torch
 from detectron2.engine import default_argument_parser
@@ -163,7 +164,7 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
         message = str(error).strip()
         if "DataLoader worker" in message:  # the message is the last line of a traceback
             message = message.splitlines()[-1]
-        sys.exit("error: " + message.removeprefix("locreweight.data.image_io.UnreadableImage: "))
+        _exit("error: " + message.removeprefix("locreweight.data.image_io.UnreadableImage: "))
     except Stopped:
         logger.warning("stopped by a signal, exit code %d: continue with --resume", EXIT_CODE)
         raise
@@ -175,6 +176,16 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
         # The signal has also ended a worker or another process that this one depends on.
         logger.warning("stopped by a signal before a checkpoint could be saved: %s", error)
         raise Stopped from error
+
+
+def _exit(message: str) -> NoReturn:
+    """Print a message and exit with code 1."""
+    if not distributed.is_initialized():
+        sys.exit(message)
+    # PyTorch can abort at a normal exit, if the other processes close their connections meanwhile.
+    print(message, file=sys.stderr, flush=True)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _run_under_torchrun(main: Main, args: argparse.Namespace, timeout: timedelta) -> None:
