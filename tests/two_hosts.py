@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces that are joined by a cable (a veth pair).
+"""Two hosts on one machine: network namespaces that are joined by a virtual link (a veth pair).
 
 Each host has its own network, with its own loopback, its own host name, and its own ``/etc/hosts``.
 As on a fresh Debian, a host's own name is an address of its loopback, and nothing else is known
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _TOOLS = ("unshare", "nsenter", "ip", "mount")
 _ENTER = ("nsenter", "--preserve-credentials", "--user", "--net", "--uts", "--mount", "--target")
-_INTERFACE = "cable"
+_INTERFACE = "link"
 # The last command keeps the namespaces until its standard input is closed, which happens when the
 # test process ends.
 _BEGIN = """
@@ -36,8 +36,8 @@ class Host:
 
     Attributes:
         name: its host name.
-        address: its IP address on the cable.
-        interface: its end of the cable.
+        address: its IP address on the link.
+        interface: its end of the link.
         pid: a process that keeps its namespaces.
     """
 
@@ -70,11 +70,11 @@ class Host:
                     os.kill(pid, signal.SIGKILL)
 
     def set_link(self, state: str) -> None:
-        """Plug the cable in (``up``) or pull it out (``down``)."""
+        """Connect the host (``up``) or disconnect it (``down``)."""
         self._run("ip", "link", "set", self.interface, state)
 
     def hide(self, folder: Path) -> None:
-        """Give this host an empty folder of its own in the place of one that the hosts share."""
+        """Replace a shared folder with an empty one, on this host only."""
         self._run("mount", "-t", "tmpfs", "tmpfs", str(folder))
 
     def _run(self, *arguments: str) -> None:

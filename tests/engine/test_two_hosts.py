@@ -106,7 +106,7 @@ def test_two_hosts_train_like_two_processes_of_one(launcher, hosts, start, one_h
 
 
 def test_killed_host_is_restarted_and_nothing_is_lost(hosts, start, saves, one_host, tmp_path):
-    """The other host waits for it, and both go on from the last checkpoint."""
+    """The other host waits for it, and both continue from the last checkpoint."""
     first, second = (start(number, torchrun(hosts, number)) for number in (0, 1))
     saves(first)
     hosts[1].kill()

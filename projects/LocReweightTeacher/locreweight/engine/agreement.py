@@ -1,7 +1,7 @@
 """Checks at startup that all processes, on all hosts, run the same training.
 
-Each process sends what it has to the others, and each raises the same error, which names the host
-and what differs. With one process there is nothing to compare.
+The processes exchange versions, config and checksums. If something differs, all of them raise the
+same error, which names the host and what differs. With one process there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .run_record import software_versions
 _PACKAGE = Path(__file__).parents[1]
 _FLAGS = ("resume", "overwrite", "eval_only")  # config keys show the effect of the others
 _MAX_NAMED = 5  # differences in a message
-# Network file systems show a new file to other hosts only after some time: NFS caches folders for
-# up to 60 seconds unless it is told otherwise.
+# Network file systems show a new file to other hosts only after some time: by default, NFS caches
+# folders for up to 60 seconds.
 _VISIBLE_AFTER_SECONDS = 60.0
 
 

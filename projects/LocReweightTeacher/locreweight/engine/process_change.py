@@ -2,7 +2,7 @@
 
 With ``SOLVER.REFERENCE_WORLD_SIZE`` the number of images per iteration follows the number of
 processes, so an earlier iteration has more or fewer images than a later one. Everything in a
-checkpoint that counts iterations is converted, so that the run goes on at the same images.
+checkpoint that counts iterations is converted, so that the run continues at the same images.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .writers import truncate_after
 
 @dataclass(frozen=True)
 class ProcessChange:
-    """Change of the number of processes, and with it of the unit "iteration".
+    """Change of the number of processes, and with it of the number of images per iteration.
 
     Attributes:
-        before, now: number of processes.
-        done_before: iterations that were done, in those of before.
-        burn_in_before: iterations of burn-in, in those of before.
-        burn_in: the same iterations, in those of now.
-        max_iter: iterations of the whole training, in those of now.
+        before, now: earlier and present number of processes.
+        done_before: completed iterations, counted with the earlier number.
+        burn_in_before: iterations of burn-in, counted with the earlier number.
+        burn_in: the same, counted with the present number.
+        max_iter: iterations of the whole training, counted with the present number.
     """
 
     before: int

@@ -113,8 +113,8 @@ class RunFolder:
 
     @cached_property
     def _records(self) -> list[dict[str, float]]:
-        """The metrics. With several test sets, the first one's results have the names of a single
-        one's, such as ``bbox/AP``.
+        """The metrics. Results of the first of several test sets are named as those of a single
+        one, such as ``bbox/AP``.
         """
         first, *others = self.config.get("DATASETS.TEST") or [""]
         if not others:
