@@ -22,6 +22,7 @@ from detectron2.utils import comm
 
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
+from ..file_io import sha256_of
 from ..run_files import TOKEN_PREFIX
 from .run_folder import flatten_config
 from .run_record import software_versions
@@ -164,7 +165,7 @@ def _code() -> dict[str, str]:
     program = Path(sys.argv[0])
     if program.is_file():
         files[program.name] = program
-    return {f"the file {name}": _digest(files[name].read_bytes()) for name in sorted(files)}
+    return {f"the file {name}": sha256_of(files[name])[:12] for name in sorted(files)}
 
 
 def _digest_records(records: Sequence[dict]) -> str:
@@ -178,7 +179,3 @@ def _digest_records(records: Sequence[dict]) -> str:
         image = (Path(record["file_name"]).name, record.get("height"), record.get("width"))
         digest.update(repr((image, boxes)).encode())
     return f"{len(records)} images ({digest.hexdigest()[:12]})"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
