@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _TOOLS = ("unshare", "nsenter", "ip", "mount")
 _ENTER = ("nsenter", "--preserve-credentials", "--user", "--net", "--uts", "--mount", "--target")
-_INTERFACE = "link"
+_INTERFACE = "veth"
 # The last command keeps the namespaces until its standard input is closed, which happens when the
 # test process ends.
 _BEGIN = """
@@ -71,7 +71,7 @@ class Host:
 
     def set_link(self, state: str) -> None:
         """Connect the host (``up``) or disconnect it (``down``)."""
-        self._run("ip", "link", "set", self.interface, state)
+        self._run("ip", "link", "set", "dev", self.interface, state)
 
     def hide(self, folder: Path) -> None:
         """Replace a shared folder with an empty one, on this host only."""
