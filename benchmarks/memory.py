@@ -6,7 +6,8 @@
     python -m benchmarks.memory --paper     # 2 + 8 images of 800 x 1333 pixels' area; for a GPU
 
 The baseline holds two models and the activations of student and teacher. The step also holds the
-optimizer's momentum and the teacher's feature maps. Each row is measured in a new process.
+optimizer's momentum and the teacher's feature maps. The baseline is also measured with SGD and an
+EMA update. Each row is measured in a new process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import print_table, seconds_of, use_cpu_time
-from benchmarks.workload import BASE, Detectron2Baseline, TrainerStep, Workload
+from benchmarks.workload import (
+    BASE,
+    Detectron2Baseline,
+    Detectron2Training,
+    TrainerStep,
+    Workload,
+)
 from locreweight.command_line import ConfigArgumentParser
 
 
@@ -47,6 +54,7 @@ def measure_in_subprocess(
     workload: Workload,
     *,
     baseline: bool = False,
+    updates: bool = False,
     repeats: int,
     options: Sequence[str] = (),
     method: str = "",
@@ -58,13 +66,14 @@ def measure_in_subprocess(
     Args:
         workload: the input.
         baseline: measure the baseline.
+        updates: measure the baseline with SGD and an EMA update.
         repeats: number of measured repetitions.
         options: ``KEY VALUE`` pairs that override the config.
         method: method of the training step, as for ``--method``.
         warm_up: number of repetitions before the measured ones.
         cpu_time: measure the CPU time.
     """
-    settings = [baseline, repeats, list(options), method, warm_up, cpu_time]
+    settings = [baseline, updates, repeats, list(options), method, warm_up, cpu_time]
     arguments = json.dumps([asdict(workload), *settings])
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--measure", arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -74,6 +83,7 @@ def measure_in_subprocess(
 def measure(
     workload: Workload,
     baseline: bool,
+    updates: bool,
     repeats: int,
     options: list[str],
     method: str,
@@ -83,7 +93,7 @@ def measure(
     """Measure in this process; for arguments see :func:`measure_in_subprocess`."""
     if cpu_time:
         use_cpu_time()
-    detectron2 = Detectron2Baseline(workload, options)
+    detectron2 = (Detectron2Training if updates else Detectron2Baseline)(workload, options)
     device = detectron2.device
     function: Detectron2Baseline | TrainerStep = detectron2
     if not baseline:
@@ -123,18 +133,26 @@ def main() -> None:
     sizes = {"short_side": 894, "labeled": 2, "unlabeled": 8} if args.paper else {}
     workload = Workload.of_config(args.config_file, **{"short_side": args.short_side} | sizes)
     costs = {
-        name: measure_in_subprocess(workload, baseline=baseline, repeats=2, options=options)
-        for name, baseline, options in (
-            ("plain Detectron2", True, []),
-            ("step", False, args.opts),
+        name: measure_in_subprocess(
+            workload, baseline=baseline, updates=updates, repeats=2, options=options
+        )
+        for name, baseline, updates, options in (
+            ("plain Detectron2", True, False, []),
+            ("plain Detectron2 with SGD and EMA", True, True, []),
+            ("step", False, False, args.opts),
         )
     }
-    reference = costs["plain Detectron2"].peak_mib
+    references = [cost.peak_mib for cost in costs.values()][:2]
     rows = [
-        [name, f"{c.before_mib:.0f}", f"{c.peak_mib:.0f}", f"{c.peak_mib / reference:.3f}"]
+        [
+            name,
+            f"{c.before_mib:.0f}",
+            f"{c.peak_mib:.0f}",
+            *(f"{c.peak_mib / reference:.3f}" for reference in references),
+        ]
         for name, c in costs.items()
     ]
-    headers = ["", "MiB before", "peak MiB", "peak / plain Detectron2"]
+    headers = ["", "MiB before", "peak MiB", "peak / plain", "peak / with updates"]
     print_table(f"memory: {workload}", headers, rows)
 
 

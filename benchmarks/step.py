@@ -7,9 +7,9 @@
     python -m benchmarks.step --config-file configs/detectors/cpu-mobilenetv2.yaml --short-side 224
 
 The baseline is a forward and backward pass of the student and a forward pass of the teacher,
-without optimizer, EMA update and the teacher's predictions for the student's proposals. The passes
-that Unbiased Teacher makes are measured, too, by plain Detectron2. KEY VALUE pairs at the end
-override the config of the step, not of the baseline.
+without optimizer, EMA update and the teacher's predictions for the student's proposals. Plain
+Detectron2 is also measured with SGD and an EMA update, and with the passes that Unbiased Teacher
+makes. KEY VALUE pairs at the end override the config of the step, not of the baseline.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.timing import (
 from benchmarks.workload import (
     BASE,
     Detectron2Baseline,
+    Detectron2Training,
     TrainerStep,
     UnbiasedTeacherBaseline,
     Workload,
@@ -40,6 +41,7 @@ from locreweight.command_line import ConfigArgumentParser
 
 NO_REWEIGHTING = ["SEMI.LER", "False", "SEMI.PRC", "False"]
 BASELINE = "plain Detectron2"
+WITH_UPDATES = "plain Detectron2 with SGD and EMA"
 
 
 def compare(workload: Workload, repeats: int, options: list[str]) -> None:
@@ -48,6 +50,7 @@ def compare(workload: Workload, repeats: int, options: list[str]) -> None:
     weights = baseline.student.state_dict()
     functions: dict[str, Callable[[], object]] = {
         BASELINE: baseline,
+        WITH_UPDATES: Detectron2Training(workload, []),
         "step, LER + PRC": TrainerStep(workload, weights, options),
         "step, neither": TrainerStep(workload, weights, [*options, *NO_REWEIGHTING]),
         "passes of Unbiased Teacher": UnbiasedTeacherBaseline(workload, []),
@@ -55,10 +58,14 @@ def compare(workload: Workload, repeats: int, options: list[str]) -> None:
     }
     seconds = time_alternately(functions, repeats, baseline.device)
     rows = [
-        [name, format_range(times), f"{median_ratio(seconds, name, BASELINE):.3f}"]
+        [
+            name,
+            format_range(times),
+            *(f"{median_ratio(seconds, name, x):.3f}" for x in (BASELINE, WITH_UPDATES)),
+        ]
         for name, times in seconds.items()
     ]
-    headers = ["", "seconds: median (range)", f"time / {BASELINE}"]
+    headers = ["", "seconds: median (range)", "time / plain", "time / with updates"]
     print_table(f"step: {workload}", headers, rows)
 
 

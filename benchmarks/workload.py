@@ -278,9 +278,10 @@ class Detectron2Baseline:
             {"image": sample.strong.image, "instances": make_objects(workload, generator)}
             for sample in batch.unlabeled
         ]
-        self._student_inputs = [*batch.labeled, *strong]
+        # Each batch takes one forward pass.
+        self._student_batches = [[*batch.labeled, *strong]]
         self._teacher_inputs = [{"image": sample.weak.image} for sample in batch.unlabeled]
-        images = self.student.preprocess_image(self._student_inputs).tensor
+        images = self.student.preprocess_image(self._student_batches[0]).tensor
         calibrate_batch_norms(self.student.backbone, images)
         self.teacher.load_state_dict(self.student.state_dict())
         self._autocast = torch.autocast(
@@ -292,37 +293,44 @@ class Detectron2Baseline:
         return self.student.device
 
     def __call__(self) -> None:
-        self._run_passes(self._student_inputs)
-
-    def _run_passes(self, *batches: list[dict]) -> None:
-        """Run the teacher, the student once per batch, and one backward pass."""
         self.student.zero_grad()
         with EventStorage(), self._autocast:
             if self._teacher_inputs:
                 with torch.no_grad():
                     self.teacher.inference(self._teacher_inputs, do_postprocess=False)
-            losses = [loss for batch in batches for loss in self.student(batch).values()]
+            losses = [
+                loss for batch in self._student_batches for loss in self.student(batch).values()
+            ]
             torch.stack(losses).sum().backward()
 
 
-class UnbiasedTeacherBaseline(Detectron2Baseline):
+class Detectron2Training(Detectron2Baseline):
+    """The baseline with the optimizer's step and an EMA update, which is a loop over state_dict."""
+
+    def __init__(self, workload: Workload, options: list[str]) -> None:
+        super().__init__(workload, options)
+        self._optimizer = torch.optim.SGD(self.student.parameters(), 1e-9, momentum=0.9)
+
+    def __call__(self) -> None:
+        super().__call__()
+        self._optimizer.step()
+        update_by_state_dict(self.teacher, self.student)
+
+
+class UnbiasedTeacherBaseline(Detectron2Training):
     """The passes of Unbiased Teacher for the same images, by plain Detectron2.
 
     The student gets a weak and a strong view of labeled images and the strong view of unlabeled
-    images, in two forward passes. The optimizer's step follows, then the EMA update, which is a
-    loop over ``state_dict``.
+    images, in two forward passes.
     """
 
     def __init__(self, workload: Workload, options: list[str]) -> None:
         super().__init__(workload, options)
-        self._labeled = 2 * self._student_inputs[: workload.labeled]
-        self._unlabeled = self._student_inputs[workload.labeled :]
-        self._optimizer = torch.optim.SGD(self.student.parameters(), 1e-9, momentum=0.9)
-
-    def __call__(self) -> None:
-        self._run_passes(self._labeled, self._unlabeled)
-        self._optimizer.step()
-        update_by_state_dict(self.teacher, self.student)
+        labeled, unlabeled = (
+            self._student_batches[0][: workload.labeled],
+            self._student_batches[0][workload.labeled :],
+        )
+        self._student_batches = [2 * labeled, unlabeled]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from benchmarks.memory import Cost
 from benchmarks.timing import Clock, format_range, median_ratio, time_alternately
 from benchmarks.workload import (
     Detectron2Baseline,
+    Detectron2Training,
     TrainerStep,
     UnbiasedTeacherBaseline,
     Workload,
@@ -83,7 +84,9 @@ def test_make_batch_is_deterministic():
         assert (boxes.tensor >= 0).all()
 
 
-@pytest.mark.parametrize("baseline_class", [Detectron2Baseline, UnbiasedTeacherBaseline])
+@pytest.mark.parametrize(
+    "baseline_class", [Detectron2Baseline, Detectron2Training, UnbiasedTeacherBaseline]
+)
 def test_baseline_has_finite_gradients_and_small_activations(baseline_class):
     baseline = baseline_class(SMALL, OPTIONS)
     baseline()
