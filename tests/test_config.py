@@ -486,6 +486,7 @@ def test_output_folders_of_all_experiments_differ():
             r"unknown SOLVER\.LR_SCHEDULER_NAME 'WarmupMultistepLR'; .*: WarmupMultiStepLR,",
         ),
         (["SOLVER.WARMUP_METHOD", "lin"], 1, r"unknown SOLVER\.WARMUP_METHOD 'lin'"),
+        (["SOLVER.OPTIMIZER", "Adam"], 1, r"unknown SOLVER\.OPTIMIZER 'Adam'; .*: SGD, AdamW"),
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", "0.5"],
             1,

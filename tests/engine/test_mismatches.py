@@ -172,6 +172,7 @@ def test_checkpoint_of_another_version_is_an_error_of_one_line(
     "changed",
     [
         {"SOLVER.WEIGHT_DECAY_BIAS": 0.5, "SOLVER.BIAS_LR_FACTOR": 2.0},
+        {"SOLVER.OPTIMIZER": "AdamW"},
         {"MODEL.BACKBONE.FREEZE_AT": 2},
     ],
 )

@@ -9,6 +9,7 @@ from detectron2.solver import build_optimizer
 from locreweight.engine.optimizer import SkipNonFiniteOptimizer
 from tests.modeling.tiny_model import tiny_config
 
+ADAMW = {"SOLVER.OPTIMIZER": "AdamW", "SOLVER.BASE_LR": 0.01}
 CLIPPED = {"SOLVER.CLIP_GRADIENTS.ENABLED": True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.05}
 
 
@@ -21,7 +22,7 @@ def make_model():
 
 def loss_of(model, i):
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(i))
-    return (model(x) ** 2).mean()
+    return (model(x.to(model[0].weight.dtype)) ** 2).mean()
 
 
 def make_optimizer(model, settings=None, dtype=torch.float32):
@@ -43,10 +44,71 @@ def test_steps_equal_detectron2s_optimizer(settings):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_non_finite_loss_changes_nothing(factor):
+@pytest.mark.parametrize("settings", [{}, CLIPPED])
+def test_steps_equal_adamw_of_pytorch(settings):
+    """With Detectron2's weight decay of norms, bias learning rate and clipping."""
+    decay = {"SOLVER.WEIGHT_DECAY": 0.5, "SOLVER.BIAS_LR_FACTOR": 2.0} | settings
+    # In float32, AdamW amplifies rounding: the bias before the norm has no other gradient.
+    ours, theirs = make_model().double(), make_model().double()
+    skipping = make_optimizer(ours, ADAMW | decay)
+    groups = [
+        {
+            "params": [parameter],
+            "lr": 0.02 if name.endswith("bias") else 0.01,
+            "weight_decay": 0.0 if name.startswith("1.") else 0.5,
+        }
+        for name, parameter in theirs.named_parameters()
+    ]
+    adam = torch.optim.AdamW(groups, foreach=False)
+    for i in range(4):
+        skipping.step(loss_of(ours, i))
+        adam.zero_grad()
+        loss_of(theirs, i).backward()
+        if settings:
+            torch.nn.utils.clip_grad_value_(theirs.parameters(), 0.05)
+        adam.step()
+    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_adamw_counts_no_skipped_step():
+    """Neither its moments nor its bias correction change, also if the first step is skipped."""
+    skipped, straight = make_model(), make_model()
+    first, second = make_optimizer(skipped, ADAMW), make_optimizer(straight, ADAMW)
+    for i, factor in enumerate([float("nan"), 1.0, float("inf"), 1.0]):
+        first.step(loss_of(skipped, i) * factor)
+        if factor == 1.0:
+            second.step(loss_of(straight, i))
+    assert all(map(torch.equal, skipped.parameters(), straight.parameters()))
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [({}, ADAMW), (ADAMW, {})])
+def test_state_of_another_optimizer_is_an_error(saved, resumed):
     model = make_model()
-    skipping = make_optimizer(model)
+    optimizer = make_optimizer(model, saved)
+    optimizer.step(loss_of(model, 0))
+    with pytest.raises(ValueError, match=r"SOLVER\.OPTIMIZER was another one"):
+        make_optimizer(model, resumed).load_state_dict(optimizer.state_dict())
+
+
+def test_adamw_resumes_exactly():
+    model = make_model()
+    optimizer = make_optimizer(model, ADAMW)
+    optimizer.step(loss_of(model, 0))
+    copied = copy.deepcopy(model)
+    resumed = make_optimizer(copied, ADAMW)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for i in (1, 2):
+        optimizer.step(loss_of(model, i))
+        resumed.step(loss_of(copied, i))
+    assert all(map(torch.equal, model.parameters(), copied.parameters()))
+
+
+@pytest.mark.parametrize("settings", [{}, ADAMW])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_non_finite_loss_changes_nothing(factor, settings):
+    model = make_model()
+    skipping = make_optimizer(model, settings)
     skipping.step(loss_of(model, 0))
     before = [p.detach().clone() for p in model.parameters()]
     largest = skipping.step(loss_of(model, 1) * factor)

@@ -119,6 +119,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # A step with a NaN or infinite loss or gradient is skipped, and its images are written to
     # OUTPUT_DIR/skipped_steps.jsonl. Training stops after this number of skipped steps in a row.
     cfg.SOLVER.MAX_SKIPPED_STEPS = 10
+    # "SGD" or "AdamW". AdamW needs a lower SOLVER.BASE_LR, such as 0.0003, and ignores
+    # SOLVER.MOMENTUM and SOLVER.NESTEROV.
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # Factor on the learning rate of the backbone without its feature pyramid, of any kind.
     cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
     # Factor on the learning rate of a plain vision transformer for each block further from the
@@ -531,7 +534,7 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 def _check_schedule(cfg: CfgNode) -> None:
-    """Check the keys of the learning rate schedule."""
+    """Check the keys of the optimizer and of the learning rate schedule."""
     solver = cfg.SOLVER
     for key, known in {
         "LR_SCHEDULER_NAME": (
@@ -540,6 +543,7 @@ def _check_schedule(cfg: CfgNode) -> None:
             "WarmupStepWithFixedGammaLR",
         ),
         "WARMUP_METHOD": ("linear", "constant"),
+        "OPTIMIZER": ("SGD", "AdamW"),
     }.items():
         if solver[key] not in known:
             raise UsageError(

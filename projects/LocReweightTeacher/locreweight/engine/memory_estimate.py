@@ -30,7 +30,7 @@ class MemoryEstimate:
     """Memory on one device.
 
     Attributes:
-        models: bytes of the weights of students and teachers, gradients and momentum.
+        models: bytes of the weights of students and teachers, gradients and the optimizer's state.
         per_image: bytes that autograd keeps for one image of the largest size.
         images: number of images of all students per iteration.
     """
@@ -64,8 +64,10 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     weights = sum(p.numel() * p.element_size() for p in students.parameters())
     trained = sum(p.numel() * p.element_size() for p in students.parameters() if p.requires_grad)
     teachers = 2 if method.frozen_pseudo_labeler else 1
-    # Gradient and momentum. With several processes, DDP keeps a second copy of the gradients.
-    models = weights * (1 + teachers) + trained * (3 if num_gpus > 1 else 2)
+    # With several processes, DDP keeps a second copy of the gradients.
+    gradients = 2 if num_gpus > 1 else 1
+    moments = 2 if cfg.SOLVER.OPTIMIZER == "AdamW" else 1
+    models = weights * (1 + teachers) + trained * (gradients + moments)
 
     largest = max(_pixels(size, cfg) for size in sizes)
     side = min(_LARGEST_MEASURED, _padded(int(largest**0.5)))

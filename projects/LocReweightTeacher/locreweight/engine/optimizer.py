@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
-from detectron2.solver import build_optimizer
+from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UsageError
 from ..modeling.committee import members_of
+
+SGDOrAdamW = torch.optim.SGD | torch.optim.AdamW
 
 _FUSED = {"foreach": False, "fused": True}
 # Names of the backbone's weights without its pyramid: below FPN, and below the simple pyramid.
@@ -37,7 +40,7 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
 
 
 class SkipNonFiniteOptimizer:
-    """Detectron2's optimizer with fused kernels, which skips steps with non-finite gradients.
+    """SGD or AdamW with fused kernels, which skips steps with non-finite gradients.
 
     Attributes:
         torch_optimizer: built from the config's ``SOLVER`` keys.
@@ -52,7 +55,7 @@ class SkipNonFiniteOptimizer:
             model: the student, or a :class:`.committee.Committee` of several.
             dtype: of the forward pass.
         """
-        optimizer = build_optimizer(cfg, model)
+        optimizer = _build_optimizer(cfg, model)
         _scale_backbone_rates(cfg, model, optimizer)
         self.torch_optimizer = _with_fused_kernels(optimizer)
         self._device = device = next(model.parameters()).device
@@ -95,6 +98,9 @@ class SkipNonFiniteOptimizer:
 
     def load_state_dict(self, state: dict) -> None:
         saved = state["optimizer"]
+        # PyTorch would load the state of another optimizer and fail in the first step.
+        if ("betas" in saved["param_groups"][0]) != ("betas" in self.torch_optimizer.defaults):
+            raise ValueError("its SOLVER.OPTIMIZER was another one")
         # The groups of older checkpoints name other kernels.
         groups = [group | _FUSED for group in saved["param_groups"]]
         self.torch_optimizer.load_state_dict(saved | {"param_groups": groups})
@@ -111,6 +117,22 @@ def largest_in_gradients(model: nn.Module) -> dict[str, Tensor]:
     least, greatest = zip(*(gradient.aminmax() for gradient in named.values()), strict=True)
     largest = torch.maximum(torch.stack(greatest), -torch.stack(least))
     return dict(zip(named, largest.unbind(), strict=True))
+
+
+def _build_optimizer(cfg: CfgNode, model: nn.Module) -> SGDOrAdamW:
+    """Build Detectron2's SGD, or AdamW with the same ``SOLVER`` keys."""
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER == "SGD":
+        return build_optimizer(cfg, model)
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    adam = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+    return maybe_add_gradient_clipping(cfg, adam)
 
 
 def _scale_backbone_rates(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -156,7 +178,7 @@ def _is_block(name: str) -> bool:
     return name.startswith("backbone.net.") and ".blocks." in name
 
 
-def _with_fused_kernels(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+def _with_fused_kernels(optimizer: SGDOrAdamW) -> SGDOrAdamW:
     """The same optimizer with PyTorch's fused kernels."""
     groups = [group | _FUSED for group in optimizer.param_groups]
     fused = type(optimizer)(groups, fused=True)
@@ -164,14 +186,14 @@ def _with_fused_kernels(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     return fused
 
 
-def _fill_missing_momentum(optimizer: torch.optim.SGD) -> None:
-    """Create missing momentum buffers as zeros.
+def _fill_missing_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Create missing momentum buffers of SGD as zeros.
 
     PyTorch creates them as uninitialized memory in the first step. If that step is skipped they
     would stay uninitialized.
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
+        for parameter in group["params"] if group.get("momentum") else ():
             state = optimizer.state[parameter]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
