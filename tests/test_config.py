@@ -551,6 +551,18 @@ def test_impossible_anchors_are_rejected(sizes, ratios, message):
             check(cfg)
 
 
+@pytest.mark.parametrize("sizes", ["(640,)", "(480, 640, 800)"])
+def test_sizes_that_are_no_range_are_an_error(sizes):
+    with pytest.raises(UsageError, match=r"INPUT\.MIN_SIZE_TRAIN \(.*give it twice.*to choice"):
+        check_supported(load_config(QUICKSTART, ["INPUT.MIN_SIZE_TRAIN", sizes]))
+    check_supported(
+        load_config(
+            QUICKSTART,
+            ["INPUT.MIN_SIZE_TRAIN", sizes, "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"],
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("sizes", "ratios"),
     [

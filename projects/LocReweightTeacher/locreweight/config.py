@@ -463,6 +463,13 @@ def check_supported(cfg: CfgNode) -> None:
     }.items():
         if is_set:
             raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+        raise UsageError(
+            f"INPUT.MIN_SIZE_TRAIN {tuple(sizes)} must be a smallest and a largest size, because "
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING is range: for a single size, give it twice; for a list "
+            "of sizes, set the sampling to choice"
+        )
     patience = cfg.SOLVER.EARLY_STOPPING_PATIENCE
     if patience < 0:
         raise UsageError(f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}; it must be at least 0")
