@@ -113,7 +113,9 @@ def train_both(
         with console.open("w") as file:
             command = [sys.executable, *baseline_command]
             processes += [subprocess.Popen(command, env=env, stdout=file, stderr=file)]
-        exit_on_error(processes[0].wait())
+        while processes[0].poll() is None and not processes[1].poll():
+            time.sleep(1)
+        exit_on_error(processes[0].poll())
         if processes[1].poll() is None:
             print(f"finishing the training with the labeled images only: {console}", flush=True)
         if code := processes[1].wait():

@@ -173,11 +173,16 @@ def test_training_that_fails_after_burn_in_stops_the_baseline(tmp_path):
     assert error.value.code == 7
 
 
-def test_failed_baseline_is_an_error_that_names_its_output(tmp_path, capsys):
+@pytest.mark.parametrize("rest", ["", "time.sleep(60)\n"], ids=["ended", "training"])
+def test_failed_baseline_ends_both_and_names_its_output(tmp_path, capsys, rest):
     output, baseline = tmp_path / "main", tmp_path / "baseline"
+    last = f"{rest}(folder / 'last').touch()"
     failing = script("print('reason', file=sys.stderr)\nsys.exit(3)")
     with pytest.raises(SystemExit) as error:
-        quickstart.train_both(script(end_of_burn_in(output)), failing, output, baseline, burn_in=2)
+        quickstart.train_both(
+            script(end_of_burn_in(output) + last), failing, output, baseline, burn_in=2
+        )
     assert error.value.code == 3
+    assert (output / "last").exists() == (not rest)
     assert str(baseline / "console.txt") in capsys.readouterr().out
     assert "reason" in (baseline / "console.txt").read_text()
