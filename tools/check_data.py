@@ -7,12 +7,12 @@
         DATASETS.UNLABELED "('folder:data/unlabeled',)" \\
         DATASETS.TEST "('coco:data/val.json:data/val',)"
 
-Takes the arguments of train_net.py and reads every image once. Prints an overview, all problems
-with their fixes, including those that training itself would stop at, the estimated memory, and the
-command to train with, which includes the fixes that are config keys. --write-config writes a
-complete config for the data and this machine; without --config-file, the checks are those of the
-detector in it. The exit code is 1 if there are errors. Copies of
-images that were mirrored or cropped are not detected.
+Takes --config-file, --method, --num-gpus and KEY VALUE pairs, as train_net.py does, and reads every
+image once. Prints an overview, all problems with their fixes, including those that training itself
+would stop at, the estimated memory, and the command to train with, which includes the fixes that
+are config keys. --write-config writes a complete config for the data and this machine; without
+--config-file, the checks are those of the detector in it. The exit code is 1 if there are errors.
+Copies of images that were mirrored or cropped are not detected.
 """
 
 from __future__ import annotations
