@@ -3,7 +3,8 @@
 
     python examples/torchvision_reference.py    # trains on a synthetic set, from random weights
     torchrun --nproc-per-node 2 examples/torchvision_reference.py @examples/photographs.txt \\
-        --labeled train.json --labeled-images train --unlabeled more --val val.json --val-images val
+        --labeled train.json --labeled-images train --unlabeled photos --val val.json \\
+        --val-images val --backbone-weights resnet50.pth
 
 Letters in shapes: R proposals of a batch, F of them foreground; K classes, class K is background.
 Boxes are xyxy, in pixels of their view.
