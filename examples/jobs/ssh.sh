@@ -5,8 +5,9 @@
 #     --config-file configs/coco/standard-10.yaml OUTPUT_DIR output/mine
 #
 # Repository, data and OUTPUT_DIR need the same paths on all hosts, and OUTPUT_DIR must be on a disk
-# that they share. ssh must not ask for a password. The other hosts connect to the first one, at
-# port 29500 (PORT=...). Ctrl-C here ends the training on all hosts.
+# that they share. ssh must not ask for a password. All hosts run .venv/bin/python (PYTHON=...). The
+# other hosts connect to the first one, at port 29500 (PORT=...). Ctrl-C here ends the training on
+# all hosts.
 set -u
 read -ra hosts <<< "${1:?give the hosts as one argument, such as \"node1 node2\"}"
 shift

@@ -196,7 +196,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES = True
     # Above 0: classify proposals with a focal loss with this exponent (Unbiased Teacher uses 1.5).
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 0.0
-    # Detectron2's key: beta of the smooth L1 loss on pseudo-labels (Eq. 11), in coded units.
+    # Detectron2's key: beta of the smooth L1 loss, in coded units: on pseudo-labels (Eq. 11) and,
+    # without GAUSSIAN_BOXES, on labeled images.
     cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
 
 
@@ -215,7 +216,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     cfg.DATASETS.SPLIT_FILE = ""
     # Class names of data sets that do not list their own ("voc:", "labelme:", "yolo:"), in the
     # order of the model's classes. Empty: the 20 VOC classes for "voc:<folder>:<split>",
-    # classes.txt for "yolo:<images>:<labels>", otherwise the classes in the annotations.
+    # classes.txt or obj.names for "yolo:<images>:<labels>", otherwise the classes in the
+    # annotations.
     cfg.DATASETS.CLASS_NAMES = ()
     # Ground truth of unlabeled images, used only to measure the quality of pseudo-labels: annotated
     # data sets with images that are also in DATASETS.UNLABELED. Not needed for annotated sets in
