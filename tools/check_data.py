@@ -62,7 +62,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
-    if args.write_config and not args.config_file:
+    suggests_config = args.write_config and not args.config_file
+    if suggests_config:
         base, args.opts = base_and_options(args.opts)
         args.config_file = str(base)
     report = check_data(
@@ -74,9 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(report.overview)
     for finding in report.findings:
         print(format_finding(finding))
-    if report.training_values:
-        print(f"\n{report.training_values}")
-    print(f"\nto train:\n  {training_command(args, report.options)}\n\n{report.summary}")
+    # The suggested config has another schedule than its base.
+    if not suggests_config or report.has_errors or report.has_fixes:
+        if report.training_values:
+            print(f"\n{report.training_values}")
+        print(f"\nto train:\n  {training_command(args, report.options)}")
+    print(f"\n{report.summary}")
     if args.list:
         # File names can contain any bytes.
         args.list.write_text(format_all_files(report.findings), errors="surrogateescape")

@@ -96,7 +96,11 @@ def test_upright_boxes(project, entry):
     assert project.findings() == []
 
 
-def test_image_types_that_are_not_read(project):
+@pytest.mark.parametrize("variable", [False, True])
+def test_image_types_that_are_not_read(project, monkeypatch, variable):
+    if variable:
+        monkeypatch.setenv("PHOTOS", str(project.unlabeled))
+        project.settings |= {"DATASETS.UNLABELED": ["folder:$PHOTOS"]}
     for i in range(3):
         (project.unlabeled / f"photo{i}.HEIC").write_bytes(b"")
     (project.unlabeled / "notes.txt").write_text("")
@@ -116,7 +120,10 @@ def test_write_config(project, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         check_data.main(["--write-config", str(file), *project.arguments])
     assert exit_.value.code == 0
-    assert f"python train_net.py --config-file {file}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"python train_net.py --config-file {file}" in printed
+    # One command: the base config has another schedule.
+    assert printed.count("train_net.py") == 1 and "burn-in" not in printed
     cfg = load_config(str(file), [])
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     assert list(cfg.DATASETS.CLASS_NAMES) == ["cat", "dog", "owl"]

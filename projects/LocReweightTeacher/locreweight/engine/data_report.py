@@ -63,11 +63,15 @@ class DataReport:
         return any(finding.severity is Severity.ERROR for finding in self.findings)
 
     @property
+    def has_fixes(self) -> bool:
+        return any(finding.fixes for finding in self.findings)
+
+    @property
     def summary(self) -> str:
         """Number of errors and warnings."""
         counts = Counter(finding.severity for finding in self.findings)
         text = f"{counts[Severity.ERROR]} errors, {counts[Severity.WARNING]} warnings"
-        if any(finding.fixes for finding in self.findings):
+        if self.has_fixes:
             text += "\nto check the fixes, run this again with the options of the command above"
         return text
 

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import BoxMode
 
+from ..datasets.catalog import expand_path
 from ..datasets.file_names import IMAGE_SUFFIXES, is_companion
 from .findings import DataSets, Finding, Severity
 
@@ -134,6 +135,7 @@ def _image_type_findings(cfg: CfgNode) -> list[Finding]:
     findings = []
     for name in cfg.DATASETS.UNLABELED:
         kind, _, folder = str(name).partition(":")
+        folder = expand_path(folder)
         if kind != "folder" or not os.path.isdir(folder):
             continue
         files = list(_files_below(folder))
