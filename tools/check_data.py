@@ -21,6 +21,7 @@ import argparse
 import logging
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
@@ -71,6 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
         args.opts,
         args.num_gpus,
     )
+    if suggests_config:
+        # The written config has the number of classes of the data.
+        others = [f for f in report.findings if list(f.fixes) != ["MODEL.ROI_HEADS.NUM_CLASSES"]]
+        report = replace(report, findings=others)
     if report.overview:
         print(report.overview)
     for finding in report.findings:
