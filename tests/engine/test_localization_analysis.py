@@ -16,6 +16,7 @@ from locreweight.engine.localization_analysis import (
     calibration,
     correlation,
     localize,
+    partial_correlation,
 )
 from locreweight.engine.predictor import Predictor
 from locreweight.errors import UsageError
@@ -41,6 +42,29 @@ def test_correlation_of_a_line_and_of_a_curve():
 def test_correlation_of_constant_values_is_nan(values):
     result = correlation(np.array(values), np.arange(len(values)))
     assert math.isnan(result.pearson) and math.isnan(result.spearman)
+
+
+def test_partial_correlation_is_that_of_the_residuals():
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=400)
+    other, iou = given + rng.normal(size=400), given + rng.normal(size=400)
+    iou += 0.3 * other
+    residuals = (x - np.polyval(np.polyfit(given, x, 1), given) for x in (iou, other))
+    partial = partial_correlation(iou, other, given)
+    assert partial.pearson == pytest.approx(correlation(*residuals).pearson)
+    ranks = [x.argsort().argsort().astype(float) for x in (iou, other, given)]
+    assert partial.spearman == pytest.approx(partial_correlation(*ranks).pearson)
+    assert partial.count == 400
+
+
+def test_partial_correlation_of_what_is_known_already():
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=4000)
+    iou, other = given + rng.normal(size=4000), given + rng.normal(size=4000)
+    assert correlation(iou, other).pearson > 0.4
+    assert abs(partial_correlation(iou, other, given).pearson) < 0.05
+    assert math.isnan(partial_correlation(iou, given, given).pearson)
+    assert math.isnan(partial_correlation(iou[:2], other[:2], given[:2]).spearman)
 
 
 def test_errors_with_the_predicted_variance_are_calibrated():

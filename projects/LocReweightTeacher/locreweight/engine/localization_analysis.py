@@ -8,6 +8,7 @@ Shapes:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,24 @@ def correlation(iou: np.ndarray, other: np.ndarray) -> Correlation:
     return Correlation(float(pearson), float(spearman), len(iou))
 
 
+def partial_correlation(iou: np.ndarray, other: np.ndarray, given: np.ndarray) -> Correlation:
+    """Return the partial correlation of two arrays ``(D,)``, with a third one held constant.
+
+    It is 0 if ``other`` tells no more of ``iou`` than ``given`` does.
+    """
+    pairs = correlation(iou, other), correlation(iou, given), correlation(other, given)
+
+    def coefficient(direct: float, first: float, second: float) -> float:
+        rest = (1 - first**2) * (1 - second**2)
+        return (direct - first * second) / math.sqrt(rest) if rest > 1e-12 else math.nan
+
+    return Correlation(
+        coefficient(*(pair.pearson for pair in pairs)),
+        coefficient(*(pair.spearman for pair in pairs)),
+        len(iou),
+    )
+
+
 def correlations(data: Localization, threshold: float) -> dict[str, Correlation]:
     """Correlate IoU with score and with quality in several groups of detections.
 
@@ -78,20 +97,22 @@ def correlations(data: Localization, threshold: float) -> dict[str, Correlation]
         threshold: detections above this score would be pseudo-labels.
 
     Returns:
-        "score" and "quality", each over all detections, over would-be pseudo-labels, and over
-        detections with an IoU of at least 0.5. The last group excludes detections of objects that
-        the ground truth lacks.
+        "score", "quality" and "quality at equal score" (a partial correlation), each over all
+        detections, over would-be pseudo-labels, and over detections with an IoU of at least 0.5.
+        The last group excludes detections of objects that the ground truth lacks.
     """
     groups = {
         "all": np.full(len(data.iou), True),
         "pseudo-labels": data.score > threshold,
         "on objects": data.iou >= IOU_THRESHOLD,
     }
-    return {
-        f"{name}, {group}": correlation(data.iou[selected], getattr(data, name)[selected])
-        for group, selected in groups.items()
-        for name in ("score", "quality")
-    }
+    result = {}
+    for group, selected in groups.items():
+        iou, score, quality = (x[selected] for x in (data.iou, data.score, data.quality))
+        result[f"score, {group}"] = correlation(iou, score)
+        result[f"quality, {group}"] = correlation(iou, quality)
+        result[f"quality at equal score, {group}"] = partial_correlation(iou, quality, score)
+    return result
 
 
 @dataclass(frozen=True)
