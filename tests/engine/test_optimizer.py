@@ -91,6 +91,12 @@ def test_state_of_another_optimizer_is_an_error(saved, resumed):
         make_optimizer(model, resumed).load_state_dict(optimizer.state_dict())
 
 
+def test_forward_pass_has_the_memory_of_the_last_gradients():
+    model = make_model()
+    make_optimizer(model).step(loss_of(model, 0))
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_adamw_resumes_exactly():
     model = make_model()
     optimizer = make_optimizer(model, ADAMW)

@@ -75,7 +75,6 @@ class SkipNonFiniteOptimizer:
         Returns:
             parameter -> largest absolute value in its gradient.
         """
-        self.torch_optimizer.zero_grad()
         # The factor is exactly 1 or NaN: a loss may be infinite with finite gradients.
         one_or_nan = 1 + 0 * loss.detach()
         self.grad_scaler.scale(loss * one_or_nan).backward()
@@ -83,6 +82,8 @@ class SkipNonFiniteOptimizer:
         largest = largest_in_gradients(self._model)
         self.grad_scaler.step(self.torch_optimizer)
         self.grad_scaler.update(None if self._scales else 1.0)
+        # Now, so that the next forward pass has their memory.
+        self.torch_optimizer.zero_grad()
         return largest
 
     @property
