@@ -234,7 +234,8 @@ def test_all_files_have_the_version_of_the_changelog():
 def test_results_have_one_row_per_run():
     with (ROOT / "docs/results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    runs = [tuple(row[k] for k in ("config", "method", "seed", "iterations")) for row in rows]
+    keys = ("config", "labeled images", "method", "changes", "seed", "iterations")
+    runs = [tuple(row[key] for key in keys) for row in rows]
     assert len(set(runs)) == len(runs) > 50
     for row in rows:
         assert (ROOT / f"configs/{row['config']}.yaml").is_file()
@@ -244,14 +245,20 @@ def test_results_have_one_row_per_run():
 def test_means_in_the_results_are_those_of_the_rows():
     with (ROOT / "docs/results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    tables = (ROOT / "docs/results.md").read_text().split("## Blood cells")
-    for config, text in zip(("quickstart", "bccd-small"), tables, strict=True):
-        for method in {row["method"] for row in rows if row["config"] == config}:
-            values = [
-                float(row["AP"])
-                for row in rows
-                if (row["config"], row["method"]) == (config, method)
-            ]
-            line = next(x for x in text.splitlines() if f"| `{method}` |" in x)
+    text = (ROOT / "docs/results.md").read_text()
+    for config, labeled, heading in (
+        ("quickstart", "40", "## Synthetic data set"),
+        ("bccd-small", "20", "## Blood cells (BCCD)"),
+        ("bccd-mobilenetv2", "10", "### Five percent of the labels"),
+    ):
+        section = text.split(f"\n{heading}\n")[1]
+        group = [
+            row
+            for row in rows
+            if (row["config"], row["labeled images"], row["changes"]) == (config, labeled, "")
+        ]
+        for method in {row["method"] for row in group}:
+            values = [float(row["AP"]) for row in group if row["method"] == method]
+            line = next(x for x in section.splitlines() if f"| `{method}` |" in x)
             mean = float(line.split("|")[4].strip(" *").split(" ± ")[0])
             assert mean == pytest.approx(sum(values) / len(values), abs=0.011)
