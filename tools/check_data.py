@@ -92,9 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.write_config:
         if report.sets is None or report.has_errors:
             raise UsageError("no config was written: fix the errors above first")
-        write_config(args.write_config, report.cfg, report.sets)
-        print(f"\nwrote {args.write_config}; to train with it:")
-        print(f"  python train_net.py --config-file {args.write_config}")
+        # With --config-file, other keys belong to that config, and not to the base of the new one.
+        keys = args.opts[::2] if suggests_config else []
+        write_config(args.write_config, report.cfg, report.sets, keys)
+        method = ["--method", args.method] if args.method else []
+        command = ["python", "train_net.py", "--config-file", str(args.write_config), *method]
+        print(f"\nwrote {args.write_config}; to train with it:\n  {shlex.join(command)}")
     sys.exit(1 if report.has_errors else 0)
 
 

@@ -139,11 +139,17 @@ def test_only_the_command_of_the_written_config_is_printed(project, tmp_path, ca
     for split in (project.json, project.test_json):
         edit_json(split, lambda c: c["categories"].append({"id": 4, "name": "hen"}))
     data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
+    file = str(tmp_path / "my.yaml")
+    options = {"SOLVER.OPTIMIZER": "AdamW", "INPUT.MIN_SIZE_TRAIN": [80, 96]} | data
     with pytest.raises(SystemExit):
-        check_data.main(["--write-config", str(tmp_path / "my.yaml"), *as_options(data)])
+        check_data.main(["--method", "mixpl", "--write-config", file, *as_options(options)])
     printed = capsys.readouterr().out
     assert printed.count("train_net.py") == 1 and "burn-in" not in printed
-    assert load_config(str(tmp_path / "my.yaml"), []).MODEL.ROI_HEADS.NUM_CLASSES == 4
+    assert f"--config-file {file} --method mixpl" in printed
+    cfg = load_config(file, [])
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 4
+    assert cfg.SOLVER.OPTIMIZER == "AdamW"
+    assert list(cfg.INPUT.MIN_SIZE_TRAIN) == [80, 96]
 
 
 @pytest.mark.usefixtures("_no_download")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ..config import CONFIGS_FOLDER, load_config
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
+from .run_folder import flatten_config
 
 CPU_BASE = "detectors/cpu-mobilenetv2.yaml"
 GPU_BASE = "detectors/gpu-resnet50.yaml"
@@ -29,13 +31,14 @@ UNLABELED_EPOCHS, MIN_MUTUAL, MAX_MUTUAL = 30, 600, 178_000
 EVALUATIONS = 10
 
 
-def write_config(file: Path, cfg: CfgNode, sets: TrainingSets) -> None:
+def write_config(file: Path, cfg: CfgNode, sets: TrainingSets, keys: Sequence[str] = ()) -> None:
     """Write a config with data, classes, a detector that fits the machine, and a schedule.
 
     Args:
         file: file to write; must not exist.
         cfg: config that names the data sets.
         sets: the data sets as training will use them.
+        keys: further keys that the file takes from ``cfg``, because the user has set them.
 
     Raises:
         UsageError: if the file exists or cannot be written.
@@ -47,6 +50,9 @@ def write_config(file: Path, cfg: CfgNode, sets: TrainingSets) -> None:
     content = suggest_config(cfg, sets, CONFIGS_FOLDER / base, f"output/{file.stem}")
     if weights:
         content["MODEL"]["TIMM"] = {"PRETRAINED": weights}
+    for key in keys:
+        if not key.startswith("DATASETS."):
+            _set(content, key, flatten_config(cfg)[key])
     machine = "GPUs" if torch.cuda.is_available() else "a CPU"
     comments = [
         f"Written by tools/check_data.py for {len(sets.labeled)} labeled and "
@@ -162,6 +168,13 @@ def _differences(node: CfgNode, base: CfgNode) -> dict:
         elif value != base[key]:
             differences[key] = list(value) if isinstance(value, tuple) else value
     return differences
+
+
+def _set(content: dict, key: str, value: object) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+    content[name] = list(value) if isinstance(value, tuple) else value
 
 
 def _clamp(value: int, lowest: int, highest: int) -> int:
