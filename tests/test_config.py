@@ -488,6 +488,11 @@ def test_output_folders_of_all_experiments_differ():
         (["SOLVER.WARMUP_METHOD", "lin"], 1, r"unknown SOLVER\.WARMUP_METHOD 'lin'"),
         (["SOLVER.OPTIMIZER", "Adam"], 1, r"unknown SOLVER\.OPTIMIZER 'Adam'; .*: SGD, AdamW"),
         (
+            ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full"],
+            1,
+            r"unknown SOLVER\.CLIP_GRADIENTS\.CLIP_TYPE 'full'; .*: norm, value",
+        ),
+        (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", "0.5"],
             1,
             r"SOLVER\.BASE_LR_END 0\.5 must be from 0 to SOLVER\.BASE_LR 0\.005",

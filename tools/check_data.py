@@ -11,7 +11,8 @@ Takes --config-file, --method, --num-gpus and KEY VALUE pairs, as train_net.py d
 image once. Prints an overview, all problems with their fixes, including those that training itself
 would stop at, the estimated memory, and the command to train with, which includes the fixes that
 are config keys. --write-config writes a complete config for the data and this machine; without
---config-file, the checks are those of the detector in it. The exit code is 1 if there are errors.
+--config-file, the checks are those of the detector in it, and its memory is not estimated. The exit
+code is 1 if there are errors.
 Copies of images that were mirrored or cropped are not detected.
 """
 

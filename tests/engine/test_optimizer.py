@@ -87,7 +87,7 @@ def test_state_of_another_optimizer_is_an_error(saved, resumed):
     model = make_model()
     optimizer = make_optimizer(model, saved)
     optimizer.step(loss_of(model, 0))
-    with pytest.raises(ValueError, match=r"SOLVER\.OPTIMIZER was another one"):
+    with pytest.raises(ValueError, match=r"another SOLVER\.OPTIMIZER"):
         make_optimizer(model, resumed).load_state_dict(optimizer.state_dict())
 
 

@@ -558,6 +558,11 @@ def _check_schedule(cfg: CfgNode) -> None:
             raise UsageError(
                 f"unknown SOLVER.{key} {solver[key]!r}; known names: {', '.join(known)}"
             )
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE not in ("norm", "value"):
+        raise UsageError(
+            f"unknown SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r}; known names: norm, value"
+        )
     # Later steps have no effect, so that a short trial run does not need other steps.
     reached = [step for step in solver.STEPS if step <= solver.MAX_ITER]
     is_multi_step = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"

@@ -74,7 +74,7 @@ def correlation(iou: np.ndarray, other: np.ndarray) -> Correlation:
 def partial_correlation(iou: np.ndarray, other: np.ndarray, given: np.ndarray) -> Correlation:
     """Return the partial correlation of two arrays ``(D,)``, with a third one held constant.
 
-    It is 0 if ``other`` tells no more of ``iou`` than ``given`` does.
+    It is 0 if ``other`` adds nothing to a linear prediction of ``iou`` from ``given``.
     """
     pairs = correlation(iou, other), correlation(iou, given), correlation(other, given)
 

@@ -101,7 +101,7 @@ class SkipNonFiniteOptimizer:
         saved = state["optimizer"]
         # PyTorch would load the state of another optimizer and fail in the first step.
         if ("betas" in saved["param_groups"][0]) != ("betas" in self.torch_optimizer.defaults):
-            raise ValueError("its SOLVER.OPTIMIZER was another one")
+            raise ValueError("it was trained with another SOLVER.OPTIMIZER")
         # The groups of older checkpoints name other kernels.
         groups = [group | _FUSED for group in saved["param_groups"]]
         self.torch_optimizer.load_state_dict(saved | {"param_groups": groups})
