@@ -326,10 +326,8 @@ class UnbiasedTeacherBaseline(Detectron2Training):
 
     def __init__(self, workload: Workload, options: list[str]) -> None:
         super().__init__(workload, options)
-        labeled, unlabeled = (
-            self._student_batches[0][: workload.labeled],
-            self._student_batches[0][workload.labeled :],
-        )
+        (images,) = self._student_batches
+        labeled, unlabeled = images[: workload.labeled], images[workload.labeled :]
         self._student_batches = [2 * labeled, unlabeled]
 
 
