@@ -38,11 +38,14 @@ def student_image(boxes, classes, size=(40, 60), seed=0):
 
 def test_flip_without_resizing_mirrors_pixels_and_boxes():
     image = random_image((40, 60))
-    boxes = torch.tensor([[2.0, 3, 20, 30], [0, 0, 60, 40]])
-    flipped = flip_and_fit(image, boxes, torch.tensor([2, 1]), (40, 80))
+    labels = ground_truth([[2.0, 3, 20, 30], [0, 0, 60, 40]], [2, 1], (40, 60))
+    labels.gt_score = torch.tensor([0.5, 0.25])
+    flipped = flip_and_fit(image, labels, (40, 80))
     assert torch.equal(flipped.image, image.flip(2).float())
     assert flipped.pseudo_labels.gt_boxes.tensor.tolist() == [[40, 3, 58, 30], [0, 0, 60, 40]]
     assert flipped.pseudo_labels.gt_classes.tolist() == [2, 1]
+    assert flipped.pseudo_labels.gt_score.tolist() == [0.5, 0.25]
+    assert labels.gt_boxes.tensor[0].tolist() == [2, 3, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_flip_without_resizing_mirrors_pixels_and_boxes():
 )
 def test_images_are_resized_to_fit_with_the_same_aspect_ratio(size, fitted):
     image = torch.full((3, 40, 60), 9, dtype=torch.uint8)
-    resized = flip_and_fit(image, torch.tensor([[6.0, 4, 30, 40]]), torch.tensor([0]), size)
+    resized = flip_and_fit(image, ground_truth([[6.0, 4, 30, 40]], [0], (40, 60)), size)
     assert resized.image.shape[1:] == resized.pseudo_labels.image_size == fitted
     assert_close(resized.image, torch.full((3, *fitted), 9.0))
     scale = torch.tensor([fitted[1] / 60, fitted[0] / 40]).repeat(2)
@@ -127,6 +130,7 @@ def test_each_image_is_averaged_with_a_cached_one_and_a_mosaic_is_added(count):
         partners.append(match)
         assert x.pseudo_labels.gt_classes.tolist() == [1, match % 3]
         assert x.pseudo_labels.gt_boxes.tensor.tolist()[1] == [40, 3, 58, 30]
+        assert set(x.pseudo_labels.get_fields()) == {"gt_boxes", "gt_classes"}
     assert len(set(partners)) == min(count, 8)
     added = composed[-1]
     assert added.image.shape == (3, 40, 60) and len(added.pseudo_labels) == 4

@@ -4,14 +4,11 @@ import math
 
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
 from torch.testing import assert_close
 
-from locreweight.data.transforms.views import UnlabeledSample, View
-from locreweight.errors import UsageError
 from locreweight.methods import LabelingInputs, build_method
-from locreweight.methods.unbiased_teacher_v2 import certainty, reorder_corners
 from locreweight.modeling.meta_arch import TeacherOutput
+from tests.methods.test_certainty import VIEWS, make_detections, make_sample
 from tests.methods.test_methods import sample
 from tests.modeling.output_layer_cases import (
     K,
@@ -23,7 +20,7 @@ from tests.modeling.output_layer_cases import (
     rows_of,
     smooth_l1,
 )
-from tests.modeling.tiny_model import random_image, tiny_config
+from tests.modeling.tiny_model import tiny_config
 
 LABELS = [[0, K, 2, K], [1, 1, K]]
 
@@ -39,11 +36,6 @@ def make_proposals(labels, certainties, **predictor):
         if x.has("gt_boxes"):
             x.gt_certainty = part
     return proposals
-
-
-def test_certainty_of_a_variance():
-    log_variance = torch.tensor([0.0, math.log(3), -math.log(3)])
-    assert_close(certainty(log_variance), torch.tensor([0.5, 0.25, 0.75]))
 
 
 @each_normalizer
@@ -86,46 +78,11 @@ def test_uncertain_teacher_gives_an_exact_zero_that_keeps_the_graph(value):
     assert loss.item() == 0 and proposals.predictions.deltas.grad is not None
 
 
-VIEWS = {
-    "same": ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 1, 2, 3]),
-    "scaled": ([[2, 0, 3], [0, 3, 1], [0, 0, 1]], [0, 1, 2, 3]),
-    "flipped": ([[-1, 0, 64], [0, 1, 0], [0, 0, 1]], [2, 1, 0, 3]),
-    "upside down": ([[1, 0, 0], [0, -1, 64], [0, 0, 1]], [0, 3, 2, 1]),
-}
-
-
-def make_sample(strong):
-    """The weak view is shifted, so that the order depends on the matrix between the views."""
-    weak = torch.tensor([[1.0, 0, 5], [0, 1, 5], [0, 0, 1]]).double()
-    matrix = torch.tensor(strong, dtype=torch.float64) @ weak
-    return UnlabeledSample("a.png", View(random_image(), weak), View(random_image(), matrix))
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_corners_keep_their_side_of_the_object_in_a_flipped_view(view):
-    strong, order = VIEWS[view]
-    values = torch.tensor([[0.0, 1, 2, 3]])
-    assert reorder_corners(values, make_sample(strong)).tolist() == [order]
-
-
 def test_pseudo_labels_have_the_certainty_of_their_detection():
-    detections = Instances(
-        (64, 64),
-        pred_boxes=Boxes(torch.rand(3, 4)),
-        scores=torch.tensor([0.9, 0.2, 0.7]),
-        pred_classes=torch.tensor([0, 1, 2]),
-        localization_quality=torch.rand(3),
-        log_variance=torch.randn(3, 4),
-    )
+    detections = make_detections()
     method = make_method(**{"SEMI.PSEUDO_LABEL_THRESHOLD": 0.5})
     output = TeacherOutput({}, [detections])
     inputs = LabelingInputs(None, output, [make_sample(VIEWS["flipped"][0])])
     (labels,) = method.select_pseudo_labels(inputs)
     expected = torch.sigmoid(-detections.log_variance[[0, 2]][:, [2, 1, 0, 3]])
     assert_close(labels.gt_certainty, expected)
-
-
-@pytest.mark.parametrize("key", ["GAUSSIAN_BOXES", "CORNER_CODING"])
-def test_method_needs_variances_of_corners(key):
-    with pytest.raises(UsageError, match=rf"UnbiasedTeacherV2.*MODEL.ROI_BOX_HEAD.{key} True"):
-        make_method(**{f"MODEL.ROI_BOX_HEAD.{key}": False})

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..losses.reweighting import reliability_weighted_cross_entropy
 from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod, StudentImage
-from .mixing import common_size, labeled_image, pixel_mean, place, place_labels
+from .mixing import common_size, labeled_image, pixel_mean, place, place_labels, select_fields
 
 _MIN_VISIBLE_SIDE = 0.25  # of a box that is cut
 
@@ -94,7 +94,7 @@ def mixup(first: StudentImage, second: StudentImage, ratio: float, fill: Tensor)
     for x, weight in ((first, ratio), (second, 1 - ratio)):
         if weight > 0:
             pixels += weight * place(x.image, size, (0, 0), fill)
-            labels.append(_set_weight(place_labels(x.pseudo_labels, size, (0, 0)), weight))
+            labels.append(_set_weight(_place_at_origin(x, size), weight))
     return StudentImage(pixels, Instances.cat(labels), sample=None)
 
 
@@ -117,7 +117,7 @@ def mosaic(
     if axis == 1:
         regions = [(0, 0, cut, height), (cut, 0, width, height)]
     labels = [
-        _set_weight(cut_labels(place_labels(x.pseudo_labels, size, (0, 0)), region), 1.0)
+        _set_weight(cut_labels(_place_at_origin(x, size), region), 1.0)
         for x, region in zip((first, second), regions, strict=True)
     ]
     return StudentImage(torch.cat(pixels, dim=axis + 1), Instances.cat(labels), sample=None)
@@ -142,6 +142,10 @@ def cut_labels(labels: Instances, region: tuple[int, int, int, int]) -> Instance
     cut = Instances(labels.image_size, **labels.get_fields())
     cut.gt_boxes = Boxes(after)
     return cut[stays.nonzero().squeeze(1)]
+
+
+def _place_at_origin(image: StudentImage, size: tuple[int, int]) -> Instances:
+    return place_labels(select_fields(image.pseudo_labels), size, (0, 0))
 
 
 def _set_weight(labels: Instances, weight: float) -> Instances:

@@ -50,14 +50,22 @@ def place_labels(labels: Instances, size: tuple[int, int], corner: tuple[int, in
         size, corner: as in :func:`place`.
 
     Returns:
-        ``Instances`` of the canvas with ``gt_boxes`` and ``gt_classes``. Ground truth has no other
-        fields, so those of pseudo-labels are dropped.
+        ``Instances`` of the canvas with the same fields.
     """
     x, y = corner
     boxes = labels.gt_boxes.tensor.clone()
     boxes[:, 0::2] += x
     boxes[:, 1::2] += y
-    return Instances(size, gt_boxes=Boxes(boxes), gt_classes=labels.gt_classes)
+    return Instances(size, **(labels.get_fields() | {"gt_boxes": Boxes(boxes)}))
+
+
+def select_fields(labels: Instances, *names: str) -> Instances:
+    """Return labels with ``gt_boxes``, ``gt_classes`` and the named fields only.
+
+    Labels are united if they have the same fields. Ground truth has no further ones.
+    """
+    kept = ("gt_boxes", "gt_classes", *names)
+    return Instances(labels.image_size, **{name: labels.get(name) for name in kept})
 
 
 def labeled_image(labeled: dict, device: torch.device) -> StudentImage:

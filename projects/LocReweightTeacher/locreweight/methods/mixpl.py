@@ -43,7 +43,7 @@ from .base import (
     SemiSupervisedMethod,
     StudentImage,
 )
-from .mixing import blank, common_size, pixel_mean, place, place_labels
+from .mixing import blank, common_size, pixel_mean, place, place_labels, select_fields
 
 
 @METHOD_REGISTRY.register()
@@ -53,13 +53,16 @@ class MixPL(SemiSupervisedMethod):
     Attributes:
         cache_size: number of cached images. Nothing is mixed until the cache is full.
         mosaic_weight: weight of the losses in the mosaic; those in the other images have weight 1.
+        further_fields: ``gt_*`` fields of pseudo-labels, besides boxes and classes, that a subclass
+            needs in mixed images.
         cache: images and pseudo-labels on the CPU, newest last; the same in all processes. Each is
-            a dict with ``image`` (3, H, W) uint8, ``boxes`` (N, 4) xyxy in absolute pixels, and
-            ``classes`` (N,).
+            a dict with ``image`` (3, H, W) uint8, ``boxes`` (N, 4) xyxy in absolute pixels,
+            ``classes`` (N,), and the further fields.
     """
 
     cache_size: int = 8
     mosaic_weight: float = 0.5
+    further_fields: tuple[str, ...] = ()
 
     @configurable
     def __init__(self, *, pixel_mean: Tensor, **kwargs: object) -> None:
@@ -85,7 +88,7 @@ class MixPL(SemiSupervisedMethod):
         order = [i for _ in range(0, len(images), len(self.cache)) for i in self._shuffled()]
         partners = [self._fit(i, size, device) for i in order[: len(images)]]
         averages = [
-            average(first, second, self.pixel_mean)
+            average(self._with_kept_fields(first), second, self.pixel_mean)
             for first, second in zip(images, partners, strict=True)
         ]
         quarter = max(size[0] // 2, 1), max(size[1] // 2, 1)
@@ -106,7 +109,15 @@ class MixPL(SemiSupervisedMethod):
     def _fit(self, i: int, size: tuple[int, int], device: torch.device) -> StudentImage:
         """Return a cached image, flipped and resized to fit into a size."""
         cached = {name: x.to(device, non_blocking=True) for name, x in self.cache[i].items()}
-        return flip_and_fit(cached["image"], cached["boxes"], cached["classes"], size)
+        image, boxes = cached["image"], Boxes(cached["boxes"])
+        labels = Instances(image.shape[1:], gt_boxes=boxes, gt_classes=cached["classes"])
+        for name in self.further_fields:
+            labels.set(name, cached[name])
+        return flip_and_fit(image, labels, size)
+
+    def _with_kept_fields(self, image: StudentImage) -> StudentImage:
+        labels = select_fields(image.pseudo_labels, *self.further_fields)
+        return replace(image, pseudo_labels=labels)
 
     def classification_loss(self, proposals: SampledProposals) -> Tensor:
         return reliability_weighted_cross_entropy(
@@ -133,6 +144,7 @@ class MixPL(SemiSupervisedMethod):
                     "image": sample.strong.image.cpu(),
                     "boxes": projected.gt_boxes.tensor.cpu(),
                     "classes": projected.gt_classes.cpu(),
+                    **{name: projected.get(name).cpu() for name in self.further_fields},
                 }
             )
         return entries
@@ -148,15 +160,12 @@ class MixPL(SemiSupervisedMethod):
         self.cache = list(state_dict["cache"])
 
 
-def flip_and_fit(
-    image: Tensor, boxes: Tensor, classes: Tensor, size: tuple[int, int]
-) -> StudentImage:
+def flip_and_fit(image: Tensor, labels: Instances, size: tuple[int, int]) -> StudentImage:
     """Flip an image horizontally and resize it to the largest size that fits.
 
     Args:
         image: ``(3, h, w)``.
-        boxes: ``(N, 4)`` xyxy, absolute pixels of the image.
-        classes: ``(N,)``.
+        labels: with ``gt_boxes``, xyxy, absolute pixels of the image. Other fields are kept.
         size: ``(H, W)`` to fit into; the aspect ratio stays the same.
     """
     height, width = image.shape[1:]
@@ -167,11 +176,11 @@ def flip_and_fit(
         pixels = F.interpolate(
             pixels[None], (new_height, new_width), mode="bilinear", antialias=True
         )[0]
-    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    x1, y1, x2, y2 = labels.gt_boxes.tensor.unbind(dim=1)
     flipped = Boxes(torch.stack([width - x2, y1, width - x1, y2], dim=1))
     flipped.scale(new_width / width, new_height / height)
-    labels = Instances((new_height, new_width), gt_boxes=flipped, gt_classes=classes)
-    return StudentImage(pixels.flip(2), labels, sample=None)
+    fields = labels.get_fields() | {"gt_boxes": flipped}
+    return StudentImage(pixels.flip(2), Instances((new_height, new_width), **fields), sample=None)
 
 
 def average(first: StudentImage, second: StudentImage, fill: Tensor) -> StudentImage:

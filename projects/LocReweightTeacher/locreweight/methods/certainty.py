@@ -1,0 +1,83 @@
+"""Certainty of box coordinates: computed by the teacher, and carried to the student's proposals."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import cat
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ..data.transforms.views import UnlabeledSample
+from ..errors import UsageError
+from ..geometry import between_views
+from .base import LabelingInputs, SampledProposals
+
+
+def check_predicts_certainty(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UsageError: if the detector of a config does not predict variances of box corners.
+    """
+    for key in ("GAUSSIAN_BOXES", "CORNER_CODING"):
+        if not cfg.MODEL.ROI_BOX_HEAD[key]:
+            raise UsageError(
+                f"SEMI.METHOD {cfg.SEMI.METHOD} uses the certainty of box corners; set "
+                f"MODEL.ROI_BOX_HEAD.{key} True"
+            )
+
+
+def certainty(log_variance: Tensor) -> Tensor:
+    """Compute the certainty ``1 / (1 + variance)`` of predicted coordinates.
+
+    Args:
+        log_variance: of any shape, in the scaled units of the box coding.
+
+    Returns:
+        values in (0, 1) of the same shape.
+    """
+    return torch.sigmoid(-log_variance)
+
+
+def add_certainty(labels: list[Instances], inputs: LabelingInputs, min_score: float) -> None:
+    """Add ``gt_certainty``, ``(P, 4)``, with the corners in their order in the strong view.
+
+    Args:
+        labels: pseudo-labels, the detections with scores above ``min_score`` in their order.
+        inputs: the detections and the views.
+        min_score: a threshold on the class probability.
+    """
+    for x, detections, sample in zip(labels, inputs.output.detections, inputs.samples, strict=True):
+        rows = (detections.scores > min_score).nonzero().squeeze(1)
+        x.gt_certainty = certainty(reorder_corners(detections.log_variance[rows], sample))
+
+
+def reorder_corners(values: Tensor, sample: UnlabeledSample) -> Tensor:
+    """Reorder values of box corners from the weak to the strong view.
+
+    In a flipped image, the left side of a box is the right side of the box in the other view.
+
+    Args:
+        values: ``(P, 4)`` numbers that belong to x1, y1, x2, y2 in the weak view.
+        sample: the views.
+    """
+    matrix = between_views(sample.weak.matrix, sample.strong.matrix)
+    order = [0, 1, 2, 3]
+    for axis in range(2):
+        if matrix[axis, axis] < 0:
+            order[axis], order[axis + 2] = order[axis + 2], order[axis]
+    return torch.stack([values[:, i] for i in order], dim=1)
+
+
+def matched_certainty(proposals: SampledProposals) -> Tensor:
+    """Return ``gt_certainty`` of the pseudo-label that each proposal is matched to.
+
+    Returns:
+        ``(R, 4)``; 0 in images without pseudo-labels.
+    """
+    return cat(
+        [
+            x.gt_certainty if x.has("gt_certainty") else torch.zeros_like(x.proposal_boxes.tensor)
+            for x in proposals.instances
+        ]
+    )

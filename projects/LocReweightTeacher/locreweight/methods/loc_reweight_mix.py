@@ -1,0 +1,82 @@
+"""LER for each coordinate, soft class labels and mixed images (not in the paper).
+
+The method differs from the paper's in three ways:
+
+- **LER for each coordinate**: the box loss of a coordinate is weighted by the teacher's certainty
+  of it, ``1 / (1 + variance)``, in (0, 1). Eq. 5 is one weight for the whole box, below 0.5.
+- **Soft labels instead of PRC**: detections with scores above ``min_score`` are pseudo-labels. The
+  target of a matched proposal is the class with the sharpened score as its probability, and
+  background otherwise. An object that the teacher is not sure of is therefore not learned as
+  background. Only detections above ``SEMI.PSEUDO_LABEL_THRESHOLD`` train the boxes and the RPN.
+- **Mixed images** as in :mod:`.mixpl`.
+
+PRC needs the teacher's prediction for each proposal of the student, and a proposal in a mixed image
+is in no single image of the teacher. Soft labels need only the detections.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ..losses.soft_labels import sharpen, soft_cross_entropy
+from .base import METHOD_REGISTRY, LabelingInputs, SampledProposals, StudentImage, to_pseudo_labels
+from .certainty import add_certainty, check_predicts_certainty, matched_certainty
+from .mixpl import MixPL
+
+
+@METHOD_REGISTRY.register()
+class LocReweightMix(MixPL):
+    """LER for each coordinate, soft class labels and mixed images.
+
+    Attributes:
+        min_score: detections with a higher score are pseudo-labels.
+        temperature: of the soft labels, see :func:`~locreweight.losses.soft_labels.sharpen`.
+    """
+
+    min_score: float = 0.2
+    temperature: float = 0.5
+    further_fields = ("gt_score", "gt_certainty")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        check_predicts_certainty(cfg)
+        return super().from_config(cfg)
+
+    def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
+        """Select all detections above ``min_score``, and add ``gt_certainty``."""
+        score = min(self.min_score, self.pseudo_label_threshold)
+        labels = [to_pseudo_labels(x, score) for x in inputs.output.detections]
+        add_certainty(labels, inputs, score)
+        return labels
+
+    def rpn_labels(self, pseudo_labels: Instances) -> Instances:
+        """Return the pseudo-labels above the threshold."""
+        return pseudo_labels[(pseudo_labels.gt_score > self.pseudo_label_threshold).nonzero()[:, 0]]
+
+    def _fit(self, i: int, size: tuple[int, int], device: torch.device) -> StudentImage:
+        image = super()._fit(i, size, device)
+        labels = image.pseudo_labels
+        # In the flipped image, the left side of a box is the right side of the cached one.
+        labels.gt_certainty = labels.gt_certainty[:, [2, 1, 0, 3]]
+        return image
+
+    def classification_loss(self, proposals: SampledProposals) -> Tensor:
+        """Return the cross-entropy to soft labels, the mean over all sampled proposals."""
+        probability = sharpen(proposals.matched_gt_field("gt_score"), self.temperature)
+        is_foreground = proposals.is_foreground
+        proposals.log_mean("proposals/label_probability", probability, is_foreground)
+        loss = soft_cross_entropy(proposals.predictions.scores, proposals.labels, probability)
+        return (proposals.image_weight * loss).sum() / max(len(loss), 1)
+
+    def box_loss(self, proposals: SampledProposals) -> Tensor:
+        """Return the smooth L1 loss, each coordinate weighted by the teacher's certainty of it."""
+        foreground = proposals.foreground
+        certainty = matched_certainty(proposals)[foreground.rows]
+        proposals.metrics["proposals/certainty"] = certainty.mean()
+        is_confident = proposals.matched_gt_field("gt_score") > self.pseudo_label_threshold
+        proposals.log_mean("proposals/above_threshold", is_confident, proposals.is_foreground)
+        weight = (proposals.image_weight * is_confident)[foreground.rows, None] * certainty
+        return (weight * proposals.smooth_l1_box_loss()).sum() / foreground.normalizer
