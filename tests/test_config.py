@@ -354,7 +354,10 @@ VALUES = ("PSEUDO_LABEL_THRESHOLD", "UNSUPERVISED_WEIGHT", "EMA_KEEP_RATE", "BUR
             {"unbiased_teacher_v2-coco": (0.7, 4.0, 0.9996, 2000)},
         ),
         ("labelmatch", (0.6, 2.0, 0.99, 300), {"labelmatch-coco": (0.9, 2.0, 0.996, 40000)}),
-        *((method, (0.6, 2.0, 0.99, 300), {}) for method in ("rpl", "cst", "ismt")),
+        *(
+            (method, (0.6, 2.0, 0.99, 300), {})
+            for method in ("rpl", "cst", "ismt", "loc_reweight_mix")
+        ),
     ],
 )
 def test_method_keeps_the_values_of_the_config_unless_published(method, kept, published):

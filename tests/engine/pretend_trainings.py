@@ -50,6 +50,7 @@ METHODS: dict[str, dict] = {
     # The thresholds of LabelMatch change after the first step.
     "LabelMatch": {"SEMI.LABEL_MATCH.IMAGES": 2, "SOLVER.MAX_ITER": ITERATIONS + 1},
     "MixPL": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": ITERATIONS + 1},
+    "LocReweightMix": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": ITERATIONS + 1},
 }
 
 OPERATIONS: dict[str, Callable[[Tensor], Any]] = {

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from locreweight.methods import METHOD_REGISTRY
+
 TRAININGS = [
     "LocReweight",
     "ShuffledLocReweight",
@@ -14,6 +16,7 @@ TRAININGS = [
     "MUM",
     "InstantTeaching",
     "MixPL",
+    "LocReweightMix",
     "InstantTeachingStar",
     "UnbiasedTeacherV2",
     "LabelMatch",
@@ -35,6 +38,7 @@ def test_training_on_a_device_gives_the_weights_of_the_cpu(device_results, name)
 
 def test_all_methods_are_trained_on_the_device(device_results):
     assert set(device_results) == set(TRAININGS)
+    assert {name for name, _ in METHOD_REGISTRY} <= set(TRAININGS)
 
 
 def test_results_and_loss_scale_are_logged_from_the_device(device_results):

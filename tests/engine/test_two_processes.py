@@ -123,6 +123,7 @@ def test_both_processes_have_the_same_cached_images(ranks):
     first, second = (rank["cache"] for rank in ranks)
     assert len(first) == len(second) == 8
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert {"image", "boxes", "classes", "gt_score", "gt_certainty"} == set(first[0])
     assert same(ranks[0]["cache_student"], ranks[1]["cache_student"])
 
 

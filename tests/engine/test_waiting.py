@@ -41,6 +41,15 @@ def test_step_without_box_loss_on_pseudo_labels_does_not_wait_for_their_foregrou
     assert mutual == LOG | PSEUDO_LABELS | {FOREGROUND: 1}
 
 
+@pytest.mark.parametrize("name", ["MixPL", "LocReweightMix"])
+def test_mixing_and_its_losses_do_not_wait(device_results, name):
+    mutual = waits_in_this_package(device_results[name]["mutual"])
+    functions = {place.partition(":")[0] for place in mutual}
+    assert "to_pseudo_labels" in functions
+    mixing = {"compose", "_fit", "flip_and_fit", "average", "mosaic", "place", "place_labels"}
+    assert not functions & (mixing | {"classification_loss", "box_loss", "matched_certainty"})
+
+
 @pytest.mark.parametrize(("iterations", "period"), [(3, 3), (6, 3), (6, 2)])
 def test_metrics_are_read_once_per_logging_period(make_trainer, monkeypatch, iterations, period):
     read = []

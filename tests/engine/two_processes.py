@@ -63,8 +63,9 @@ RANK_WITHOUT_LABELS = 1
 NAN_LOSS, NAN_GRADIENT = (0, 3), (1, 5)
 
 
-MIXPL = {
-    "SEMI.METHOD": "MixPL",
+# Images, boxes, classes, scores and certainties in a cache.
+CACHE = {
+    "SEMI.METHOD": "LocReweightMix",
     "SEMI.BURN_IN_ITERS": 0,
     "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
     "SOLVER.MAX_ITER": 4,
@@ -93,7 +94,7 @@ def train_short(datasets: dict, folder: Path, settings: dict) -> SemiSupervisedT
 
 def train_with_cache(datasets: dict, folder: Path) -> dict:
     """Train with cached images; returns the cache and the student."""
-    trainer = train_short(datasets, folder, MIXPL)
+    trainer = train_short(datasets, folder, CACHE)
     return {"cache": trainer.settings.method.cache, "cache_student": copy_of(trainer.student)}
 
 
@@ -158,6 +159,6 @@ def train(datasets: dict, folder: Path) -> None:
         "teachers": recorder.teachers,
         "labeled": [record["file_name"] for record in trainer.sets.labeled],
     }
-    state |= train_with_cache(datasets, folder / "mixpl")
+    state |= train_with_cache(datasets, folder / "cache")
     state |= train_with_members(datasets, folder / "ismt")
     torch.save(state, folder / f"rank_{rank}.pt")

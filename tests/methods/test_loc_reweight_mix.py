@@ -1,14 +1,12 @@
 """LocReweightMix: pseudo-labels, mixed labels and losses, compared with loops over numbers."""
 
-import math
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 from locreweight.methods import LabelingInputs, SampledProposals, StudentImage, build_method
 from locreweight.modeling.meta_arch import TeacherOutput
-from tests.engine.test_training_step import FLIP
+from tests.engine.test_training_step import SHIFT
 from tests.engine.test_training_step import make_sample as make_views
 from tests.methods.test_certainty import VIEWS, make_detections, make_sample
 from tests.methods.test_methods import sample
@@ -94,17 +92,18 @@ def test_mixed_labels_keep_their_score_and_the_certainty_of_their_sides():
 
 
 def test_cache_holds_score_and_certainty_of_the_labels_in_the_strong_view():
+    """The first label is outside of the strong view."""
     labels = ground_truth(
-        [[4.0, 5, 20, 30], [60, 60, 64, 64]],
-        [1, 2],
-        gt_score=torch.tensor([0.9, 0.3]),
-        gt_certainty=torch.rand(2, 4),
+        [[60.0, 20, 64, 30], [4, 10, 20, 30], [8, 20, 30, 40]],
+        [0, 1, 2],
+        gt_score=torch.tensor([0.9, 0.3, 0.6]),
+        gt_certainty=torch.rand(3, 4),
     )
-    method = make_method()
-    (entry,) = method.observe(LabelingInputs(None, None, [make_views(FLIP)]), [labels])
-    assert entry["boxes"][0].tolist() == [44, 5, 60, 30]
-    assert torch.equal(entry["gt_score"], labels.gt_score)
-    assert torch.equal(entry["gt_certainty"], labels.gt_certainty)
+    (entry,) = make_method().observe(LabelingInputs(None, None, [make_views(SHIFT)]), [labels])
+    assert entry["boxes"].tolist() == [[14, 4, 30, 24], [18, 14, 40, 34]]
+    assert entry["classes"].tolist() == [1, 2]
+    assert torch.equal(entry["gt_score"], labels.gt_score[1:])
+    assert torch.equal(entry["gt_certainty"], labels.gt_certainty[1:])
     assert all(x.device.type == "cpu" for x in entry.values())
 
 
@@ -179,8 +178,21 @@ def test_labels_below_the_threshold_have_no_box_loss():
 def test_metrics():
     proposals = make_proposals(LABELS)
     make_method().losses(proposals)
-    foreground = proposals.is_foreground
-    scores = proposals.matched_gt_field("gt_score")[foreground]
-    expected = torch.tensor([s**2 / (s**2 + (1 - s) ** 2) for s in scores.tolist()]).mean()
-    assert_close(proposals.metrics["proposals/label_probability"], expected)
-    assert math.isfinite(proposals.metrics["proposals/certainty"])
+    probabilities, certainties, confident = [], [], []
+    for x in proposals.instances:
+        for label, score, values in zip(
+            x.gt_classes.tolist(), x.gt_score.tolist(), x.gt_certainty, strict=True
+        ):
+            if label == K:
+                continue
+            probabilities.append(score**2 / (score**2 + (1 - score) ** 2))
+            confident.append(float(score > 0.5))
+            certainties += [values.mean().item()] if score > 0.5 else []
+    expected = {
+        "proposals/label_probability": probabilities,
+        "proposals/above_threshold": confident,
+        "proposals/certainty": certainties,
+    }
+    for name, values in expected.items():
+        mean = sum(values) / len(values) if values else float("nan")
+        assert proposals.metrics[name].item() == pytest.approx(mean, nan_ok=True), name

@@ -424,7 +424,7 @@ def make_method(name, **settings):
             "UnbiasedTeacher",
             "SoftTeacher",
         ),
-        *("MUM", "InstantTeaching", "InstantTeachingStar", "MixPL"),
+        *("MUM", "InstantTeaching", "InstantTeachingStar", "MixPL", "LocReweightMix"),
         *("UnbiasedTeacherV2", "LabelMatch", "RPL", "CST", "ISMT"),
     ],
 )

@@ -16,6 +16,8 @@ SETTINGS = {
     "SOLVER.CHECKPOINT_PERIOD": 3,
 }
 
+THRESHOLD = 0.26
+
 
 def settings_of(method):
     """The keys that the method's config sets."""
@@ -27,6 +29,9 @@ def settings_of(method):
     for key in keys:
         for name in key.split("."):
             nodes[key] = nodes[key][name]
+    if method == "loc_reweight_mix":
+        # The tiny detector has scores on both sides of it.
+        nodes["SEMI.PSEUDO_LABEL_THRESHOLD"] = THRESHOLD
     return nodes | SETTINGS
 
 
@@ -60,6 +65,23 @@ def test_student_trains_on_mixed_images(make_trainer, method):
     # MixPL adds the mosaic once its cache is full.
     added = [len(a) - len(b) for a, b in zip(record.images, plain.images, strict=True)]
     assert added == ([0, 0, 1, 1, 1] if method in ADDS_MOSAIC else [0] * 5)
+
+
+def test_rpn_of_loc_reweight_mix_learns_labels_above_the_threshold_only(make_trainer):
+    trainer = make_trainer(settings_of("loc_reweight_mix"))
+    rpn_labels = trainer.settings.method.rpn_labels
+    scores = []
+
+    def record(labels):
+        kept = rpn_labels(labels)
+        assert torch.equal(kept.gt_score, labels.gt_score[labels.gt_score > THRESHOLD])
+        scores.append(labels.gt_score)
+        return kept
+
+    trainer.settings.method.rpn_labels = record
+    recorded_training(trainer)
+    confident = torch.cat(scores) > THRESHOLD
+    assert 0 < confident.sum() < len(confident)
 
 
 @METHODS

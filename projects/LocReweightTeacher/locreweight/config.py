@@ -76,10 +76,10 @@ def add_locreweight_config(cfg: CfgNode) -> None:
 def _add_training_keys(cfg: CfgNode) -> None:
     cfg.SEMI = CfgNode()
     # Semi-supervised method (locreweight/methods/): "LocReweight", one of its controls
-    # "ShuffledLocReweight" and "MeanLocReweight", or a published method: "STAC", "UnbiasedTeacher",
-    # "SoftTeacher", "MUM", "InstantTeaching", "InstantTeachingStar", "MixPL", "UnbiasedTeacherV2",
-    # "LabelMatch", "RPL", "CST", "ISMT". It decides which detections become pseudo-labels, what the
-    # student sees and which losses are used.
+    # "ShuffledLocReweight" and "MeanLocReweight", "LocReweightMix", or a published method: "STAC",
+    # "UnbiasedTeacher", "SoftTeacher", "MUM", "InstantTeaching", "InstantTeachingStar", "MixPL",
+    # "UnbiasedTeacherV2", "LabelMatch", "RPL", "CST", "ISMT". It decides which detections become
+    # pseudo-labels, what the student sees and which losses are used.
     cfg.SEMI.METHOD = "LocReweight"
     # Number of iterations on labeled images only, before the teacher makes pseudo-labels. Training
     # is fully supervised if this is at least SOLVER.MAX_ITER.

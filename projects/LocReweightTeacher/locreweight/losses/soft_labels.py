@@ -15,11 +15,13 @@ from .localization import at_least_float32
 
 
 def sharpen(score: Tensor, temperature: float) -> Tensor:
-    """Move probabilities of one of two outcomes away from 0.5, if the temperature is below 1.
+    """Compute ``sigmoid(logit(score) / temperature)``.
+
+    A temperature below 1 moves probabilities above 0.5 toward 1, and those below 0.5 toward 0.
 
     Args:
         score: of any shape, in [0, 1].
-        temperature: the result is ``sigmoid(logit(score) / temperature)``.
+        temperature: above 0.
 
     Returns:
         values in [0, 1] of the same shape.
@@ -35,7 +37,7 @@ def soft_cross_entropy(logits: Tensor, labels: Tensor, probability: Tensor) -> T
     Args:
         logits: ``(N, K+1)`` the student's class scores before softmax.
         labels: ``(N,)`` classes assigned to the proposals, in ``[0, K]``.
-        probability: ``(N,)`` in [0, 1]. It has no effect on background proposals.
+        probability: ``(N,)`` in [0, 1], without gradient. It has no effect on background proposals.
 
     Returns:
         ``(N,)`` unreduced losses, at least 0.

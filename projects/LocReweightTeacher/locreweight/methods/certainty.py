@@ -40,12 +40,15 @@ def certainty(log_variance: Tensor) -> Tensor:
 
 
 def add_certainty(labels: list[Instances], inputs: LabelingInputs, min_score: float) -> None:
-    """Add ``gt_certainty``, ``(P, 4)``, with the corners in their order in the strong view.
+    """Add the field ``gt_certainty`` to pseudo-labels.
+
+    It is ``(P, 4)`` for P labels of an image, in the order x1, y1, x2, y2 of the **strong** view.
+    The boxes of the labels are still those of the weak view.
 
     Args:
-        labels: pseudo-labels, the detections with scores above ``min_score`` in their order.
+        labels: for each image the detections with scores above ``min_score``, in their order.
         inputs: the detections and the views.
-        min_score: a threshold on the class probability.
+        min_score: the threshold that the labels were selected with.
     """
     for x, detections, sample in zip(labels, inputs.output.detections, inputs.samples, strict=True):
         rows = (detections.scores > min_score).nonzero().squeeze(1)
@@ -56,10 +59,15 @@ def reorder_corners(values: Tensor, sample: UnlabeledSample) -> Tensor:
     """Reorder values of box corners from the weak to the strong view.
 
     In a flipped image, the left side of a box is the right side of the box in the other view.
+    Rotations and shears of less than 45 degrees do not change the order; larger ones are not
+    considered.
 
     Args:
-        values: ``(P, 4)`` numbers that belong to x1, y1, x2, y2 in the weak view.
+        values: ``(P, 4)`` numbers of P boxes that belong to x1, y1, x2, y2 in the weak view.
         sample: the views.
+
+    Returns:
+        ``(P, 4)`` numbers that belong to x1, y1, x2, y2 in the strong view.
     """
     matrix = between_views(sample.weak.matrix, sample.strong.matrix)
     order = [0, 1, 2, 3]
@@ -73,7 +81,8 @@ def matched_certainty(proposals: SampledProposals) -> Tensor:
     """Return ``gt_certainty`` of the pseudo-label that each proposal is matched to.
 
     Returns:
-        ``(R, 4)``; 0 in images without pseudo-labels.
+        ``(R, 4)`` for R sampled proposals, in the order x1, y1, x2, y2 of the student's image; 0 in
+        images without pseudo-labels, and without meaning for background proposals.
     """
     return cat(
         [

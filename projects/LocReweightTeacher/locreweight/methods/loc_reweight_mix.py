@@ -1,17 +1,21 @@
 """LER for each coordinate, soft class labels and mixed images (not in the paper).
 
-The method differs from the paper's in three ways:
+Besides augmentation and normalization, the method differs from the paper's in three ways:
 
 - **LER for each coordinate**: the box loss of a coordinate is weighted by the teacher's certainty
   of it, ``1 / (1 + variance)``, in (0, 1). Eq. 5 is one weight for the whole box, below 0.5.
 - **Soft labels instead of PRC**: detections with scores above ``min_score`` are pseudo-labels. The
   target of a matched proposal is the class with the sharpened score as its probability, and
-  background otherwise. An object that the teacher is not sure of is therefore not learned as
-  background. Only detections above ``SEMI.PSEUDO_LABEL_THRESHOLD`` train the boxes and the RPN.
+  background otherwise. An object that the teacher is not sure of is therefore learned as background
+  only in part. Only detections above ``SEMI.PSEUDO_LABEL_THRESHOLD`` train the boxes, and only they
+  are objects for the RPN.
 - **Mixed images** as in :mod:`.mixpl`.
 
 PRC needs the teacher's prediction for each proposal of the student, and a proposal in a mixed image
 is in no single image of the teacher. Soft labels need only the detections.
+
+A limitation: NMS is per class, so a detection with a low score may lie on an object that has a
+confident pseudo-label of another class. Proposals that overlap the former more get its soft label.
 """
 
 from __future__ import annotations
@@ -31,8 +35,10 @@ from .mixpl import MixPL
 class LocReweightMix(MixPL):
     """LER for each coordinate, soft class labels and mixed images.
 
+    The metric ``pseudo_labels/per_image`` also counts the pseudo-labels below the threshold.
+
     Attributes:
-        min_score: detections with a higher score are pseudo-labels.
+        min_score: detections with a higher score are pseudo-labels; the threshold if it is lower.
         temperature: of the soft labels, see :func:`~locreweight.losses.soft_labels.sharpen`.
     """
 
@@ -46,7 +52,7 @@ class LocReweightMix(MixPL):
         return super().from_config(cfg)
 
     def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
-        """Select all detections above ``min_score``, and add ``gt_certainty``."""
+        """Select all detections with a score above ``min_score``, and add ``gt_certainty``."""
         score = min(self.min_score, self.pseudo_label_threshold)
         labels = [to_pseudo_labels(x, score) for x in inputs.output.detections]
         add_certainty(labels, inputs, score)
@@ -60,11 +66,15 @@ class LocReweightMix(MixPL):
         image = super()._fit(i, size, device)
         labels = image.pseudo_labels
         # In the flipped image, the left side of a box is the right side of the cached one.
-        labels.gt_certainty = labels.gt_certainty[:, [2, 1, 0, 3]]
+        x1, y1, x2, y2 = labels.gt_certainty.unbind(dim=1)
+        labels.gt_certainty = torch.stack([x2, y1, x1, y2], dim=1)
         return image
 
     def classification_loss(self, proposals: SampledProposals) -> Tensor:
-        """Return the cross-entropy to soft labels, the mean over all sampled proposals."""
+        """Return the mean over all sampled proposals of the cross-entropy to soft labels.
+
+        Each proposal is weighted by :attr:`SampledProposals.image_weight`.
+        """
         probability = sharpen(proposals.matched_gt_field("gt_score"), self.temperature)
         is_foreground = proposals.is_foreground
         proposals.log_mean("proposals/label_probability", probability, is_foreground)
@@ -72,11 +82,18 @@ class LocReweightMix(MixPL):
         return (proposals.image_weight * loss).sum() / max(len(loss), 1)
 
     def box_loss(self, proposals: SampledProposals) -> Tensor:
-        """Return the smooth L1 loss, each coordinate weighted by the teacher's certainty of it."""
+        """Return the smooth L1 loss, each coordinate weighted by the teacher's certainty of it.
+
+        Proposals that match a pseudo-label below the threshold have no loss, but count in the
+        normalizer. Each proposal is also weighted by :attr:`SampledProposals.image_weight`.
+        """
         foreground = proposals.foreground
-        certainty = matched_certainty(proposals)[foreground.rows]
-        proposals.metrics["proposals/certainty"] = certainty.mean()
+        certainty = matched_certainty(proposals)
         is_confident = proposals.matched_gt_field("gt_score") > self.pseudo_label_threshold
         proposals.log_mean("proposals/above_threshold", is_confident, proposals.is_foreground)
-        weight = (proposals.image_weight * is_confident)[foreground.rows, None] * certainty
-        return (weight * proposals.smooth_l1_box_loss()).sum() / foreground.normalizer
+        has_loss = proposals.is_foreground & is_confident
+        proposals.log_mean("proposals/certainty", certainty.mean(dim=1), has_loss)
+        weight = (proposals.image_weight * is_confident)[:, None] * certainty
+        return (
+            weight[foreground.rows] * proposals.smooth_l1_box_loss()
+        ).sum() / foreground.normalizer

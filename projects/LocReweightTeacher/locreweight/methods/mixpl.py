@@ -54,7 +54,8 @@ class MixPL(SemiSupervisedMethod):
         cache_size: number of cached images. Nothing is mixed until the cache is full.
         mosaic_weight: weight of the losses in the mosaic; those in the other images have weight 1.
         further_fields: ``gt_*`` fields of pseudo-labels, besides boxes and classes, that a subclass
-            needs in mixed images.
+            needs in mixed images. Cached images are flipped, so :meth:`_fit` has to reorder fields
+            with one value for each corner.
         cache: images and pseudo-labels on the CPU, newest last; the same in all processes. Each is
             a dict with ``image`` (3, H, W) uint8, ``boxes`` (N, 4) xyxy in absolute pixels,
             ``classes`` (N,), and the further fields.
@@ -165,7 +166,8 @@ def flip_and_fit(image: Tensor, labels: Instances, size: tuple[int, int]) -> Stu
 
     Args:
         image: ``(3, h, w)``.
-        labels: with ``gt_boxes``, xyxy, absolute pixels of the image. Other fields are kept.
+        labels: with ``gt_boxes``, xyxy, absolute pixels of the image. Other fields are not
+            changed, also those with one value for each corner.
         size: ``(H, W)`` to fit into; the aspect ratio stays the same.
     """
     height, width = image.shape[1:]

@@ -10,8 +10,8 @@ The certainty of a coordinate is computed by :func:`.certainty.certainty`.
 
 Differences from the authors' code (Faster R-CNN):
 
-- The variances are trained with the KL loss of this project. There ``sigmoid(s)`` is a standard
-  deviation, and labeled boxes have an L1 loss plus 0.05 times a Gaussian likelihood.
+- The variances are trained with the KL loss of this project. There the sigmoid of that output is a
+  standard deviation, and labeled boxes have an L1 loss plus 0.05 times a Gaussian likelihood.
 - The box loss on pseudo-labels is smooth L1, and is multiplied by ``SEMI.UNSUPERVISED_WEIGHT`` as
   all others. There it is L1 with a weight of 1.
 - Box regression is per class (``MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG``). There one regressor is
