@@ -38,7 +38,9 @@ def test_training_on_a_device_gives_the_weights_of_the_cpu(device_results, name)
 
 def test_all_methods_are_trained_on_the_device(device_results):
     assert set(device_results) == set(TRAININGS)
-    assert {name for name, _ in METHOD_REGISTRY} <= set(TRAININGS)
+    # Other tests register methods of their own.
+    methods = {name for name, x in METHOD_REGISTRY if x.__module__.startswith("locreweight.")}
+    assert methods <= set(TRAININGS)
 
 
 def test_results_and_loss_scale_are_logged_from_the_device(device_results):
