@@ -251,13 +251,7 @@ def test_means_in_the_results_are_those_of_the_rows():
         ("bccd-small", "20", "600", "## Blood cells (BCCD)", 4),
         ("bccd-mobilenetv2", "10", "700", "### Five percent of the labels", 4),
         ("bccd-mobilenetv2", "10", "2000", "### Longer training", 6),
-        (
-            "bccd-mobilenetv2",
-            "20",
-            "700",
-            "### Ten percent of the labels, one seed",
-            3,
-        ),
+        ("bccd-mobilenetv2", "20", "700", "### Ten percent of the labels, one seed", 3),
     ):
         section = text.split(f"\n{heading}\n")[1]
         wanted = (config, labeled, iterations, "")

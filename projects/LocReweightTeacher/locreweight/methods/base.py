@@ -322,23 +322,26 @@ class SemiSupervisedMethod:
         """Restore a state returned by :meth:`state_dict`."""
 
 
-def to_pseudo_labels(detections: Instances, score_threshold: float) -> Instances:
+def to_pseudo_labels(detections: Instances, score_threshold: float, **fields: Tensor) -> Instances:
     """Convert the detections above a score threshold to ground truth for the student.
 
     Args:
         detections: detections in one image, after NMS.
         score_threshold: threshold on the class probability.
+        fields: further ``gt_*`` fields, each with one row for each detection.
 
     Returns:
         ``Instances`` in the frame of the detections, with ``gt_boxes``, ``gt_classes``,
-        ``gt_localization_quality`` and ``gt_score``.
+        ``gt_localization_quality``, ``gt_score`` and the further fields.
     """
     # With a mask, each field would count the selected rows again and wait for the device.
-    selected = detections[(detections.scores > score_threshold).nonzero().squeeze(1)]
+    rows = (detections.scores > score_threshold).nonzero().squeeze(1)
+    selected = detections[rows]
     return Instances(
         selected.image_size,
         gt_boxes=selected.pred_boxes,
         gt_classes=selected.pred_classes,
         gt_localization_quality=selected.localization_quality,
         gt_score=selected.scores,
+        **{name: values[rows] for name, values in fields.items()},
     )

@@ -11,13 +11,14 @@ from torch import Tensor
 from ..data.transforms.views import UnlabeledSample
 from ..errors import UsageError
 from ..geometry import between_views
-from .base import LabelingInputs, SampledProposals
+from .base import LabelingInputs, SampledProposals, to_pseudo_labels
 
 
 def check_predicts_certainty(cfg: CfgNode) -> None:
-    """
+    """Check that the detector of a config predicts variances of box corners.
+
     Raises:
-        UsageError: if the detector of a config does not predict variances of box corners.
+        UsageError: if it does not.
     """
     for key in ("GAUSSIAN_BOXES", "CORNER_CODING"):
         if not cfg.MODEL.ROI_BOX_HEAD[key]:
@@ -39,20 +40,24 @@ def certainty(log_variance: Tensor) -> Tensor:
     return torch.sigmoid(-log_variance)
 
 
-def add_certainty(labels: list[Instances], inputs: LabelingInputs, min_score: float) -> None:
-    """Add the field ``gt_certainty`` to pseudo-labels.
-
-    It is ``(P, 4)`` for P labels of an image, in the order x1, y1, x2, y2 of the **strong** view.
-    The boxes of the labels are still those of the weak view.
+def to_labels_with_certainty(inputs: LabelingInputs, score_threshold: float) -> list[Instances]:
+    """Convert the detections above a score threshold to pseudo-labels with their certainty.
 
     Args:
-        labels: for each image the detections with scores above ``min_score``, in their order.
-        inputs: the detections and the views.
-        min_score: the threshold that the labels were selected with.
+        inputs: the detections and the views of N images.
+        score_threshold: threshold on the class probability.
+
+    Returns:
+        N ``Instances`` as those of :func:`.base.to_pseudo_labels`, in the frame of the weak view.
+        The further field ``gt_certainty`` is ``(P, 4)`` for P labels, in the order x1, y1, x2, y2
+        of the **strong** view.
     """
-    for x, detections, sample in zip(labels, inputs.output.detections, inputs.samples, strict=True):
-        rows = (detections.scores > min_score).nonzero().squeeze(1)
-        x.gt_certainty = certainty(reorder_corners(detections.log_variance[rows], sample))
+    return [
+        to_pseudo_labels(
+            x, score_threshold, gt_certainty=certainty(reorder_corners(x.log_variance, sample))
+        )
+        for x, sample in zip(inputs.output.detections, inputs.samples, strict=True)
+    ]
 
 
 def reorder_corners(values: Tensor, sample: UnlabeledSample) -> Tensor:

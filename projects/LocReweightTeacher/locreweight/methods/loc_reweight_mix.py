@@ -26,8 +26,8 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..losses.soft_labels import sharpen, soft_cross_entropy
-from .base import METHOD_REGISTRY, LabelingInputs, SampledProposals, StudentImage, to_pseudo_labels
-from .certainty import add_certainty, check_predicts_certainty, matched_certainty
+from .base import METHOD_REGISTRY, LabelingInputs, SampledProposals, StudentImage
+from .certainty import check_predicts_certainty, matched_certainty, to_labels_with_certainty
 from .mixpl import MixPL
 
 
@@ -54,9 +54,7 @@ class LocReweightMix(MixPL):
     def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
         """Select all detections with a score above ``min_score``, and add ``gt_certainty``."""
         score = min(self.min_score, self.pseudo_label_threshold)
-        labels = [to_pseudo_labels(x, score) for x in inputs.output.detections]
-        add_certainty(labels, inputs, score)
-        return labels
+        return to_labels_with_certainty(inputs, score)
 
     def rpn_labels(self, pseudo_labels: Instances) -> Instances:
         """Return the pseudo-labels above the threshold."""

@@ -10,8 +10,9 @@ The certainty of a coordinate is computed by :func:`.certainty.certainty`.
 
 Differences from the authors' code (Faster R-CNN):
 
-- The variances are trained with the KL loss of this project. There the sigmoid of that output is a
-  standard deviation, and labeled boxes have an L1 loss plus 0.05 times a Gaussian likelihood.
+- The variances are trained with the KL loss of this project. There the sigmoid of the predicted
+  number is a standard deviation, and labeled boxes have an L1 loss plus 0.05 times a Gaussian
+  likelihood.
 - The box loss on pseudo-labels is smooth L1, and is multiplied by ``SEMI.UNSUPERVISED_WEIGHT`` as
   all others. There it is L1 with a weight of 1.
 - Box regression is per class (``MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG``). There one regressor is
@@ -26,7 +27,12 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from .base import METHOD_REGISTRY, LabelingInputs, SampledProposals, SemiSupervisedMethod
-from .certainty import add_certainty, certainty, check_predicts_certainty, matched_certainty
+from .certainty import (
+    certainty,
+    check_predicts_certainty,
+    matched_certainty,
+    to_labels_with_certainty,
+)
 
 
 @METHOD_REGISTRY.register()
@@ -49,9 +55,7 @@ class UnbiasedTeacherV2(SemiSupervisedMethod):
 
     def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
         """Add ``gt_certainty``, ``(P, 4)``, in the order of the corners in the strong view."""
-        labels = super().select_pseudo_labels(inputs)
-        add_certainty(labels, inputs, self.pseudo_label_threshold)
-        return labels
+        return to_labels_with_certainty(inputs, self.pseudo_label_threshold)
 
     def box_loss(self, proposals: SampledProposals) -> Tensor:
         foreground = proposals.foreground
