@@ -219,6 +219,18 @@ SPOILED = {
         edit_test(swap_classes),
         ["in a different order", "'dog', 'cat', 'owl'"],
     ),
+    "names of the config": (
+        set_to("DATASETS.CLASS_NAMES", ["cat", "dgo", "owl"]),
+        [
+            "do not have the same classes",
+            "DATASETS.CLASS_NAMES: 'cat', 'dgo', 'owl'",
+            "lacks 'dog'",
+        ],
+    ),
+    "order of the config": (
+        set_to("DATASETS.CLASS_NAMES", ["dog", "cat", "owl"]),
+        ["in a different order", "DATASETS.CLASS_NAMES: 'dog', 'cat', 'owl'"],
+    ),
     "class named twice": (repeated_class, ["classes of the same name", "cat"]),
     "test set without classes": (
         lambda p: p.set("DATASETS.TEST", [f"folder:{p.unlabeled}"]),

@@ -181,6 +181,14 @@ def test_other_class_names_in_the_test_set(project):
     assert "do not have the same classes" in error and "wolf" in error
 
 
+def test_names_of_the_config_are_compared_with_those_of_a_coco_file(project):
+    project.settings["DATASETS.CLASS_NAMES"] = ["cat", "dgo", "owl"]
+    (error,) = project.texts(Severity.ERROR)
+    assert "DATASETS.CLASS_NAMES: 'cat', 'dgo', 'owl'; it lacks 'dog'" in error
+    project.settings["DATASETS.CLASS_NAMES"] = ["cat", "dog", "owl"]
+    assert project.texts(Severity.ERROR) == []
+
+
 def test_class_without_boxes(project):
     edit_json(project.json, lambda c: [a.update(category_id=1) for a in c["annotations"]] and None)
     (text,) = (t for t in project.texts(Severity.WARNING) if "coco:" in t and "labeled" in t)

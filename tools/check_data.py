@@ -34,11 +34,21 @@ from locreweight.errors import UsageError
 
 def training_command(args: argparse.Namespace, options: list[str]) -> str:
     """Shell command that trains with these options."""
-    files = ["--config-file", args.config_file] if args.config_file else []
-    files += ["--method", args.method] if args.method else []
-    return shlex.join(
-        ["python", "train_net.py", "--num-gpus", str(args.num_gpus), *files, *options]
+    config = ["--config-file", args.config_file] if args.config_file else []
+    return _command("train_net.py", args, config, options)
+
+
+def repeat_command(args: argparse.Namespace, options: list[str]) -> str:
+    """Shell command that writes a config with these options."""
+    return _command(
+        "tools/check_data.py", args, ["--write-config", str(args.write_config)], options
     )
+
+
+def _command(script: str, args: argparse.Namespace, config: list[str], options: list[str]) -> str:
+    gpus = ["--num-gpus", str(args.num_gpus)]
+    method = ["--method", args.method] if args.method else []
+    return shlex.join(["python", script, *gpus, *config, *method, *options])
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,12 +91,15 @@ def main(arguments: list[str] | None = None) -> None:
         print(report.overview)
     for finding in report.findings:
         print(format_finding(finding))
-    # The suggested config has another schedule than its base.
-    if not suggests_config or report.has_errors or report.has_fixes:
+    if not suggests_config:
         if report.training_values:
             print(f"\n{report.training_values}")
         print(f"\nto train:\n  {training_command(args, report.options)}")
+    elif report.has_errors and report.has_fixes:
+        print(f"\nto repeat this with the fixes:\n  {repeat_command(args, report.options)}")
     print(f"\n{report.summary}")
+    if report.has_fixes and not suggests_config:
+        print("to check the fixes, run this again with the options of the command above")
     if args.list:
         # File names can contain any bytes.
         args.list.write_text(format_all_files(report.findings), errors="surrogateescape")

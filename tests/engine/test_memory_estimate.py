@@ -27,6 +27,11 @@ def test_estimate_grows_with_batch_views_and_size():
     assert estimate_memory(tiny_config(settings), [(64, 64)], num_gpus=2).images == 4
     two_views = tiny_config(settings | {"INPUT.AUGMENTATION_POLICY": "UnbiasedTeacherPolicy"})
     assert estimate_memory(two_views, [(64, 64)], num_gpus=1).images == 10
+    mixpl = tiny_config(settings | {"SEMI.METHOD": "MixPL"})
+    assert estimate_memory(mixpl, [(64, 64)], num_gpus=1).images == 9  # and the mosaic
+    assert estimate_memory(mixpl, [(64, 64)], num_gpus=2).images == 5
+    supervised = tiny_config(settings | {"SOLVER.MAX_ITER": 5, "SEMI.BURN_IN_ITERS": 5})
+    assert estimate_memory(supervised, [(64, 64)], num_gpus=1).images == 2
     large = {"INPUT.MIN_SIZE_TRAIN": [128, 128], "INPUT.MAX_SIZE_TRAIN": 128}
     larger = estimate_memory(tiny_config(settings | large), [(64, 64)], num_gpus=1)
     assert 2 < larger.per_image / plain.per_image < 5  # four times the pixels, the same proposals

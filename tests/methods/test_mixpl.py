@@ -120,8 +120,9 @@ def test_nothing_is_mixed_before_the_cache_is_full(cached):
 
 @pytest.mark.parametrize("count", [1, 3, 8, 11])
 def test_each_image_is_averaged_with_a_cached_one_and_a_mosaic_is_added(count):
-    composed = make_method(8).compose(views(count), [])
-    assert len(composed) == count + 1
+    method = make_method(8)
+    composed = method.compose(views(count), [])
+    assert len(composed) == count + method.further_images
     flipped = [cache_entry(i)["image"].flip(2).float() for i in range(8)]
     partners = []
     for x, view in zip(composed[:-1], views(count), strict=True):

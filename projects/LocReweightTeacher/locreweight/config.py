@@ -217,7 +217,7 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Class names of data sets that do not list their own ("voc:", "labelme:", "yolo:"), in the
     # order of the model's classes. Empty: the 20 VOC classes for "voc:<folder>:<split>",
     # classes.txt or obj.names for "yolo:<images>:<labels>", otherwise the classes in the
-    # annotations.
+    # annotations. All labeled and test sets, also those that list their classes, must have these.
     cfg.DATASETS.CLASS_NAMES = ()
     # Ground truth of unlabeled images, used only to measure the quality of pseudo-labels: annotated
     # data sets with images that are also in DATASETS.UNLABELED. Not needed for annotated sets in

@@ -1,6 +1,7 @@
 """Valid annotations that are probably not what they seem."""
 
 import json
+import shlex
 
 import pytest
 from PIL import Image
@@ -174,3 +175,22 @@ def test_no_config_is_written_if_the_data_have_errors(project, tmp_path):
     with pytest.raises(SystemExit, match="fix the errors above"):
         check_data.main(["--write-config", str(tmp_path / "my.yaml"), *project.arguments])
     assert not (tmp_path / "my.yaml").exists()
+
+
+def test_command_with_the_fixes_writes_the_config(project, tmp_path, capsys, monkeypatch):
+    base = ("bccd-small.yaml", "no pretrained weights")
+    monkeypatch.setattr("locreweight.engine.config_suggestion.choose_base", lambda weights: base)
+    edit_json(project.json, lambda c: c["annotations"][0].update(bbox=[9, 9, -5, 5]))
+    data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
+    file = tmp_path / "my.yaml"
+    with pytest.raises(SystemExit, match="fix the errors above"):
+        check_data.main(["--write-config", str(file), *as_options(data)])
+    printed = capsys.readouterr().out
+    assert "train_net.py" not in printed and "\n1 error, " in printed
+    _, _, command = printed.partition("to repeat this with the fixes:\n  ")
+    python, tool, *arguments = shlex.split(command.splitlines()[0])
+    assert (python, tool) == ("python", "tools/check_data.py")
+    with pytest.raises(SystemExit) as exit_:
+        check_data.main(arguments)
+    assert exit_.value.code == 0
+    assert load_config(str(file), []).DATASETS.CHECKS.DROP_BAD_BOXES

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
@@ -244,6 +245,20 @@ def _corners(box: list, mode: BoxMode) -> Sequence[float]:
 # -- classes ---------------------------------------------------------------------------------------
 
 
+def with_configured_names(cfg: CfgNode, class_names: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Add ``DATASETS.CLASS_NAMES`` to the class names to compare, unless it is empty.
+
+    COCO and yaml files list their classes, so a name that is spelled differently in
+    ``DATASETS.CLASS_NAMES`` has no other effect.
+
+    Args:
+        cfg: the config.
+        class_names: data set -> its class names in order.
+    """
+    configured = list(cfg.DATASETS.CLASS_NAMES)
+    return {"DATASETS.CLASS_NAMES": configured} | class_names if configured else class_names
+
+
 def check_classes(class_names: dict[str, list[str]], num_classes: int) -> None:
     """Check that all annotated data sets have the same classes, as many as the model.
 
@@ -288,7 +303,8 @@ def check_same_classes(class_names: dict[str, list[str]]) -> None:
     problem = (
         "the data sets do not have the same classes. All of them need the same list of classes, "
         "also of classes without a box: add the missing categories, set DATASETS.CLASS_NAMES for "
-        "formats without a list of classes, or correct names that are spelled differently"
+        "formats without a list of classes (or leave it empty), or correct names that are spelled "
+        "differently"
     )
     if all(set(names) == set(every) for names in lists):
         problem = (

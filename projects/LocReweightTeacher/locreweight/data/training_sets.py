@@ -28,6 +28,7 @@ from .checks import (
     check_test_set,
     common_images,
     describe_crowds,
+    with_configured_names,
     without_overlap,
 )
 from .datasets.catalog import expand_path, register
@@ -210,7 +211,7 @@ def _checked_class_names(cfg: CfgNode) -> list[str]:
     for name, classes in class_names.items():
         if not classes:
             raise UsageError(f"{name} has no annotations; put it into DATASETS.UNLABELED")
-    check_classes(class_names, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    check_classes(with_configured_names(cfg, class_names), cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     return class_names[cfg.DATASETS.TRAIN[0]]
 
 

@@ -70,10 +70,10 @@ class DataReport:
     def summary(self) -> str:
         """Number of errors and warnings."""
         counts = Counter(finding.severity for finding in self.findings)
-        text = f"{counts[Severity.ERROR]} errors, {counts[Severity.WARNING]} warnings"
-        if self.has_fixes:
-            text += "\nto check the fixes, run this again with the options of the command above"
-        return text
+        return ", ".join(
+            f"{counts[severity]} {severity.value}{'' if counts[severity] == 1 else 's'}"
+            for severity in (Severity.ERROR, Severity.WARNING)
+        )
 
 
 def check_data(

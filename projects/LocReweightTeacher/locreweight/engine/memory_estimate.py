@@ -78,10 +78,10 @@ def estimate_memory(cfg: CfgNode, sizes: list[tuple[int, int]], num_gpus: int) -
     per_image = large + per_pixel * (largest - side**2)
 
     views = len(build_augmentation_policy(cfg).labeled)
-    images = cfg.SOLVER.IMS_PER_BATCH * views + cfg.SOLVER.IMS_PER_BATCH_UNLABELED
-    if cfg.SEMI.BURN_IN_ITERS >= cfg.SOLVER.MAX_ITER:
-        images = cfg.SOLVER.IMS_PER_BATCH * views
-    return MemoryEstimate(models, round(per_image), images // num_gpus * method.num_members)
+    images = cfg.SOLVER.IMS_PER_BATCH * views // num_gpus
+    if cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER:
+        images += cfg.SOLVER.IMS_PER_BATCH_UNLABELED // num_gpus + method.further_images
+    return MemoryEstimate(models, round(per_image), images * method.num_members)
 
 
 def _pixels(size: tuple[int, int], cfg: CfgNode) -> int:

@@ -201,12 +201,14 @@ class SemiSupervisedMethod:
             Otherwise they share one.
         frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
             pseudo-labels. Otherwise the current teacher makes them.
+        further_images: number of images that :meth:`compose` adds, to estimate the memory.
         pseudo_label_threshold: a detection is a pseudo-label if its score is above this.
     """
 
     num_members: int = 1
     own_strong_views: bool = False
     frozen_pseudo_labeler: bool = False
+    further_images: int = 0
 
     @configurable
     def __init__(self, *, pseudo_label_threshold: float) -> None:

@@ -61,6 +61,7 @@ class MixPL(SemiSupervisedMethod):
             ``classes`` (N,), and the further fields.
     """
 
+    further_images = 1  # the mosaic
     cache_size: int = 8
     mosaic_weight: float = 0.5
     further_fields: tuple[str, ...] = ()

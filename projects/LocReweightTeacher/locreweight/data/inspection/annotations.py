@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ...errors import UsageError
-from ..checks import check_boxes, check_classes, describe_crowds
+from ..checks import check_boxes, check_classes, describe_crowds, with_configured_names
 from .findings import DataSets, Finding, Severity
 from .images import ImageFacts
 
@@ -33,7 +33,7 @@ def class_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
         return findings
     count = len(next(iter(known.values())))
     try:
-        check_classes(known, count)
+        check_classes(with_configured_names(cfg, known), count)
     except UsageError as error:
         findings.append(Finding(Severity.ERROR, str(error)))
     else:
