@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -86,6 +87,7 @@ def software_versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "timm": version("timm"),
         "Detectron2": describe_detectron2(),
     }
     return versions | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
