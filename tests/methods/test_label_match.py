@@ -40,6 +40,19 @@ def test_score_at_rank_sorts_each_class():
     assert torch.equal(score_at_rank(scores[:0], classes[:0], ranks), torch.zeros(3, 3))
 
 
+@pytest.mark.parametrize(
+    ("iterations", "images"), [(30, 6), (1000, 200), (50_000, 10_000), (500_000, 10_000), (-4, 1)]
+)
+def test_thresholds_are_computed_at_least_twenty_times(iterations, images):
+    settings = {
+        "SEMI.BURN_IN_ITERS": 5,
+        "SOLVER.MAX_ITER": 5 + iterations,
+        "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
+    }
+    assert make_method(**settings).images == images
+    assert make_method(**settings, **{"SEMI.LABEL_MATCH.IMAGES": 7}).images == 7
+
+
 def test_thresholds_give_pseudo_labels_the_class_frequencies_of_the_labeled_images():
     """10 unlabeled images; the labeled ones have 1 object of class 0 and 0.5 of class 1."""
     method = make_method(**{"SEMI.LABEL_MATCH.IMAGES": 10})
@@ -130,5 +143,5 @@ def test_losses_on_reliable_and_uncertain_pseudo_labels(by_sampled, labels):
 
 
 def test_number_of_images_must_be_positive():
-    with pytest.raises(UsageError, match=r"SEMI.LABEL_MATCH.IMAGES is 0"):
-        make_method(**{"SEMI.LABEL_MATCH.IMAGES": 0})
+    with pytest.raises(UsageError, match=r"SEMI.LABEL_MATCH.IMAGES is -1"):
+        make_method(**{"SEMI.LABEL_MATCH.IMAGES": -1})

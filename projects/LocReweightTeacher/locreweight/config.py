@@ -137,8 +137,9 @@ def _add_training_keys(cfg: CfgNode) -> None:
 def _add_method_keys(cfg: CfgNode) -> None:
     cfg.SEMI.LABEL_MATCH = CfgNode()
     # For LabelMatch: number of unlabeled images after which the thresholds of the classes are
-    # computed again, from the detections in these images.
-    cfg.SEMI.LABEL_MATCH.IMAGES = 10000
+    # computed again, from the detections in these images. 0: 10000, as published, or a twentieth of
+    # the unlabeled images that the training uses if that is fewer.
+    cfg.SEMI.LABEL_MATCH.IMAGES = 0
 
     # For RPL, whose constants are not known with certainty: exponents of a class's certainty,
     # relative to the most certain class, in the threshold and in the weight of the losses.

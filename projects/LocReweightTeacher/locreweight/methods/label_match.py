@@ -9,8 +9,9 @@ teacher gives each proposal.
 Differences from the authors' code:
 
 - Thresholds follow from the detections and labeled objects of the training batches, and are
-  recomputed after each ``SEMI.LABEL_MATCH.IMAGES`` unlabeled images. The authors run the teacher on
-  10000 other unlabeled images every 1000 iterations, and count all labeled objects once.
+  recomputed after each 10000 unlabeled images, and at least 20 times in a training. The authors run
+  the teacher on 10000 other unlabeled images every 1000 iterations, and count all labeled objects
+  once.
 - Proposals are assigned to reliable and uncertain pseudo-labels at once, to the one with the
   largest overlap. There they are assigned to the reliable ones first.
 - Uncertain pseudo-labels do not become reliable if the teacher confirms them with the student's
@@ -74,9 +75,14 @@ class LabelMatch(SemiSupervisedMethod):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         images = cfg.SEMI.LABEL_MATCH.IMAGES
-        if images < 1:
-            raise UsageError(f"SEMI.LABEL_MATCH.IMAGES is {images}; set a positive number")
-        arguments = {"num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES, "images": images}
+        if images < 0:
+            raise UsageError(
+                f"SEMI.LABEL_MATCH.IMAGES is {images}; set a positive number, or 0 to choose it"
+            )
+        arguments = {
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "images": images or _images_per_update(cfg),
+        }
         return super().from_config(cfg) | arguments
 
     def select_pseudo_labels(self, inputs: LabelingInputs) -> list[Instances]:
@@ -142,6 +148,16 @@ class LabelMatch(SemiSupervisedMethod):
     def load_state_dict(self, state_dict: dict) -> None:
         self.thresholds = state_dict["thresholds"]
         self._statistics = list(state_dict["statistics"])
+
+
+def _images_per_update(cfg: CfgNode) -> int:
+    """Choose the number of unlabeled images from which thresholds are computed.
+
+    As published, or a twentieth of the unlabeled images that the training uses if that is fewer.
+    Otherwise a short training would end before it has thresholds.
+    """
+    iterations = max(cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS, 0)
+    return min(10_000, max(iterations * cfg.SOLVER.IMS_PER_BATCH_UNLABELED // 20, 1))
 
 
 def score_at_rank(scores: Tensor, classes: Tensor, ranks: Tensor) -> Tensor:
