@@ -29,8 +29,8 @@ from locreweight.engine.prediction import predict_files
 from locreweight.engine.predictor import Predictor
 from locreweight.engine.run_folder import SUMMARY_METRICS, RunFolder
 from locreweight.engine.run_queue import CONSOLE_FILE
-from locreweight.engine.shared_burn_in import start_from_checkpoint
-from locreweight.run_files import FINAL_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE
+from locreweight.engine.shared_burn_in import checkpoint_of_burn_in, start_from_burn_in
+from locreweight.run_files import FINAL_CHECKPOINT, LAST_CHECKPOINT
 from locreweight.visualization.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,15 +134,11 @@ def exit_on_error(code: int | None) -> None:
         sys.exit(code)
 
 
-def checkpoint_of_burn_in(output: Path, burn_in: int) -> Path:
-    return output / f"model_{burn_in - 1:07d}.pth"
-
-
 def share_burn_in(source: Path, target: Path, burn_in: int) -> None:
     """Let a new run continue from the end of another run's burn-in, which is the same for both."""
     checkpoint = checkpoint_of_burn_in(source, burn_in)
     if checkpoint.is_file() and not (target / LAST_CHECKPOINT).is_file():
-        start_from_checkpoint(target, checkpoint, source / METRICS_FILE, checkpoint.name)
+        start_from_burn_in(target, source, burn_in)
 
 
 def print_results(output: Path, baseline: Path) -> None:

@@ -41,6 +41,9 @@ def test_the_end_of_training_stays_the_end():
     # Burn-in is 1333 iterations on three processes, and 4000 on one.
     change = ProcessChange(3, 1, 120_000, 1333, 4000, 360_000)
     assert change.done(120_000) == 360_000
+    # Supervised: burn-in never ends. 360000 iterations on one process are 51429 on seven.
+    change = ProcessChange(7, 1, 51_429, 10**9, 10**9, 360_000)
+    assert change.done(51_429) == 360_000
 
 
 def test_cut_lines_are_left_out(tmp_path):

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.engine import HookBase
 
 from locreweight.engine.run_queue import Run, RunQueue
-from locreweight.engine.shared_burn_in import SharedBurnIn
+from locreweight.engine.shared_burn_in import SharedBurnIn, start_from_burn_in
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import TRAINING, build_trainer, copy_of, make_datasets, same
 from tests.modeling.tiny_model import TINY, as_options
@@ -125,13 +126,46 @@ def test_run_without_the_shared_checkpoint_trains_its_own_burn_in(run_of, tmp_pa
     assert not runs[1].folder.has_checkpoint
 
 
+def write_checkpoint(file, iteration):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"trainer": {"iteration": iteration}}, file)
+
+
+def end_of_burn_in(run):
+    return run.output / f"model_{BURN_IN - 1:07d}.pth"
+
+
+@pytest.mark.parametrize(("changed", "is_used"), [({}, True), ({"SOLVER.BASE_LR": 0.002}, False)])
+def test_kept_checkpoint_of_other_settings_is_not_used(run_of, tmp_path, changed, is_used):
+    """The folder of a comparison whose runs were removed, to repeat it with other settings."""
+    methods = ("loc_reweight", "teacher_student")
+    first, _ = runs = [run_of(method) for method in methods]
+    write_checkpoint(end_of_burn_in(first), BURN_IN - 1)
+    SharedBurnIn(runs, tmp_path / "burn-in").keep_checkpoints()
+    end_of_burn_in(first).unlink()
+    runs = [run_of(method, **changed) for method in methods]
+    SharedBurnIn(runs, tmp_path / "burn-in").prepare(runs[1])
+    assert end_of_burn_in(runs[1]).is_file() == is_used
+
+
+@pytest.mark.parametrize(
+    ("iteration", "is_copied"), [(0, True), (BURN_IN - 1, True), (BURN_IN, False)]
+)
+def test_best_checkpoint_of_burn_in_is_copied(run_of, tmp_path, iteration, is_copied):
+    """Without it, a run that does not improve on burn-in would end without a best checkpoint."""
+    source, target = run_of("loc_reweight"), tmp_path / "target"
+    write_checkpoint(end_of_burn_in(source), BURN_IN - 1)
+    write_checkpoint(source.output / "model_best.pth", iteration)
+    start_from_burn_in(target, source.output, BURN_IN)
+    assert (target / "model_best.pth").is_file() == is_copied
+
+
 def test_run_waits_only_while_its_burn_in_is_trained(run_of, tmp_path):
     first, other, foreign = (run_of(m) for m in ("loc_reweight", "teacher_student", "stac"))
     shared = SharedBurnIn([first, other, foreign], tmp_path / "burn-in")
     assert shared.must_wait(other, {first}) and not shared.must_wait(other, {foreign})
     assert not shared.must_wait(first, {other}) and not shared.must_wait(foreign, {first})
-    first.output.mkdir(parents=True)
-    (first.output / f"model_{BURN_IN - 1:07d}.pth").touch()
+    write_checkpoint(end_of_burn_in(first), BURN_IN - 1)
     assert not shared.must_wait(other, {first})
 
 

@@ -143,23 +143,31 @@ def test_labels_make_a_round_trip_through_the_memory():
     assert torch.equal(again.gt_score, first[0].gt_score)
 
 
-def test_observations_of_two_processes_equal_those_of_one():
-    samples = [make_sample(SCALED, f"{i}.png") for i in range(4)]
-    labels = [random_labels(seed=i) for i in range(4)]
-    entries = [
-        (i % 2, {s.file_name: to_original(x, s)})
-        for i, (x, s) in enumerate(zip(labels, samples, strict=True))
-    ]
-    one, two = make_method(), make_method()
-    one.update_state(entries)
-    for part in (entries[:2], entries[2:]):
-        two.update_state(part)
+def same_memory(first, second):
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[k][n], b[k][n]) for k in a for n in a[k])
+        for a, b in zip(first.memory, second.memory, strict=True)
+    )
+
+
+def test_the_order_of_processes_decides_which_labels_of_an_image_are_stored():
+    """Both processes have the same image in a step; the second one's labels are kept."""
+    sample = make_sample(SCALED, "shared.png")
+    observations = []
+    for seed, names in ((0, ["a.png", "shared.png"]), (1, ["shared.png", "b.png"])):
+        method = make_method()
+        inputs = LabelingInputs(
+            None, TeacherOutput({}, []), [make_sample(SCALED, name) for name in names], member=1
+        )
+        labels = [random_labels(seed=seed) for _ in names]
+        observations.append(method.observe(inputs, labels))
+    method.update_state(observations)
+    assert method.memory[0] == {} and set(method.memory[1]) == {"a.png", "shared.png", "b.png"}
+    stored = method.memory[1]["shared.png"]["boxes"]
+    assert torch.equal(stored, to_original(random_labels(seed=1), sample)["boxes"])
     restored = make_method()
-    restored.load_state_dict(one.state_dict())
-    for method in (two, restored):
-        for a, b in zip(one.memory, method.memory, strict=True):
-            assert a.keys() == b.keys()
-            assert all(torch.equal(a[k][n], b[k][n]) for k in a for n in a[k])
+    restored.load_state_dict(method.state_dict())
+    assert same_memory(restored, method)
 
 
 def test_memory_is_saved_as_a_few_tensors():
@@ -201,8 +209,18 @@ def test_drop_block_acts_in_training_only(students):
     assert not torch.equal(head(features), head(features))
 
 
+def test_drop_block_keeps_the_scale_of_many_features_in_float16(students):
+    """CPU autocast sums in float16, where the number of features would be infinite."""
+    head = students.members[0].roi_heads.box_head.train()
+    features = torch.ones(64, 32, 7, 7, dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        dropped = make_method()._drop_blocks(head, (features,))
+    assert dropped.dtype == torch.float16
+    assert_close(dropped.float().mean(), torch.tensor(1.0), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("SHARE", 1.0), ("SHARE", -0.1), ("SIZE", 0), ("SIZE", 8)]
+    ("key", "value"), [("SHARE", 1.0), ("SHARE", -0.1), ("SIZE", 0), ("SIZE", 8), ("SIZE", 2)]
 )
 def test_bad_settings_name_the_key(key, value):
     with pytest.raises(UsageError, match=rf"SEMI.ISMT.DROP_BLOCK_{key} is {value}"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from locreweight.config import load_config
@@ -75,6 +76,22 @@ def test_pointwise_backbone_gives_the_features_of_unmixed_images():
     backbone = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.AvgPool2d(4), nn.Conv2d(5, 7, 1))
     mixing = make_mum().backbone_mixing(8)
     assert_close(mixing.unmix(backbone(mixing.mix(images))), backbone(images))
+
+
+@pytest.mark.parametrize(("size", "divisible"), [((6, 8), (4, 8)), ((21, 13), (20, 12))])
+def test_tiles_of_resized_levels_are_put_back(size, divisible):
+    """Compared with a loop over tiles."""
+    features = torch.randn(4, 2, *size)
+    order = torch.rand(1, 4, 4, 4).argsort(dim=1)
+    resized = F.interpolate(features, divisible, mode="bilinear")
+    expected = torch.empty_like(resized)
+    height, width = divisible[0] // 4, divisible[1] // 4
+    for i, row, column in itertools.product(range(4), range(4), range(4)):
+        rows = slice(height * row, height * (row + 1))
+        columns = slice(width * column, width * (column + 1))
+        expected[order[0, i, row, column], :, rows, columns] = resized[i, :, rows, columns]
+    expected = F.interpolate(expected, size, mode="bilinear")
+    assert_close(TileMixing(order).unmix(features), expected)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3), (6, 8), (5, 7), (21, 13)])

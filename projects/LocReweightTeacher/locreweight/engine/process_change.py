@@ -66,8 +66,9 @@ class ProcessChange:
         images begins.
         """
         if before < self.burn_in_before:
-            return min(before * self.before // self.now, self.burn_in)
-        done = self.burn_in + (before - self.burn_in_before) * self.before // self.now
+            done = min(before * self.before // self.now, self.burn_in)
+        else:
+            done = self.burn_in + (before - self.burn_in_before) * self.before // self.now
         return min(done, self.max_iter)  # the length of training was rounded, too
 
     def index(self, before: int) -> int:

@@ -7,6 +7,7 @@ depend on seed and iteration only, so the weights are the same, bit for bit, as 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import yaml
 
+from ..checkpoint.files import DamagedCheckpoint, iteration_of
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
 from ..methods import build_method
-from ..run_files import LAST_CHECKPOINT, METRICS_FILE
+from ..run_files import BEST_CHECKPOINT, LAST_CHECKPOINT, METRICS_FILE
 from .run_folder import flatten_config
 from .run_queue import Run
 
@@ -40,19 +42,23 @@ class SharedBurnIn:
         Raises:
             UsageError: if a run that others depend on saves no checkpoint at the end of burn-in.
         """
-        self._folder = folder
         groups: dict[str, list[Run]] = {}
         for run in runs:
             if run.cfg.SEMI.BURN_IN_ITERS > 0:
                 groups.setdefault(_settings_of_burn_in(run), []).append(run)
         self._source: dict[Run, Run] = {}  # run -> the run that trains its burn-in
-        for group in groups.values():
+        self._kept: dict[Run, Path] = {}  # run that trains a burn-in -> folder with its checkpoint
+        for settings, group in groups.items():
             # A longer burn-in, such as that of a supervised run, begins like a shorter one.
             first = min(group, key=lambda run: run.cfg.SEMI.BURN_IN_ITERS)
             others = [run for run in group if run is not first]
             if others and first.cfg.SEMI.BURN_IN_ITERS < first.cfg.SOLVER.MAX_ITER:
                 _check_saves_burn_in(first)
                 self._source |= dict.fromkeys(others, first)
+                # With other settings, the folder of an earlier comparison is not used.
+                digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+                name = f"{first.output.parent.name}-{first.output.name}-{digest}"
+                self._kept[first] = folder / name
 
     def order(self, runs: Sequence[Run]) -> list[Run]:
         """Return the runs with those first that others depend on."""
@@ -65,15 +71,13 @@ class SharedBurnIn:
 
     def keep_checkpoints(self) -> None:
         """Keep the checkpoints that others depend on, as soon as they exist."""
-        for run in set(self._source.values()):
-            checkpoint, kept = _checkpoint_of_burn_in(run), self._kept_checkpoint(run)
-            if checkpoint.is_file() and not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(checkpoint, kept)
-                except OSError:  # the disk has no hard links
-                    shutil.copyfile(checkpoint, kept.with_suffix(".partial"))
-                    kept.with_suffix(".partial").rename(kept)
+        for run, kept in self._kept.items():
+            burn_in = run.cfg.SEMI.BURN_IN_ITERS
+            if not kept.exists() and checkpoint_of_burn_in(run.output, burn_in).is_file():
+                partial = kept.with_name(f"{kept.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                start_from_burn_in(partial, run.output, burn_in)
+                partial.rename(kept)
 
     def must_wait(self, run: Run, active: Collection[Run]) -> bool:
         """Whether a run has to wait for a burn-in that one of the active runs is training."""
@@ -81,7 +85,7 @@ class SharedBurnIn:
         if source is None or source not in active or run.folder.has_checkpoint:
             return False
         self.keep_checkpoints()
-        return not self._kept_checkpoint(source).exists()
+        return not self._kept[source].exists()
 
     def prepare(self, run: Run) -> None:
         """Put the shared checkpoint into the folder of a run that has not started yet.
@@ -92,30 +96,61 @@ class SharedBurnIn:
         if source is None or run.folder.has_checkpoint:
             return
         self.keep_checkpoints()
-        kept = self._kept_checkpoint(source)
+        kept = self._kept[source]
         if not kept.exists():
             logger.warning("%s trains its own burn-in: %s does not exist", run.name, kept)
             return
-        name = _checkpoint_of_burn_in(source).name
-        start_from_checkpoint(run.output, kept, source.output / METRICS_FILE, name)
-
-    def _kept_checkpoint(self, run: Run) -> Path:
-        return self._folder / f"{run.output.parent.name}-{run.output.name}.pth"
+        start_from_burn_in(run.output, kept, source.cfg.SEMI.BURN_IN_ITERS)
+        # Those of the last iterations of burn-in may have been written after its checkpoint.
+        _copy_metrics(source.output, run.output)
 
 
-def start_from_checkpoint(output: Path, checkpoint: Path, metrics: Path, name: str) -> None:
-    """Let a new run continue from a checkpoint of another run.
+def start_from_burn_in(output: Path, source: Path, burn_in: int) -> None:
+    """Let a new run continue from the end of another run's burn-in.
 
     Args:
         output: ``OUTPUT_DIR`` of the new run, which is then resumed; created if missing.
-        checkpoint: the file.
-        metrics: ``metrics.json`` of the other run. Resuming removes lines of later iterations.
-        name: file name of the checkpoint in the new run.
+        source: ``OUTPUT_DIR`` of the other run, with its checkpoint at the end of burn-in.
+        burn_in: number of iterations of burn-in.
     """
+    checkpoint = checkpoint_of_burn_in(source, burn_in)
     output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(checkpoint, output / name)
-    shutil.copyfile(metrics, output / METRICS_FILE)
-    atomic_write_bytes(output / LAST_CHECKPOINT, name.encode())
+    _link_or_copy(checkpoint, output / checkpoint.name)
+    # If the method does not improve on burn-in, its best checkpoint is the one of burn-in.
+    best = source / BEST_CHECKPOINT
+    if _is_of_burn_in(best, burn_in):
+        _link_or_copy(best, output / BEST_CHECKPOINT)
+    _copy_metrics(source, output)
+    atomic_write_bytes(output / LAST_CHECKPOINT, checkpoint.name.encode())
+
+
+def checkpoint_of_burn_in(output: Path, burn_in: int) -> Path:
+    """Path of the checkpoint at the end of burn-in."""
+    return output / f"model_{burn_in - 1:07d}.pth"
+
+
+def _is_of_burn_in(checkpoint: Path, burn_in: int) -> bool:
+    if not checkpoint.is_file():
+        return False
+    try:
+        return iteration_of(checkpoint, ["trainer"]) < burn_in
+    except DamagedCheckpoint:
+        return False
+
+
+def _copy_metrics(source: Path, output: Path) -> None:
+    """Copy ``metrics.json``, if it exists. Resuming removes lines of later iterations."""
+    if (source / METRICS_FILE).is_file():
+        shutil.copyfile(source / METRICS_FILE, output / METRICS_FILE)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Link a checkpoint, which is never changed after it was written, or copy it."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # the disk has no hard links, or the target is on another one
+        shutil.copyfile(source, target)
 
 
 def _settings_of_burn_in(run: Run) -> str:
@@ -132,10 +167,6 @@ def _settings_of_burn_in(run: Run) -> str:
     if method.num_members > 1:  # the method prepares them, so all its settings can have an effect
         used |= {key: value for key, value in settings.items() if key.startswith("SEMI.")}
     return yaml.safe_dump(used) + str(run.num_gpus)
-
-
-def _checkpoint_of_burn_in(run: Run) -> Path:
-    return run.output / f"model_{run.cfg.SEMI.BURN_IN_ITERS - 1:07d}.pth"
 
 
 def _check_saves_burn_in(run: Run) -> None:

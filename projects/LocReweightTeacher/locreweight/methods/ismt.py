@@ -14,7 +14,8 @@ Assumed, because the paper's text was not available:
 - DropBlock acts on the pooled features of labeled and unlabeled images.
 - All losses are unweighted.
 - Both heads have the same strong view. They are trained in the same step, each with its own pass
-  through the shared backbone, so a step takes about twice the time of the baseline.
+  through the shared backbone, so a step takes about twice the time of the baseline. The losses of
+  both passes are added: those of the shared RPN count twice.
 - The result is the detector with the first teacher head.
 """
 
@@ -32,6 +33,7 @@ from torchvision.ops import drop_block2d
 from ..data.transforms.views import UnlabeledSample
 from ..errors import UsageError
 from ..geometry import warp_boxes
+from ..losses.localization import at_least_float32
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from .base import METHOD_REGISTRY, LabelingInputs, SemiSupervisedMethod
 
@@ -74,15 +76,16 @@ class ISMT(SemiSupervisedMethod):
             raise UsageError(
                 f"SEMI.ISMT.DROP_BLOCK_SHARE is {ismt.DROP_BLOCK_SHARE}; set a value in [0, 1)"
             )
-        if not 1 <= ismt.DROP_BLOCK_SIZE <= side:
+        size = ismt.DROP_BLOCK_SIZE
+        if not 1 <= size <= side or size % 2 == 0:
             raise UsageError(
-                f"SEMI.ISMT.DROP_BLOCK_SIZE is {ismt.DROP_BLOCK_SIZE}; set a value from 1 to "
-                f"{side}, which is MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION"
+                f"SEMI.ISMT.DROP_BLOCK_SIZE is {size}; set an odd number from 1 to {side}, which "
+                "is MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION"
             )
         return super().from_config(cfg) | {
             "nms_iou": ismt.NMS_IOU,
             "drop_block_share": ismt.DROP_BLOCK_SHARE,
-            "drop_block_size": ismt.DROP_BLOCK_SIZE,
+            "drop_block_size": size,
         }
 
     def prepare_members(self, members: list[SemiSupervisedRCNN]) -> None:
@@ -93,9 +96,14 @@ class ISMT(SemiSupervisedMethod):
             member.roi_heads.box_head.register_forward_pre_hook(self._drop_blocks)
 
     def _drop_blocks(self, box_head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return drop_block2d(
-            inputs[0], self.drop_block_share, self.drop_block_size, training=box_head.training
+        # float16 cannot represent the number of features that are kept, which scales the others.
+        features = drop_block2d(
+            at_least_float32(inputs[0]),
+            self.drop_block_share,
+            self.drop_block_size,
+            training=box_head.training,
         )
+        return features.to(inputs[0].dtype)
 
     def select_for_members(self, inputs: list[LabelingInputs]) -> list[list[Instances]]:
         """Select each student's pseudo-labels from the other teacher, fused with stored ones."""

@@ -16,6 +16,9 @@ Differences from the authors' code:
   largest overlap. There they are assigned to the reliable ones first.
 - Uncertain pseudo-labels do not become reliable if the teacher confirms them with the student's
   proposals ("mining" in the authors' code).
+- ``INPUT.AUGMENTATION_POLICY UnbiasedTeacherPolicy`` gives two views of each labeled image, the
+  strong one with erased areas. There is one, without erased areas. Both views of an unlabeled image
+  have the same size, there each has a random one.
 - Box losses are smooth L1 with regressors for each class. There they are L1 with one regressor for
   all classes.
 """
