@@ -100,6 +100,7 @@ def test_every_config_file_loads(file):
     assert cfg.MODEL.META_ARCHITECTURE == "SemiSupervisedRCNN"
     assert cfg.VERSION == 2
     check_supported(cfg)
+    build_method(cfg)
 
 
 def differences(first, second):

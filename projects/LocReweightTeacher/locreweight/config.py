@@ -93,7 +93,8 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # Weight of all losses on unlabeled images, beta in Eq. 3.
     cfg.SEMI.UNSUPERVISED_WEIGHT = 4.0
     # For LocReweight: reweight the box loss on pseudo-labels by localization quality (LER, Eq. 11).
-    # False: all pseudo-labels have the same weight.
+    # False: all pseudo-labels have the same weight. With methods other than LocReweight and its
+    # controls, False is an error.
     cfg.SEMI.LER = True
     # For LocReweight: reweight the classification loss on unlabeled images by the reliability that
     # the teacher gives each proposal (PRC, Eq. 14). False: the detector's classification loss.
@@ -196,6 +197,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # smooth L1, as in a detector without a localization-aware branch; variances stay untrained.
     cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES = True
     # Above 0: classify proposals with a focal loss with this exponent (Unbiased Teacher uses 1.5).
+    # It concerns labeled images, and unlabeled ones only for methods with the default
+    # classification loss, such as Unbiased Teacher.
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 0.0
     # Detectron2's key: beta of the smooth L1 loss, in coded units: on pseudo-labels (Eq. 11) and,
     # without GAUSSIAN_BOXES, on labeled images.
