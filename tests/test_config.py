@@ -292,6 +292,41 @@ def test_supervised_baselines_differ_only_in_being_supervised(supervised, config
         assert scaled.SEMI.BURN_IN_ITERS >= scaled.SOLVER.MAX_ITER
 
 
+# --- keys that occur twice -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("SEMI:\n  LER: True\nSEED: 1\nSEMI:\n  PRC: False", "SEMI twice, in lines 1 and 4"),
+        ("SEMI:\n  LER: True\n  PRC: True\n  LER: False", "LER twice, in lines 2 and 4"),
+        ("SOLVER: {AMP: {ENABLED: True, ENABLED: False}}", "ENABLED twice, in lines 1 and 1"),
+    ],
+)
+def test_key_that_occurs_twice_in_a_file_is_an_error(tmp_path, text, problem, is_base):
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    derived = tmp_path / "derived.yaml"
+    derived.write_text("_BASE_: twice.yaml\nSEED: 2")
+    with pytest.raises(UsageError, match=rf"twice\.yaml has the key {problem}"):
+        load_config(str(derived if is_base else file), [])
+
+
+def test_key_may_occur_in_a_base_and_beside_a_merge_key(tmp_path):
+    (tmp_path / "base.yaml").write_text("SEED: 1\nSEMI: {LER: False}")
+    file = tmp_path / "derived.yaml"
+    file.write_text(
+        "_BASE_: base.yaml\n"
+        "SEED: 2\n"
+        "SEMI: {PRC: False}\n"
+        "INPUT: {CROP: {<<: {TYPE: absolute, SIZE: [1.0, 1.0]}, TYPE: relative}}"
+    )
+    cfg = load_config(str(file), [])
+    assert (cfg.SEED, cfg.SEMI.LER, cfg.SEMI.PRC) == (2, False, False)
+    assert (cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE) == ("relative", [1.0, 1.0])
+
+
 # --- methods --------------------------------------------------------------------------------------
 
 

@@ -418,7 +418,11 @@ def _translate_renamed_keys(cfg: CfgNode) -> None:
 
 
 class _BoundedConfig(CfgNode):
-    """Reads config files and their bases, and rejects files whose aliases expand without bound."""
+    """Reads config files and their bases.
+
+    It rejects files with a key that occurs twice in a section, and files whose aliases expand
+    without bound.
+    """
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
@@ -432,7 +436,32 @@ class _BoundedConfig(CfgNode):
             count += 1
             if count > _MAX_VALUES:
                 raise yaml.YAMLError(f"{filename} has more than {_MAX_VALUES} values")
+        _check_unique_keys(filename, text)
         return io.StringIO(text)
+
+
+def _check_unique_keys(filename: str, text: str) -> None:
+    """Check that no section has a key twice, of which yaml would keep the last."""
+    pending, visited = [yaml.compose(text, yaml.SafeLoader)], set()
+    while pending:
+        node = pending.pop()
+        if node in visited or not isinstance(node, yaml.CollectionNode):
+            continue
+        visited.add(node)  # aliases are the same node
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            pending.append(value)
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"{filename} has the key {key.value} twice, in lines {lines[key.value]} and "
+                    f"{line}: join them, because only the last one would count"
+                )
+            if key.tag != "tag:yaml.org,2002:merge":
+                lines[key.value] = line
 
 
 def check_supported(cfg: CfgNode) -> None:
