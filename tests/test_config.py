@@ -595,7 +595,7 @@ def test_impossible_anchors_are_rejected(sizes, ratios, message):
             check(cfg)
 
 
-@pytest.mark.parametrize("sizes", ["(640,)", "(480, 640, 800)"])
+@pytest.mark.parametrize("sizes", ["(640,)", "(480, 640, 800)", "(64, 48)"])
 def test_sizes_that_are_no_range_are_an_error(sizes):
     with pytest.raises(UsageError, match=r"INPUT\.MIN_SIZE_TRAIN \(.*give it twice.*to choice"):
         check_supported(load_config(QUICKSTART, ["INPUT.MIN_SIZE_TRAIN", sizes]))
@@ -605,6 +605,30 @@ def test_sizes_that_are_no_range_are_an_error(sizes):
             ["INPUT.MIN_SIZE_TRAIN", sizes, "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"],
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("INPUT.RANDOM_FLIP", "both", "'both'; known names: none, horizontal, vertical"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "uniform", "'uniform'; known names: range, choice"),
+        ("INPUT.MIN_SIZE_TRAIN", "()", "is empty"),
+    ],
+)
+def test_impossible_views_are_an_error(key, value, message):
+    with pytest.raises(UsageError, match=f"{key} {message}"):
+        check_supported(load_config(QUICKSTART, [key, value]))
+
+
+def test_paths_may_contain_the_home_folder_and_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    options = ["OUTPUT_DIR", "~/out", "MODEL.WEIGHTS", "$RUNS/model.pth"]
+    for cfg in (load_config(QUICKSTART, options), config_from_text("{}", options)):
+        assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("/home/me/out", "/runs/model.pth")
+    # An address must not send a variable to a server.
+    address = "https://example.com/$RUNS"
+    assert load_config("", ["MODEL.WEIGHTS", address]).MODEL.WEIGHTS == address
 
 
 @pytest.mark.parametrize(
