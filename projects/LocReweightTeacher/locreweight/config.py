@@ -124,7 +124,8 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # the rate ramps up to this value (locreweight/ema.py). It is adapted to the number
     # of GPUs if SOLVER.REFERENCE_WORLD_SIZE is set.
     cfg.SEMI.EMA_KEEP_RATE = 0.9996
-    # A detection of the teacher becomes a pseudo-label if its class probability exceeds this value.
+    # A detection of the teacher becomes a pseudo-label if its class probability exceeds this value,
+    # which is at least 0 and below 1.
     cfg.SEMI.PSEUDO_LABEL_THRESHOLD = 0.8
     # Weight of all losses on unlabeled images, beta in Eq. 3.
     cfg.SEMI.UNSUPERVISED_WEIGHT = 4.0
