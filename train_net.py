@@ -93,12 +93,12 @@ def _load_config(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts, getattr(args, "method", ""))
     if cfg.MODEL.WEIGHTS and Path(cfg.MODEL.WEIGHTS).is_dir():
         cfg.MODEL.WEIGHTS = str(choose_checkpoint(Path(cfg.MODEL.WEIGHTS)))
+    check_supported(cfg, training=not args.eval_only)
     if args.eval_only:
         if getattr(args, "overwrite", False):
             raise UsageError("--overwrite is for training: remove it, or remove --eval-only")
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, EVALUATION_FOLDER))  # a run's record stays as is
     else:
-        check_supported(cfg)
         cfg = scale_to_world_size(cfg, comm.get_world_size())
     cfg.freeze()
     return cfg

@@ -39,7 +39,7 @@ from benchmarks.workload import (
 )
 from locreweight.command_line import ConfigArgumentParser
 
-NO_REWEIGHTING = ["SEMI.LER", "False", "SEMI.PRC", "False"]
+NO_REWEIGHTING = ["SEMI.METHOD", "LocReweight", "SEMI.LER", "False", "SEMI.PRC", "False"]
 BASELINE = "plain Detectron2"
 WITH_UPDATES = "plain Detectron2 with SGD and EMA"
 

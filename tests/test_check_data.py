@@ -14,6 +14,7 @@ from locreweight.config import load_config
 from locreweight.data.inspection.findings import Severity
 from locreweight.data.inspection.images import read_facts
 from locreweight.engine import data_report
+from locreweight.errors import UsageError
 from tests.checked_data import BASE, Project
 from tests.tiny_data import edit_json, make_voc
 
@@ -25,6 +26,19 @@ def project(tmp_path):
 
 def test_valid_data_have_no_findings(project):
     assert project.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("UNLABELED", ["folder:a", "folder:a"], "contains 'folder:a' more than once"),
+        ("CLASS_NAMES", [0, 1, 2], "contains 0: use a text in quotes"),
+    ],
+)
+def test_names_that_cannot_be_used_are_reported(project, key, value, problem):
+    project.settings[f"DATASETS.{key}"] = value
+    with pytest.raises(UsageError, match=f"DATASETS.{key} {problem}"):
+        project.report()
 
 
 def test_report_shows_overview_and_training_command(project, capsys):

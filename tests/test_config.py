@@ -100,6 +100,7 @@ def test_every_config_file_loads(file):
     assert cfg.MODEL.META_ARCHITECTURE == "SemiSupervisedRCNN"
     assert cfg.VERSION == 2
     check_supported(cfg)
+    build_method(cfg)
 
 
 def differences(first, second):
@@ -289,6 +290,41 @@ def test_supervised_baselines_differ_only_in_being_supervised(supervised, config
     for gpus in (1, 2, 8):
         scaled = scale_to_world_size(baseline, gpus)
         assert scaled.SEMI.BURN_IN_ITERS >= scaled.SOLVER.MAX_ITER
+
+
+# --- keys that occur twice -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("SEMI:\n  LER: True\nSEED: 1\nSEMI:\n  PRC: False", "SEMI twice, in lines 1 and 4"),
+        ("SEMI:\n  LER: True\n  PRC: True\n  LER: False", "LER twice, in lines 2 and 4"),
+        ("SOLVER: {AMP: {ENABLED: True, ENABLED: False}}", "ENABLED twice, in lines 1 and 1"),
+    ],
+)
+def test_key_that_occurs_twice_in_a_file_is_an_error(tmp_path, text, problem, is_base):
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    derived = tmp_path / "derived.yaml"
+    derived.write_text("_BASE_: twice.yaml\nSEED: 2")
+    with pytest.raises(UsageError, match=rf"twice\.yaml has the key {problem}"):
+        load_config(str(derived if is_base else file), [])
+
+
+def test_key_may_occur_in_a_base_and_beside_a_merge_key(tmp_path):
+    (tmp_path / "base.yaml").write_text("SEED: 1\nSEMI: {LER: False}")
+    file = tmp_path / "derived.yaml"
+    file.write_text(
+        "_BASE_: base.yaml\n"
+        "SEED: 2\n"
+        "SEMI: {PRC: False}\n"
+        "INPUT: {CROP: {<<: {TYPE: absolute, SIZE: [1.0, 1.0]}, TYPE: relative}}"
+    )
+    cfg = load_config(str(file), [])
+    assert (cfg.SEED, cfg.SEMI.LER, cfg.SEMI.PRC) == (2, False, False)
+    assert (cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE) == ("relative", [1.0, 1.0])
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -559,7 +595,7 @@ def test_impossible_anchors_are_rejected(sizes, ratios, message):
             check(cfg)
 
 
-@pytest.mark.parametrize("sizes", ["(640,)", "(480, 640, 800)"])
+@pytest.mark.parametrize("sizes", ["(640,)", "(480, 640, 800)", "(64, 48)"])
 def test_sizes_that_are_no_range_are_an_error(sizes):
     with pytest.raises(UsageError, match=r"INPUT\.MIN_SIZE_TRAIN \(.*give it twice.*to choice"):
         check_supported(load_config(QUICKSTART, ["INPUT.MIN_SIZE_TRAIN", sizes]))
@@ -569,6 +605,30 @@ def test_sizes_that_are_no_range_are_an_error(sizes):
             ["INPUT.MIN_SIZE_TRAIN", sizes, "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"],
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("INPUT.RANDOM_FLIP", "both", "'both'; known names: none, horizontal, vertical"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "uniform", "'uniform'; known names: range, choice"),
+        ("INPUT.MIN_SIZE_TRAIN", "()", "is empty"),
+    ],
+)
+def test_impossible_views_are_an_error(key, value, message):
+    with pytest.raises(UsageError, match=f"{key} {message}"):
+        check_supported(load_config(QUICKSTART, [key, value]))
+
+
+def test_paths_may_contain_the_home_folder_and_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    options = ["OUTPUT_DIR", "~/out", "MODEL.WEIGHTS", "$RUNS/model.pth"]
+    for cfg in (load_config(QUICKSTART, options), config_from_text("{}", options)):
+        assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("/home/me/out", "/runs/model.pth")
+    # An address must not send a variable to a server.
+    address = "https://example.com/$RUNS"
+    assert load_config("", ["MODEL.WEIGHTS", address]).MODEL.WEIGHTS == address
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,7 @@ def test_method_is_found_by_its_short_name(make_arguments, tmp_path):
         (["--method", "stca"], {}, "method 'stca' does not exist"),
         ([], {"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, "2 lists for 5 feature levels"),
         (["--eval-only"], {"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, "2 lists for 5"),
+        (["--eval-only"], {"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is not supported"),
         ([], {"SOLVER.STEPS": (2, 1)}, "increasing order"),
         ([], {"SOLVER.LR_SCHEDULER_NAME": "WarmupMultistepLR"}, "known names: WarmupMultiStepLR"),
         ([], {"MODEL.DEVICE": "cdua"}, "no device 'cdua'"),

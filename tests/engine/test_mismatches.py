@@ -98,17 +98,73 @@ def test_file_without_weights_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("MODEL.LOAD_PROPOSALS", True),
         ("MODEL.MASK_ON", True),
         ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
         ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou"),
         ("INPUT.CROP.ENABLED", True),
         ("TEST.PRECISE_BN.ENABLED", True),
+        ("TEST.AUG.ENABLED", True),
+        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 38.5, 0.2]]),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        ("DATALOADER.REPEAT_THRESHOLD", 0.3),
+        ("DATASETS.PROPOSAL_FILES_TRAIN", ["proposals.pkl"]),
+        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+        ("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+        ("MODEL.ROI_HEADS.NAME", "NoHeads"),
     ],
 )
 def test_unsupported_setting_is_an_error(key, value):
     check_supported(tiny_config())
     with pytest.raises(UsageError, match=key):
         check_supported(tiny_config({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TEST.AUG.ENABLED", True),
+        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 38.5, 0.2]]),
+        ("MODEL.LOAD_PROPOSALS", True),
+        ("DATASETS.PROPOSAL_FILES_TEST", ["proposals.pkl"]),
+        ("DATASETS.TEST", ["a", "b", "a"]),
+    ],
+)
+def test_unsupported_setting_is_an_error_in_evaluation(key, value):
+    plain = {"INPUT.CROP.ENABLED": True, "MODEL.ROI_HEADS.NAME": "StandardROIHeads"}
+    check_supported(tiny_config(plain), training=False)
+    with pytest.raises(UsageError, match=key):
+        check_supported(tiny_config({key: value}), training=False)
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "UNLABELED", "TEST"])
+def test_data_set_that_is_named_twice_is_an_error(key):
+    with pytest.raises(UsageError, match=rf"DATASETS\.{key} contains 'a' more than once"):
+        check_supported(tiny_config({f"DATASETS.{key}": ["a", "b", "a"]}))
+
+
+@pytest.mark.parametrize(("names", "wrong"), [("(0, 1)", "0"), ("(True, False)", "True")])
+def test_class_name_that_is_no_text_is_an_error(names, wrong):
+    message = f"DATASETS.CLASS_NAMES contains {wrong}: use a text in quotes, such as '{wrong}'"
+    with pytest.raises(UsageError, match=message):
+        check_supported(tiny_config({"DATASETS.CLASS_NAMES": names}))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "text"),
+    [
+        ("SEMI.PSEUDO_LABEL_THRESHOLD", (-0.1, 1.0, 80.0), "at least 0 and below 1"),
+        ("SEMI.UNSUPERVISED_WEIGHT", (-1.0, -4.0), "at least 0"),
+        ("SEMI.QUALITY_SCALE", (0.0, -1.0), "above 0"),
+        ("SOLVER.BASE_LR", (0.0, -0.1), "above 0"),
+        ("SOLVER.IMS_PER_BATCH_UNLABELED", (-4,), "at least 0"),
+        ("TEST.MONITORED_IMAGES", (-1,), "at least 0"),
+    ],
+)
+def test_value_out_of_range_is_an_error(key, values, text):
+    for value in values:
+        with pytest.raises(UsageError, match=rf"{key} is {value}; it must be {text}"):
+            check_supported(tiny_config({key: value}))
 
 
 def test_unlabeled_test_images_give_a_warning_or_are_excluded(datasets, tmp_path, caplog):

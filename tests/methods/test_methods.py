@@ -429,7 +429,7 @@ def make_method(name, **settings):
     ],
 )
 def test_build_method_reads_the_config(name):
-    parts = {"SEMI.LER": True, "SEMI.PRC": False}
+    parts = {"SEMI.PRC": False} if name.endswith("LocReweight") else {}
     method = make_method(name, **parts | {"SEMI.PSEUDO_LABEL_THRESHOLD": 0.65})
     assert type(method).__name__ == name
     assert method.pseudo_label_threshold == 0.65
@@ -442,6 +442,24 @@ def test_build_method_reads_the_config(name):
 def test_build_method_lists_the_known_names():
     with pytest.raises(UsageError, match=r"SEMI.METHOD 'Unbiased'.*LocReweight.*SoftTeacher"):
         make_method("Unbiased")
+
+
+@pytest.mark.parametrize("key", ["SEMI.LER", "SEMI.PRC"])
+def test_reweighting_is_turned_off_only_where_there_is_one(key):
+    for name in ("STAC", "LocReweightMix"):
+        with pytest.raises(UsageError, match=f"{key} False has no effect with SEMI.METHOD {name}"):
+            make_method(name, **{key: False})
+    make_method("MeanLocReweight", **{key: False})
+
+
+def test_reweighting_needs_variances():
+    smooth_l1 = {"MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES": False}
+    for part in ({}, {"SEMI.LER": False}, {"SEMI.PRC": False}):
+        with pytest.raises(UsageError, match="GAUSSIAN_BOXES True, or SEMI.LER False"):
+            make_method("LocReweight", **smooth_l1 | part)
+    make_method("LocReweight", **smooth_l1 | {"SEMI.LER": False, "SEMI.PRC": False})
+    # A supervised training uses no pseudo-labels.
+    make_method("LocReweight", **smooth_l1 | {"SEMI.BURN_IN_ITERS": 10**9})
 
 
 @pytest.mark.parametrize("name", ["LocReweight", "STAC", "UnbiasedTeacher"])

@@ -182,8 +182,21 @@ def test_weights_of_a_resnet_are_an_error():
 
 def test_name_of_a_timm_model_with_another_backbone():
     settings = EFFICIENTNET | {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone"}
-    with pytest.raises(UsageError, match=r"MODEL\.TIMM\.NAME is test_eff.*does not use it"):
+    message = (
+        r"MODEL\.TIMM\.NAME is test_eff.*NORM is BN.* or MODEL.TIMM.NAME '' MODEL.TIMM.NORM 'Fr"
+    )
+    with pytest.raises(UsageError, match=message):
         check_supported(tiny_config(settings))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("PRETRAINED", "hub"), ("NORM", "BN"), ("DROP_PATH", 0.1)]
+)
+def test_settings_of_timm_with_another_backbone(key, value):
+    message = rf"TIMM\.{key} is {value}, .* set MODEL\.BACKBONE\.NAME build_timm_fpn_backbone and"
+    with pytest.raises(UsageError, match=message):
+        check_supported(tiny_config({f"MODEL.TIMM.{key}": value}))
+    check_supported(tiny_config(EFFICIENTNET | {f"MODEL.TIMM.{key}": value}))
 
 
 # --- learning rates -------------------------------------------------------------------------------

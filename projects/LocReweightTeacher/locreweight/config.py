@@ -5,20 +5,25 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from .checkpoint.zoo import PREFIX as ZOO
-from .errors import UsageError
+from .errors import UsageError, get_registered
 from .installed_detectron2 import check_compiled_kernels
 from .modeling.backbones import set_timm_input, uses_timm
 from .modeling.building import check_anchors
+from .modeling.meta_arch import SemiSupervisedRCNN
+from .modeling.roi_heads import LocalizationAwareROIHeads
 
 CONFIGS_FOLDER = Path(__file__).resolve().parents[3] / "configs"
 METHODS_FOLDER = CONFIGS_FOLDER / "methods"
@@ -48,6 +53,37 @@ _RENAMED_VALUES = {
 # Former keys without a successor.
 _REMOVED_KEYS = ("MODEL.FOLD_FROZEN_NORM",)
 
+# Keys of Detectron2 that have no effect here: in training and evaluation, and in training only.
+_IGNORED = (
+    "MODEL.LOAD_PROPOSALS",
+    "DATASETS.PROPOSAL_FILES_TEST",
+    "TEST.AUG.ENABLED",
+    "TEST.EXPECTED_RESULTS",
+)
+_IGNORED_IN_TRAINING = (
+    "MODEL.MASK_ON",
+    "MODEL.KEYPOINT_ON",
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE",
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
+    "INPUT.CROP.ENABLED",
+    "DATASETS.PROPOSAL_FILES_TRAIN",
+    "DATALOADER.SAMPLER_TRAIN",
+    "DATALOADER.REPEAT_THRESHOLD",
+    "TEST.PRECISE_BN.ENABLED",
+)
+_Range = tuple[str, Callable[[float], bool]]
+_AT_LEAST_0: _Range = ("at least 0", lambda x: 0 <= x < math.inf)
+_ABOVE_0: _Range = ("above 0", lambda x: 0 < x < math.inf)
+_RANGES: dict[str, _Range] = {
+    "SEMI.PSEUDO_LABEL_THRESHOLD": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "SEMI.UNSUPERVISED_WEIGHT": _AT_LEAST_0,
+    "SEMI.QUALITY_SCALE": _ABOVE_0,
+    "SOLVER.BASE_LR": _ABOVE_0,
+    "SOLVER.IMS_PER_BATCH_UNLABELED": _AT_LEAST_0,
+    "SOLVER.EARLY_STOPPING_PATIENCE": _AT_LEAST_0,
+    "TEST.MONITORED_IMAGES": _AT_LEAST_0,
+}
 # A config of someone else must not decide which files this machine trusts.
 _UNTRUSTED = ["MODEL.TRUST_WEIGHTS", False, "DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS", False]
 # A config file has at most this many values, where each alias counts as the values that it stands
@@ -88,12 +124,14 @@ def _add_training_keys(cfg: CfgNode) -> None:
     # the rate ramps up to this value (locreweight/ema.py). It is adapted to the number
     # of GPUs if SOLVER.REFERENCE_WORLD_SIZE is set.
     cfg.SEMI.EMA_KEEP_RATE = 0.9996
-    # A detection of the teacher becomes a pseudo-label if its class probability exceeds this value.
+    # A detection of the teacher becomes a pseudo-label if its class probability exceeds this value,
+    # which is at least 0 and below 1.
     cfg.SEMI.PSEUDO_LABEL_THRESHOLD = 0.8
     # Weight of all losses on unlabeled images, beta in Eq. 3.
     cfg.SEMI.UNSUPERVISED_WEIGHT = 4.0
     # For LocReweight: reweight the box loss on pseudo-labels by localization quality (LER, Eq. 11).
-    # False: all pseudo-labels have the same weight.
+    # False: all pseudo-labels have the same weight. With methods other than LocReweight and its
+    # controls, False is an error.
     cfg.SEMI.LER = True
     # For LocReweight: reweight the classification loss on unlabeled images by the reliability that
     # the teacher gives each proposal (PRC, Eq. 14). False: the detector's classification loss.
@@ -196,6 +234,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # smooth L1, as in a detector without a localization-aware branch; variances stay untrained.
     cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES = True
     # Above 0: classify proposals with a focal loss with this exponent (Unbiased Teacher uses 1.5).
+    # It concerns labeled images, and unlabeled ones only for methods with the default
+    # classification loss, such as Unbiased Teacher.
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 0.0
     # Detectron2's key: beta of the smooth L1 loss, in coded units: on pseudo-labels (Eq. 11) and,
     # without GAUSSIAN_BOXES, on labeled images.
@@ -350,8 +390,7 @@ def find_method_file(method: str) -> Path:
 
 
 def _build_config(merge: Callable[[CfgNode], None], source: str, options: Sequence[str]) -> CfgNode:
-    cfg = get_cfg()
-    add_locreweight_config(cfg)
+    cfg = _default_config()
     known = _key_paths(cfg)
     if len(options) % 2:
         raise UsageError(f"options must be given in pairs, KEY VALUE; got {options}")
@@ -374,7 +413,16 @@ def _build_config(merge: Callable[[CfgNode], None], source: str, options: Sequen
     for key, names in _RENAMED_VALUES.items():
         section, name = key.split(".")
         cfg[section][name] = names.get(cfg[section][name], cfg[section][name])
+    for node, key in ((cfg, "OUTPUT_DIR"), (cfg.MODEL, "WEIGHTS"), (cfg.MODEL.TIMM, "PRETRAINED")):
+        if node[key] and "://" not in node[key]:
+            node[key] = os.path.expanduser(os.path.expandvars(node[key]))
     set_timm_input(cfg)
+    return cfg
+
+
+def _default_config() -> CfgNode:
+    cfg = get_cfg()
+    add_locreweight_config(cfg)
     return cfg
 
 
@@ -415,7 +463,11 @@ def _translate_renamed_keys(cfg: CfgNode) -> None:
 
 
 class _BoundedConfig(CfgNode):
-    """Reads config files and their bases, and rejects files whose aliases expand without bound."""
+    """Reads config files and their bases.
+
+    It rejects files with a key that occurs twice in a section, and files whose aliases expand
+    without bound.
+    """
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
@@ -429,58 +481,151 @@ class _BoundedConfig(CfgNode):
             count += 1
             if count > _MAX_VALUES:
                 raise yaml.YAMLError(f"{filename} has more than {_MAX_VALUES} values")
+        _check_unique_keys(filename, text)
         return io.StringIO(text)
 
 
-def check_supported(cfg: CfgNode) -> None:
-    """Check for keys of Detectron2 that have no effect here or that this installation lacks.
+def _check_unique_keys(filename: str, text: str) -> None:
+    """Check that no section has a key twice, of which yaml would keep the last."""
+    pending, visited = [yaml.compose(text, yaml.SafeLoader)], set()
+    while pending:
+        node = pending.pop()
+        if node in visited or not isinstance(node, yaml.CollectionNode):
+            continue
+        visited.add(node)  # aliases are the same node
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            pending.append(value)
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"{filename} has the key {key.value} twice, in lines {lines[key.value]} and "
+                    f"{line}: join them, because only the last one would count"
+                )
+            if key.tag != "tag:yaml.org,2002:merge":
+                lines[key.value] = line
+
+
+def check_supported(cfg: CfgNode, *, training: bool = True) -> None:
+    """Check for keys that have no effect here, are out of range or contradict each other.
+
+    Args:
+        cfg: the config.
+        training: also check the keys that evaluation does not read.
 
     Raises:
-        UsageError: names the first such key, or OUTPUT_DIR if it is empty.
+        UsageError: names the first such key and says what to set it to.
     """
-    check_compiled_kernels(cfg)
-    check_anchors(cfg)
-    if not cfg.OUTPUT_DIR:
-        raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
-    if uses_timm(cfg) and cfg.MODEL.WEIGHTS.startswith("detectron2://ImageNetPretrained/"):
+    if training:
+        check_compiled_kernels(cfg)
+        check_anchors(cfg)
+        if not cfg.OUTPUT_DIR:
+            raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
+        _check_model(cfg)
+        _check_timm(cfg)
+        _check_ranges(cfg)
+        _check_input(cfg)
+        _check_early_stopping(cfg)
+    _check_ignored(cfg, _IGNORED + (_IGNORED_IN_TRAINING if training else ()))
+    _check_datasets(cfg, ("TRAIN", "UNLABELED", "TEST") if training else ("TEST",))
+
+
+def _check_model(cfg: CfgNode) -> None:
+    """Check that the detector can be trained on unlabeled images."""
+    for key, registry, needed in (
+        ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, SemiSupervisedRCNN),
+        ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, LocalizationAwareROIHeads),
+    ):
+        name = attrgetter(key)(cfg)
+        if not issubclass(get_registered(registry, key, name), needed):
+            raise UsageError(
+                f"{key} {name} cannot be trained on unlabeled images: set it to {needed.__name__}"
+            )
+
+
+def _check_timm(cfg: CfgNode) -> None:
+    timm = cfg.MODEL.TIMM
+    if uses_timm(cfg):
+        if cfg.MODEL.WEIGHTS.startswith("detectron2://ImageNetPretrained/"):
+            raise UsageError(
+                f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} holds a ResNet of Detectron2, but the backbone "
+                f"is MODEL.TIMM.NAME {timm.NAME}: set MODEL.WEIGHTS '', and MODEL.TIMM.PRETRAINED "
+                "to its weights"
+            )
+        return
+    default = _default_config().MODEL.TIMM
+    if changed := [key for key in timm if timm[key] != default[key]]:
+        values = ", ".join(f"MODEL.TIMM.{key} is {timm[key]}" for key in changed)
+        defaults = " ".join(f"MODEL.TIMM.{key} {default[key]!r}" for key in changed)
         raise UsageError(
-            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} holds a ResNet of Detectron2, but the backbone is "
-            f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME}: set MODEL.WEIGHTS '', and "
-            "MODEL.TIMM.PRETRAINED to its weights"
+            f"{values}, but MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} does not use MODEL.TIMM: "
+            "set MODEL.BACKBONE.NAME build_timm_fpn_backbone and MODEL.TIMM.NAME "
+            f"(docs/pretrained_backbones.md), or {defaults}"
         )
-    if cfg.MODEL.TIMM.NAME and not uses_timm(cfg):
+
+
+def _check_ranges(cfg: CfgNode) -> None:
+    for key, (text, contains) in _RANGES.items():
+        value = attrgetter(key)(cfg)
+        if not contains(value):
+            raise UsageError(f"{key} is {value}; it must be {text}")
+
+
+def _check_early_stopping(cfg: CfgNode) -> None:
+    if cfg.SOLVER.EARLY_STOPPING_PATIENCE and not (cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD > 0):
         raise UsageError(
-            f"MODEL.TIMM.NAME is {cfg.MODEL.TIMM.NAME}, but MODEL.BACKBONE.NAME "
-            f"{cfg.MODEL.BACKBONE.NAME} does not use it: set MODEL.BACKBONE.NAME "
-            "build_timm_fpn_backbone, or MODEL.TIMM.NAME ''"
+            "SOLVER.EARLY_STOPPING_PATIENCE counts evaluations, and there are none during training:"
+            " set DATASETS.TEST and TEST.EVAL_PERIOD"
         )
-    box_head = cfg.MODEL.ROI_BOX_HEAD
-    for key, is_set in {
-        "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
-        "MODEL.KEYPOINT_ON": cfg.MODEL.KEYPOINT_ON,
-        "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": box_head.USE_SIGMOID_CE,
-        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": box_head.USE_FED_LOSS,
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": box_head.BBOX_REG_LOSS_TYPE != "smooth_l1",
-        "INPUT.CROP.ENABLED": cfg.INPUT.CROP.ENABLED,
-        "TEST.PRECISE_BN.ENABLED": cfg.TEST.PRECISE_BN.ENABLED,
-    }.items():
-        if is_set:
-            raise UsageError(f"{key} is not supported here; leave it at Detectron2's default")
+
+
+def _check_input(cfg: CfgNode) -> None:
+    _check_choice(cfg, "INPUT.RANDOM_FLIP", ("none", "horizontal", "vertical"))
+    _check_choice(cfg, "INPUT.MIN_SIZE_TRAIN_SAMPLING", ("range", "choice"))
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+    if not sizes:
+        raise UsageError("INPUT.MIN_SIZE_TRAIN is empty; set it to the short side of the images")
+    is_range = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    if is_range and (len(sizes) != 2 or sizes[0] > sizes[1]):
         raise UsageError(
             f"INPUT.MIN_SIZE_TRAIN {tuple(sizes)} must be a smallest and a largest size, because "
             "INPUT.MIN_SIZE_TRAIN_SAMPLING is range: for a single size, give it twice; for a list "
             "of sizes, set the sampling to choice"
         )
-    patience = cfg.SOLVER.EARLY_STOPPING_PATIENCE
-    if patience < 0:
-        raise UsageError(f"SOLVER.EARLY_STOPPING_PATIENCE is {patience}; it must be at least 0")
-    if patience and not (cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD > 0):
-        raise UsageError(
-            "SOLVER.EARLY_STOPPING_PATIENCE counts evaluations, and there are none during training:"
-            " set DATASETS.TEST and TEST.EVAL_PERIOD"
-        )
+
+
+def _check_ignored(cfg: CfgNode, keys: Sequence[str]) -> None:
+    default = _default_config()
+    for key in keys:
+        value = attrgetter(key)(default)
+        if attrgetter(key)(cfg) != value:
+            raise UsageError(
+                f"{key} is not supported here; leave it at Detectron2's default, {value!r}"
+            )
+
+
+def _check_datasets(cfg: CfgNode, keys: Sequence[str]) -> None:
+    for key in keys:
+        names = cfg.DATASETS[key]
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"DATASETS.{key} contains {name!r} more than once: name it once")
+    for name in cfg.DATASETS.CLASS_NAMES:
+        if not isinstance(name, str):
+            raise UsageError(
+                f"DATASETS.CLASS_NAMES contains {name!r}: use a text in quotes, such as "
+                f"{str(name)!r}, because yaml reads words like yes and no, and digits, as other "
+                "values"
+            )
+
+
+def _check_choice(cfg: CfgNode, key: str, known: Sequence[str]) -> None:
+    value = attrgetter(key)(cfg)
+    if value not in known:
+        raise UsageError(f"unknown {key} {value!r}; known names: {', '.join(known)}")
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -555,15 +700,9 @@ def _check_schedule(cfg: CfgNode) -> None:
         "WARMUP_METHOD": ("linear", "constant"),
         "OPTIMIZER": ("SGD", "AdamW"),
     }.items():
-        if solver[key] not in known:
-            raise UsageError(
-                f"unknown SOLVER.{key} {solver[key]!r}; known names: {', '.join(known)}"
-            )
-    clip = solver.CLIP_GRADIENTS
-    if clip.ENABLED and clip.CLIP_TYPE not in ("norm", "value"):
-        raise UsageError(
-            f"unknown SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r}; known names: norm, value"
-        )
+        _check_choice(cfg, f"SOLVER.{key}", known)
+    if solver.CLIP_GRADIENTS.ENABLED:
+        _check_choice(cfg, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("norm", "value"))
     # Later steps have no effect, so that a short trial run does not need other steps.
     reached = [step for step in solver.STEPS if step <= solver.MAX_ITER]
     is_multi_step = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"

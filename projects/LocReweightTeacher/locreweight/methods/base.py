@@ -20,7 +20,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn, zeros_like
 
 from ..data.transforms.views import UnlabeledSample
-from ..errors import get_registered
+from ..errors import UsageError, get_registered
 from ..losses.reweighting import quality_weighted_box_loss
 from ..modeling.building import build_detector
 from ..modeling.committee import Committee
@@ -39,9 +39,17 @@ def build_method(cfg: CfgNode) -> SemiSupervisedMethod:
     """Build the method that ``SEMI.METHOD`` names.
 
     Raises:
-        UsageError: if no method of this name is registered.
+        UsageError: if no method of this name is registered, or the method cannot be used with other
+            keys of the config.
     """
-    return get_registered(METHOD_REGISTRY, "SEMI.METHOD", cfg.SEMI.METHOD)(cfg)
+    method = get_registered(METHOD_REGISTRY, "SEMI.METHOD", cfg.SEMI.METHOD)
+    for key in ("LER", "PRC"):
+        if not (cfg.SEMI[key] or method.has_ler_and_prc):
+            raise UsageError(
+                f"SEMI.{key} False has no effect with SEMI.METHOD {cfg.SEMI.METHOD}: set it to "
+                "True, or SEMI.METHOD to LocReweight"
+            )
+    return method(cfg)
 
 
 def build_members(cfg: CfgNode, method: SemiSupervisedMethod) -> nn.Module:
@@ -202,6 +210,7 @@ class SemiSupervisedMethod:
         frozen_pseudo_labeler: if true, a copy of the teacher from the end of burn-in makes all
             pseudo-labels. Otherwise the current teacher makes them.
         further_images: number of images that :meth:`compose` adds, to estimate the memory.
+        has_ler_and_prc: whether ``SEMI.LER`` and ``SEMI.PRC`` turn parts of the method on and off.
         pseudo_label_threshold: a detection is a pseudo-label if its score is above this.
     """
 
@@ -209,6 +218,7 @@ class SemiSupervisedMethod:
     own_strong_views: bool = False
     frozen_pseudo_labeler: bool = False
     further_images: int = 0
+    has_ler_and_prc: bool = False
 
     @configurable
     def __init__(self, *, pseudo_label_threshold: float) -> None:

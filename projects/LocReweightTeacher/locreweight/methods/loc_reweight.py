@@ -5,6 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
+from ..errors import UsageError
 from ..losses.reweighting import proposal_reliability, reliability_weighted_cross_entropy
 from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod
 
@@ -12,6 +13,8 @@ from .base import METHOD_REGISTRY, SampledProposals, SemiSupervisedMethod
 @METHOD_REGISTRY.register()
 class LocReweight(SemiSupervisedMethod):
     """LER and PRC. With both turned off, this is the paper's baseline (Table 3, row 1)."""
+
+    has_ler_and_prc = True
 
     @configurable
     def __init__(self, *, ler: bool, prc: bool, **kwargs: object) -> None:
@@ -27,6 +30,13 @@ class LocReweight(SemiSupervisedMethod):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        reweights = cfg.SEMI.LER or cfg.SEMI.PRC
+        is_supervised = cfg.SEMI.BURN_IN_ITERS >= cfg.SOLVER.MAX_ITER
+        if reweights and not (cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES or is_supervised):
+            raise UsageError(
+                "SEMI.LER and SEMI.PRC use predicted variances, which are not trained: set "
+                "MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES True, or SEMI.LER False and SEMI.PRC False"
+            )
         return super().from_config(cfg) | {"ler": cfg.SEMI.LER, "prc": cfg.SEMI.PRC}
 
     def box_loss(self, proposals: SampledProposals) -> Tensor | None:
