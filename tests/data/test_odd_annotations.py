@@ -4,12 +4,15 @@ import json
 import logging
 import os
 import re
+import shutil
 
 import pytest
+from detectron2.data import DatasetCatalog
 
+from locreweight.data.datasets.catalog import register
 from locreweight.data.loader import Stream, StreamPosition
 from locreweight.errors import UsageError
-from tests.tiny_data import edit_json, write_voc_xml
+from tests.tiny_data import CLASSES, edit_json, make_voc, write_voc_xml
 from tests.tiny_project import Project
 
 SIDE = 64
@@ -420,6 +423,20 @@ class TestVocNames:
     )
     def test_names_with_spaces_and_flags(self, project, line):
         assert self.listed(project, line) == ["my image.jpg"]
+
+    @pytest.mark.parametrize("annotated", [True, False])
+    def test_names_that_end_like_flags(self, tmp_path, annotated):
+        folder = make_voc(tmp_path / "voc", images=3)
+        for i, name in enumerate(["photo", "photo 0", "photo 1"]):
+            for file in (f"Annotations/{i:04d}.xml", f"JPEGImages/{i:04d}.jpg"):
+                path = folder / file
+                path.rename(path.with_stem(name))
+        (folder / LIST).write_text("photo 1\nphoto 0\n")
+        if not annotated:
+            shutil.rmtree(folder / "Annotations")
+        name = f"voc:{folder}:trainval"
+        register([name], CLASSES, labeled=annotated)
+        assert [record["image_id"] for record in DatasetCatalog.get(name)] == ["photo 1", "photo 0"]
 
 
 class TestFolders:

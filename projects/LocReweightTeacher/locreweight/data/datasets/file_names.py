@@ -217,6 +217,10 @@ class ImageFinder:
             )
         return os.path.join(self._folder, found[0]) if found else path
 
+    def has(self, stem: str) -> bool:
+        """Whether there is an image with a name up to its suffix, relative to the folder."""
+        return spelling_key(os.path.normpath(stem)) in self._files[2]
+
     def _check(self, name: str) -> bool:
         """Whether a name may be used as it is. Raises if it must not be used at all."""
         check_inside(name, self._index_file, self._folder, allow_outside=True)
