@@ -140,6 +140,18 @@ class TestVoc:
         (record,) = read(self.write(tmp_path / "b", ("cat", 1, 1, 9, 9)), CLASSES)
         assert [a["iscrowd"] for a in record["annotations"]] == [0]
 
+    @pytest.mark.parametrize(
+        ("text", "is_crowd"),
+        [("1", 1), (" 1 ", 1), ("true", 1), ("True\n", 1), ("0", 0), (" 0 ", 0), ("", 0)],
+    )
+    def test_spellings_of_difficult(self, tmp_path, text, is_crowd):
+        name = self.write(tmp_path / "voc", ("cat", 1, 1, 9, 9))
+        xml = tmp_path / "voc/Annotations/0000.xml"
+        marked = xml.read_text().replace("<difficult>0<", f"<difficult>{text}<")
+        xml.write_text(marked)
+        (record,) = read(name, CLASSES)
+        assert [a["iscrowd"] for a in record["annotations"]] == [is_crowd]
+
     @pytest.mark.parametrize(("given", "known"), [((), VOC_CLASSES), (CLASSES, CLASSES)])
     def test_default_class_names(self, tmp_path, given, known):
         name = self.write(tmp_path / "voc", (known[2], 1, 1, 9, 9))

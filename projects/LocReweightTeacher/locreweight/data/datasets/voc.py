@@ -233,7 +233,7 @@ def _annotation(node: ElementTree.Element, classes: ClassNames) -> dict:
         "category_id": category_id,
         "bbox": [x1 - (x2 != x1), y1 - (y2 != y1), x2, y2],
         "bbox_mode": BoxMode.XYXY_ABS,
-        "iscrowd": int(node.findtext("difficult", "0") == "1"),
+        "iscrowd": int(node.findtext("difficult", "").strip().lower() in ("1", "true")),
     }
 
 
