@@ -257,6 +257,19 @@ def test_the_file_name_decides_between_kinds(voc):
     assert voc(rename="0000.bmp", filename="0000.png", others=["0000.png"]) == "0000.png"
 
 
+@pytest.mark.parametrize(
+    ("filename", "others", "found"),
+    [
+        ("0000.png", ["0000.png"], "0000.png"),
+        ("images\\0000.PNG", ["0000.png"], "0000.png"),
+        ("0000.png", ["0000.bmp"], "0000.jpg"),  # converted since
+        ("0001.png", ["0000.png"], "0000.jpg"),  # a wrong entry
+    ],
+)
+def test_the_file_name_decides_between_jpg_and_another_kind(voc, filename, others, found):
+    assert voc(filename=filename, others=others) == found
+
+
 def test_several_images_of_the_same_name_are_an_error(voc):
     with pytest.raises(UsageError, match=r"may be 0000\.bmp or 0000\.png"):
         voc(rename="0000.bmp", others=["0000.png"])
