@@ -15,6 +15,7 @@ from locreweight.data.datasets.splits import split_indices
 from locreweight.data.monitored import has_annotations
 from locreweight.data.training_sets import TrainingSets, load_training_sets, register_datasets
 from locreweight.errors import UsageError
+from tests.tiny_formats import as_labelme, as_voc_folder
 
 
 @pytest.fixture
@@ -122,6 +123,17 @@ def test_broken_list_of_unlabeled_voc_images(tmp_path, coco):
     (voc / "ImageSets/Main/trainval.txt").write_text("0001\n0001\n")
     with pytest.raises(UsageError, match="lists .*0001.* more than once"):
         load(train=[coco[1]], unlabeled=[f"voc:{voc}:trainval"])
+
+
+@pytest.mark.parametrize("kind", ["voc", "labelme"])
+def test_class_names_of_the_config_that_are_repeated(tmp_path, folder, kind):
+    source = tmp_path / "source"
+    make_coco(source)
+    convert = as_labelme if kind == "labelme" else as_voc_folder
+    name = convert(source, tmp_path / "data")
+    classes = ("DATASETS.CLASS_NAMES", str((*CLASSES, CLASSES[0])))
+    with pytest.raises(UsageError, match="CLASS_NAMES has classes of the same name: cat"):
+        load(*classes, train=[name], unlabeled=[folder])
 
 
 def test_split_depends_on_its_own_seed_only(coco, folder):
