@@ -114,6 +114,12 @@ def class_that_is_a_number(project):
     project.set("DATASETS.CLASS_NAMES", [3, 4, 5])
 
 
+def masks_without_boxes(content):
+    for annotation in content["annotations"]:
+        del annotation["bbox"]
+        annotation["segmentation"] = {"size": [SIDE, SIDE], "counts": "0"}
+
+
 def in_test(box):
     def spoil(project):
         edit_json(project.test_json, lambda content: content["annotations"][0].update(bbox=box))
@@ -190,6 +196,12 @@ ERRORS = {
     "box of five": (first("annotations", bbox=[1, 1, 9, 9, 9]), DROP),
     "box beyond floats": (first("annotations", bbox=[1, 1, 10**400, 9]), DROP),
     "box of 1e300": (first("annotations", bbox=[1, 1, 1e300, 9]), DROP),
+    "no box at all": (edited(masks_without_boxes), r"no annotation of .*\.json has a bbox.*toBbox"),
+    "no box in a test set": (
+        lambda project: edit_json(project.test_json, masks_without_boxes),
+        "no annotation of .* has a bbox",
+    ),
+    "a box is missing": (edited(lambda c: c["annotations"][0].pop("bbox") and None), DROP),
     "negative width": (first("annotations", bbox=[9, 9, -5, 5]), DROP),
     "NaN in a test set": (in_test([float("nan"), 1, 9, 9]), "test set .* NaN.*Repair"),
     "negative in a test set": (in_test([9, 9, -5, 5]), "test set .* inverted.*Repair"),
@@ -478,6 +490,14 @@ def test_undecodable_names_are_printed_on_one_line(project):
     with pytest.raises(UsageError, match=r"a\\udcff\\nb\.png") as caught:
         project.read()
     assert str(caught.value).encode().isascii()
+
+
+def test_unlabeled_masks_need_no_boxes(project):
+    other = project.folder / "other.json"
+    other.write_text(project.test_json.read_text())
+    edit_json(other, masks_without_boxes)
+    project.set("DATASETS.UNLABELED", [f"coco:{other}:{project.test_images}"])
+    assert len(project.read()[0].unlabeled) == len(json.loads(other.read_text())["images"])
 
 
 def test_outside_paths_of_unlabeled_files_need_permission(project):

@@ -159,6 +159,7 @@ def _open_coco(name: str, location: str, options: ReadOptions) -> Source:
         json_file,
         image_folder,
         allow_outside=options.allow_outside,
+        labeled=options.labeled,
         cache=options.cache,
     )
     return load, {"image_root": image_folder, "evaluator_type": "coco"}
