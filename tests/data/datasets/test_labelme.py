@@ -138,6 +138,14 @@ def test_an_image_path_does_not_leave_the_folder(data):
     assert data.read()[0]["file_name"] == str(data.folder / "0.png")
 
 
+def test_two_files_of_one_image_are_an_error(data):
+    for name in ("0", "1"):
+        data.image(f"{name}.png")
+        data.annotate(f"{name}.json", [], image_path="0.png")
+    with pytest.raises(UsageError, match=r"0\.json and 1\.json .* the image .*/0\.png"):
+        data.read()
+
+
 def test_the_size_is_that_of_the_image_if_the_json_has_none(data):
     data.image("0.png", size=(30, 20))
     data.annotate("0.json", [], imageWidth=None, imageHeight=None)
