@@ -235,6 +235,36 @@ def test_exclude_labeled(tmp_path, coco, folder):
     assert str(linked / "same.png") not in files(sets.unlabeled)
 
 
+def test_unlabeled_images_are_used_once(tmp_path, coco, folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("locreweight"), "propagate", True)
+    images = tmp_path / "labeled" / "images"
+    options = ("DATASETS.LABELED_PERCENT", "30.0", "DATASETS.EXCLUDE_LABELED", "True")
+    before = load(*options, train=[coco[1]], unlabeled=[folder])
+    assert "listed more than once" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        after = load(*options, train=[coco[1]], unlabeled=[folder, f"folder:{images}"])
+    assert files(after.unlabeled) == files(before.unlabeled)
+    assert after.fingerprint == before.fingerprint
+    assert "left out 7 unlabeled images that are listed more than once" in caplog.text
+
+
+def list_first_image_again(content):
+    content["images"].append(content["images"][0] | {"id": 99})
+
+
+def test_labeled_images_that_are_listed_twice_give_a_warning(tmp_path, coco, folder, caplog):
+    edit_json(coco[0], list_first_image_again)
+    other, images = make_coco(tmp_path / "test", seed=1)
+    edit_json(other, list_first_image_again)
+    test = f"coco:{other}:{images}"
+    with caplog.at_level(logging.WARNING):
+        load("DATASETS.TEST", str((test,)), train=[coco[1]], unlabeled=[folder])
+    first, second = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert first.startswith("1 images of DATASETS.TRAIN are listed more than once")
+    assert second.startswith(f"1 images of {test} are listed more than once")
+    assert "0000.png" in first and "0000.png" in second
+
+
 @pytest.mark.parametrize("exclude", ["False", "True"])
 def test_labeled_test_images_give_a_warning(coco, folder, caplog, exclude):
     options = ("DATASETS.TEST", str((coco[1],)), "DATASETS.EXCLUDE_LABELED", exclude)

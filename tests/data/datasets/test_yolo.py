@@ -269,7 +269,7 @@ def test_names_of_the_config_take_precedence(data, names):
 @pytest.mark.parametrize("other", ["0.jpg", "0.PNG"])
 def test_two_images_of_one_label_file_are_an_error(tree, other):
     tree.image(f"images/train/{other}")
-    with pytest.raises(UsageError, match=r"train/0\.\w+ and .*train/0\.\w+ have the same label file"):
+    with pytest.raises(UsageError, match=r"/0\.\w+ and .*/0\.\w+ have the same label file"):
         tree.read()
 
 

@@ -179,8 +179,8 @@ def _check_has_boxes(json_file: str, annotations: dict[int, list[dict]]) -> None
     boxes = [a["bbox"] for of_image in annotations.values() for a in of_image]
     if boxes and not any(boxes):
         raise UsageError(
-            f"no annotation of {printable_name(json_file)} has a bbox, and masks are not read: give "
-            'each annotation "bbox": [x, y, width, height] in pixels, for example with '
+            f"no annotation of {printable_name(json_file)} has a bbox, and masks are not read: "
+            'give each annotation "bbox": [x, y, width, height] in pixels, for example with '
             "pycocotools.mask.toBbox"
         )
 
