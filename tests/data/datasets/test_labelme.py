@@ -142,7 +142,7 @@ def test_two_files_of_one_image_are_an_error(data):
     for name in ("0", "1"):
         data.image(f"{name}.png")
         data.annotate(f"{name}.json", [], image_path="0.png")
-    with pytest.raises(UsageError, match=r"0\.json and 1\.json .* the image .*/0\.png"):
+    with pytest.raises(UsageError, match=r"0\.json and 1\.json .* same image .*/0\.png"):
         data.read()
 
 

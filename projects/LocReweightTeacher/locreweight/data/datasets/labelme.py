@@ -69,7 +69,7 @@ def load_labelme(folder: str, class_names: Sequence[str]) -> tuple[list[dict], l
         if other != file:
             raise UsageError(
                 f"{printable_name(other)} and {printable_name(file)} in {printable_name(folder)} "
-                f"are both of the image {printable_name(image)}: correct `imagePath` in one of "
+                f"belong to the same image {printable_name(image)}: correct `imagePath` in one of "
                 "them, or remove one"
             )
         width, height = _size(image, content)
