@@ -67,7 +67,7 @@ class YoloSource:
     origin: str
     has_keypoints: bool = False
     class_file: str = ""
-    listed_names: Sequence[str] = ()
+    listed_names: list[str] = field(default_factory=list)
 
 
 def open_yaml(
