@@ -4,12 +4,15 @@ import json
 import logging
 import os
 import re
+import shutil
 
 import pytest
+from detectron2.data import DatasetCatalog
 
+from locreweight.data.datasets.catalog import register
 from locreweight.data.loader import Stream, StreamPosition
 from locreweight.errors import UsageError
-from tests.tiny_data import edit_json, write_voc_xml
+from tests.tiny_data import CLASSES, edit_json, make_voc, write_voc_xml
 from tests.tiny_project import Project
 
 SIDE = 64
@@ -111,6 +114,12 @@ def class_that_is_a_number(project):
     project.set("DATASETS.CLASS_NAMES", [3, 4, 5])
 
 
+def masks_without_boxes(content):
+    for annotation in content["annotations"]:
+        del annotation["bbox"]
+        annotation["segmentation"] = {"size": [SIDE, SIDE], "counts": "0"}
+
+
 def in_test(box):
     def spoil(project):
         edit_json(project.test_json, lambda content: content["annotations"][0].update(bbox=box))
@@ -187,6 +196,12 @@ ERRORS = {
     "box of five": (first("annotations", bbox=[1, 1, 9, 9, 9]), DROP),
     "box beyond floats": (first("annotations", bbox=[1, 1, 10**400, 9]), DROP),
     "box of 1e300": (first("annotations", bbox=[1, 1, 1e300, 9]), DROP),
+    "no box at all": (edited(masks_without_boxes), r"no annotation of .*\.json has a bbox.*toBbox"),
+    "no box in a test set": (
+        lambda project: edit_json(project.test_json, masks_without_boxes),
+        "no annotation of .* has a bbox",
+    ),
+    "a box is missing": (edited(lambda c: c["annotations"][0].pop("bbox") and None), DROP),
     "negative width": (first("annotations", bbox=[9, 9, -5, 5]), DROP),
     "NaN in a test set": (in_test([float("nan"), 1, 9, 9]), "test set .* NaN.*Repair"),
     "negative in a test set": (in_test([9, 9, -5, 5]), "test set .* inverted.*Repair"),
@@ -421,6 +436,20 @@ class TestVocNames:
     def test_names_with_spaces_and_flags(self, project, line):
         assert self.listed(project, line) == ["my image.jpg"]
 
+    @pytest.mark.parametrize("annotated", [True, False])
+    def test_names_that_end_like_flags(self, tmp_path, annotated):
+        folder = make_voc(tmp_path / "voc", images=3)
+        for i, name in enumerate(["photo", "photo 0", "photo 1"]):
+            for file in (f"Annotations/{i:04d}.xml", f"JPEGImages/{i:04d}.jpg"):
+                path = folder / file
+                path.rename(path.with_stem(name))
+        (folder / LIST).write_text("photo 1\nphoto 0\n")
+        if not annotated:
+            shutil.rmtree(folder / "Annotations")
+        name = f"voc:{folder}:trainval"
+        register([name], CLASSES, labeled=annotated)
+        assert [record["image_id"] for record in DatasetCatalog.get(name)] == ["photo 1", "photo 0"]
+
 
 class TestFolders:
     def names(self, project):
@@ -461,6 +490,14 @@ def test_undecodable_names_are_printed_on_one_line(project):
     with pytest.raises(UsageError, match=r"a\\udcff\\nb\.png") as caught:
         project.read()
     assert str(caught.value).encode().isascii()
+
+
+def test_unlabeled_masks_need_no_boxes(project):
+    other = project.folder / "other.json"
+    other.write_text(project.test_json.read_text())
+    edit_json(other, masks_without_boxes)
+    project.set("DATASETS.UNLABELED", [f"coco:{other}:{project.test_images}"])
+    assert len(project.read()[0].unlabeled) == len(json.loads(other.read_text())["images"])
 
 
 def test_outside_paths_of_unlabeled_files_need_permission(project):

@@ -15,6 +15,7 @@ from locreweight.data.datasets.splits import split_indices
 from locreweight.data.monitored import has_annotations
 from locreweight.data.training_sets import TrainingSets, load_training_sets, register_datasets
 from locreweight.errors import UsageError
+from tests.tiny_formats import as_labelme, as_voc_folder
 
 
 @pytest.fixture
@@ -124,6 +125,17 @@ def test_broken_list_of_unlabeled_voc_images(tmp_path, coco):
         load(train=[coco[1]], unlabeled=[f"voc:{voc}:trainval"])
 
 
+@pytest.mark.parametrize("kind", ["voc", "labelme"])
+def test_class_names_of_the_config_that_are_repeated(tmp_path, folder, kind):
+    source = tmp_path / "source"
+    make_coco(source)
+    convert = as_labelme if kind == "labelme" else as_voc_folder
+    name = convert(source, tmp_path / "data")
+    classes = ("DATASETS.CLASS_NAMES", str((*CLASSES, CLASSES[0])))
+    with pytest.raises(UsageError, match="CLASS_NAMES has classes of the same name: cat"):
+        load(*classes, train=[name], unlabeled=[folder])
+
+
 def test_split_depends_on_its_own_seed_only(coco, folder):
     def labeled(*options):
         shares = ("DATASETS.LABELED_PERCENT", "40.0")
@@ -221,6 +233,36 @@ def test_exclude_labeled(tmp_path, coco, folder):
     sets = load(*exclude, train=[coco[1]], unlabeled=[folder, f"folder:{linked}"])
     assert len(sets.unlabeled) == 5
     assert str(linked / "same.png") not in files(sets.unlabeled)
+
+
+def test_unlabeled_images_are_used_once(tmp_path, coco, folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("locreweight"), "propagate", True)
+    images = tmp_path / "labeled" / "images"
+    options = ("DATASETS.LABELED_PERCENT", "30.0", "DATASETS.EXCLUDE_LABELED", "True")
+    before = load(*options, train=[coco[1]], unlabeled=[folder])
+    assert "listed more than once" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        after = load(*options, train=[coco[1]], unlabeled=[folder, f"folder:{images}"])
+    assert files(after.unlabeled) == files(before.unlabeled)
+    assert after.fingerprint == before.fingerprint
+    assert "left out 7 unlabeled images that are listed more than once" in caplog.text
+
+
+def list_first_image_again(content):
+    content["images"].append(content["images"][0] | {"id": 99})
+
+
+def test_labeled_images_that_are_listed_twice_give_a_warning(tmp_path, coco, folder, caplog):
+    edit_json(coco[0], list_first_image_again)
+    other, images = make_coco(tmp_path / "test", seed=1)
+    edit_json(other, list_first_image_again)
+    test = f"coco:{other}:{images}"
+    with caplog.at_level(logging.WARNING):
+        load("DATASETS.TEST", str((test,)), train=[coco[1]], unlabeled=[folder])
+    first, second = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert first.startswith("1 images of DATASETS.TRAIN are listed more than once")
+    assert second.startswith(f"1 images of {test} are listed more than once")
+    assert "0000.png" in first and "0000.png" in second
 
 
 @pytest.mark.parametrize("exclude", ["False", "True"])

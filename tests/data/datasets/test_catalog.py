@@ -12,6 +12,7 @@ from tiny_data import CLASSES, edit_json, make_coco, make_folder, make_voc, writ
 from locreweight.config import load_config
 from locreweight.data.checks import check_boxes
 from locreweight.data.datasets.catalog import register
+from locreweight.data.datasets.splits import annotation_file
 from locreweight.data.mapper import ViewMapper
 from locreweight.errors import UsageError
 
@@ -140,6 +141,18 @@ class TestVoc:
         (record,) = read(self.write(tmp_path / "b", ("cat", 1, 1, 9, 9)), CLASSES)
         assert [a["iscrowd"] for a in record["annotations"]] == [0]
 
+    @pytest.mark.parametrize(
+        ("text", "is_crowd"),
+        [("1", 1), (" 1 ", 1), ("true", 1), ("True\n", 1), ("0", 0), (" 0 ", 0), ("", 0)],
+    )
+    def test_spellings_of_difficult(self, tmp_path, text, is_crowd):
+        name = self.write(tmp_path / "voc", ("cat", 1, 1, 9, 9))
+        xml = tmp_path / "voc/Annotations/0000.xml"
+        marked = xml.read_text().replace("<difficult>0<", f"<difficult>{text}<")
+        xml.write_text(marked)
+        (record,) = read(name, CLASSES)
+        assert [a["iscrowd"] for a in record["annotations"]] == [is_crowd]
+
     @pytest.mark.parametrize(("given", "known"), [((), VOC_CLASSES), (CLASSES, CLASSES)])
     def test_default_class_names(self, tmp_path, given, known):
         name = self.write(tmp_path / "voc", (known[2], 1, 1, 9, 9))
@@ -198,6 +211,54 @@ class TestFolder:
         name = f"folder:{make_folder(tmp_path / 'images')}"
         register([name])
         assert MetadataCatalog.get(name).get("thing_classes") is None
+
+
+class TestColons:
+    """Paths of data sets that have two of them, both with colons."""
+
+    @pytest.fixture
+    def coco(self, tmp_path):
+        folder = tmp_path / "run:3" / "a:b"
+        folder.mkdir(parents=True)
+        return make_coco(folder, images=2)
+
+    def test_coco(self, coco):
+        json_file, images = coco
+        name = f"coco:{json_file}:{images}"
+        assert [r["file_name"] for r in read(name)] == [
+            str(images / "0000.png"),
+            str(images / "0001.png"),
+        ]
+        assert annotation_file(name) == json_file
+
+    def test_list(self, coco):
+        json_file, images = coco
+        listed = json_file.with_suffix(".txt")
+        listed.write_text("0001.png\n")
+        (record,) = read(f"list:{listed}:{images}")
+        assert record["file_name"] == str(images / "0001.png")
+
+    def test_yolo(self, coco):
+        json_file, images = coco
+        labels = json_file.with_name("labels")
+        labels.mkdir()
+        (labels / "0000.txt").write_text("2 0.5 0.5 1 1\n")
+        assert len(read(f"yolo:{images}:{labels}", CLASSES)) == 2
+        (json_file.with_name("data.yaml")).write_text("train: images\nnames: [cat, dog, owl]\n")
+        assert len(read(f"yolo:{json_file.with_name('data.yaml')}:train")) == 2
+
+    def test_missing_folders_are_named(self, coco, tmp_path):
+        json_file, images = coco
+        with pytest.raises(UsageError, match=rf"the folder '{images}2' of"):
+            register([f"coco:{json_file}:{images}2"])
+        with pytest.raises(UsageError, match=rf"the folder '{json_file.parent}/voc' of"):
+            register([f"voc:{json_file.parent}/voc:trainval"])
+
+
+@pytest.mark.parametrize("name", ["coco:a.json", "coco:a.json:", "list::images", "yolo:images"])
+def test_names_without_a_second_path(name):
+    with pytest.raises(UsageError, match="does not have the form"):
+        register([name])
 
 
 def test_registered_data_set(tmp_path):

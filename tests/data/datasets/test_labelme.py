@@ -138,6 +138,14 @@ def test_an_image_path_does_not_leave_the_folder(data):
     assert data.read()[0]["file_name"] == str(data.folder / "0.png")
 
 
+def test_two_files_of_one_image_are_an_error(data):
+    for name in ("0", "1"):
+        data.image(f"{name}.png")
+        data.annotate(f"{name}.json", [], image_path="0.png")
+    with pytest.raises(UsageError, match=r"0\.json and 1\.json .* same image .*/0\.png"):
+        data.read()
+
+
 def test_the_size_is_that_of_the_image_if_the_json_has_none(data):
     data.image("0.png", size=(30, 20))
     data.annotate("0.json", [], imageWidth=None, imageHeight=None)
@@ -255,6 +263,19 @@ def test_the_image_of_the_same_name_comes_first(voc):
 
 def test_the_file_name_decides_between_kinds(voc):
     assert voc(rename="0000.bmp", filename="0000.png", others=["0000.png"]) == "0000.png"
+
+
+@pytest.mark.parametrize(
+    ("filename", "others", "found"),
+    [
+        ("0000.png", ["0000.png"], "0000.png"),
+        ("images\\0000.PNG", ["0000.png"], "0000.png"),
+        ("0000.png", ["0000.bmp"], "0000.jpg"),  # converted since
+        ("0001.png", ["0000.png"], "0000.jpg"),  # a wrong entry
+    ],
+)
+def test_the_file_name_decides_between_jpg_and_another_kind(voc, filename, others, found):
+    assert voc(filename=filename, others=others) == found
 
 
 def test_several_images_of_the_same_name_are_an_error(voc):

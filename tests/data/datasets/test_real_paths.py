@@ -103,6 +103,27 @@ def test_images_are_found_through_links(tree):
         assert RealPathCache().find({target}, image_files(*paths)) == expected
 
 
+@pytest.mark.parametrize("folders", [("",), ("a",), ("a", "linked")])
+def test_repeats_are_found_through_links(tree, folders):
+    """The folder ``a`` contains no links, so its images need not be resolved one by one."""
+    ways = [way for way in WAYS if way.startswith(folders) and way.endswith(".png")]
+    paths = [os.path.join(tree, way) for way in [*ways, *ways[:3]]]
+    seen, expected = set(), []
+    for i, path in enumerate(map(os.path.realpath, paths)):
+        if path in seen:
+            expected.append(i)
+        seen.add(path)
+    assert expected
+    assert RealPathCache().find_repeats(image_files(*paths)) == expected
+
+
+def test_images_of_the_same_name_are_no_repeats(tree):
+    paths = [str(tree / name) for name in ("a/1.png", "b/1.png", "a/2.png", "a/deep/2.png")]
+    assert RealPathCache().find_repeats(image_files(*paths)) == []
+    assert RealPathCache().find_repeats(image_files(*paths[2:])) == []
+    assert RealPathCache().find_repeats(image_files()) == []
+
+
 def test_empty_inputs(tree):
     images = image_files(str(tree / "a/1.png"))
     assert RealPathCache().find(set(), images) == []

@@ -200,6 +200,7 @@ BAD_YAMLS = {
     "a single name": ("train: images/train\nnames: cat\n", "neither a list"),
     "gap": ("train: images/train\nnames: {0: cat, 2: owl}\n", "numbered from 0 to 1, not 0, 2"),
     "from 1": ("train: images/train\nnames: {1: cat}\n", "numbered from 0 to 0, not 1"),
+    "other number": ("train: images/train\nnc: 5\nnames: [cat, dog]\n", "nc: 5.* but 2 names"),
     "no split": ("val: images/train\nnames: [cat]\n", r"no images under 'train'. It has val"),
     "missing folder": ("train: imgs\nnames: [cat]\n", r"'imgs' in .*data\.yaml does not exist: "),
     "twice": ("train: [images, images/train]\nnames: [a, b, c]\n", r"train/0\.png more than once"),
@@ -234,6 +235,42 @@ def test_folders_without_a_yaml_file(data):
     (record,) = data.read("photos:texts")
     assert record["image_id"] == "a/0.png"
     assert boxes(record) == [(1, [0, 0, WIDTH, HEIGHT])]
+
+
+@pytest.mark.parametrize("file", ["texts/classes.txt", "obj.names"])
+def test_names_of_the_config_in_another_order(data, file):
+    data.image("photos/0.png")
+    data.write("texts/0.txt", "1 0.5 0.5 1 1\n")
+    data.write(file, "dog\ncat\n")
+    data.class_names = ("cat", "dog")
+    with pytest.raises(UsageError, match=rf"(?s)in a different order.*CLASS_NAMES.*{file}: 'dog'"):
+        data.read("photos:texts")
+
+
+def test_unlabeled_images_with_names_in_another_order(data):
+    data.image("photos/0.png")
+    data.write("texts/0.txt", "1 0.5 0.5 1 1\n")
+    data.write("texts/classes.txt", "dog\ncat\n")
+    data.class_names = ("cat", "dog")
+    (record,) = data.read("photos:texts", labeled=False)
+    assert "annotations" not in record
+
+
+@pytest.mark.parametrize("names", ["cat\ndog\n", "katze\nhund\n", ""])
+def test_names_of_the_config_take_precedence(data, names):
+    data.image("photos/0.png")
+    data.write("texts/0.txt", "1 0.5 0.5 1 1\n")
+    data.write("texts/classes.txt", names)
+    data.class_names = ("cat", "dog")
+    assert len(data.read("photos:texts")) == 1
+    assert MetadataCatalog.get(data.name).thing_classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("other", ["0.jpg", "0.PNG"])
+def test_two_images_of_one_label_file_are_an_error(tree, other):
+    tree.image(f"images/train/{other}")
+    with pytest.raises(UsageError, match=r"/0\.\w+ and .*/0\.\w+ have the same label file"):
+        tree.read()
 
 
 def test_names_that_differ_in_spelling(data):

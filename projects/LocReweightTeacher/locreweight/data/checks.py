@@ -361,6 +361,38 @@ def without_overlap(
     return unlabeled.without(common)
 
 
+def without_repeats(unlabeled: ImageFiles, real_paths: RealPathCache) -> ImageFiles:
+    """Return the unlabeled images with each file only once, in the same order."""
+    repeats = real_paths.find_repeats(unlabeled)
+    if not repeats:
+        return unlabeled
+    logger.info(
+        "left out %d unlabeled images that are listed more than once, such as %s",
+        len(repeats),
+        printable_name(unlabeled[repeats[0]]["file_name"]),
+    )
+    return unlabeled.without(repeats)
+
+
+def warn_of_repeated_images(name: str, records: Iterable[dict]) -> None:
+    """Warn if several records have the same image file.
+
+    Args:
+        name: what the records are, for the message.
+        records: with ``file_name``, which is compared as it is.
+    """
+    counts = Counter(record["file_name"] for record in records)
+    repeated = [file for file, count in counts.items() if count > 1]
+    if repeated:
+        logger.warning(
+            "%d images of %s are listed more than once, such as %s. Training and evaluation count "
+            "each entry: give each image a single entry with all its boxes",
+            len(repeated),
+            name,
+            printable_name(repeated[0]),
+        )
+
+
 # -- image files -----------------------------------------------------------------------------------
 
 

@@ -28,8 +28,10 @@ from .checks import (
     check_test_set,
     common_images,
     describe_crowds,
+    warn_of_repeated_images,
     with_configured_names,
     without_overlap,
+    without_repeats,
 )
 from .datasets.catalog import expand_path, register
 from .datasets.packed_records import ImageFiles, PackedRecords
@@ -139,6 +141,7 @@ def load_training_sets(cfg: CfgNode) -> TrainingSets:
 
 def _load_training_sets(cfg: CfgNode) -> TrainingSets:
     annotated = {name: list(_load(name)) for name in cfg.DATASETS.TRAIN}
+    warn_of_repeated_images("DATASETS.TRAIN", chain(*annotated.values()))
     test_sets = load_test_sets(cfg)
     class_names = _checked_class_names(cfg)
     drawn, rest = split_annotated(cfg, annotated)
@@ -201,6 +204,7 @@ def load_test_sets(cfg: CfgNode) -> dict[str, list[dict]]:
     test_sets = {name: list(_load(name)) for name in cfg.DATASETS.TEST}
     for name, records in test_sets.items():
         check_test_set(name, records)
+        warn_of_repeated_images(name, records)
         check_images_exist(records)
     return test_sets
 
@@ -245,6 +249,7 @@ def _unlabeled_images(
         unlabeled = _only_shards(shards, [part for part in parts if part])
     else:
         files = ImageFiles.concatenate([ImageFiles.of_records(part) for part in parts])
+        files = without_repeats(files, real_paths)
         exclude = cfg.DATASETS.EXCLUDE_LABELED
         files = without_overlap(labeled, files, real_paths, exclude=exclude)
         unlabeled = _without_test_images(cfg, files, test_sets, real_paths)

@@ -19,8 +19,8 @@ name                                    data set
 any other name                          a data set that is registered in Detectron2
 ======================================  ==========================================================
 
-Paths may contain environment variables and ``~``. Boxes of records are xyxy or xywh, as each
-record's ``bbox_mode`` says, in absolute pixels of the original image.
+Paths may contain environment variables, ``~`` and colons. Boxes of records are xyxy or xywh, as
+each record's ``bbox_mode`` says, in absolute pixels of the original image.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def index_file(name: str) -> str:
 
 
 def _open_coco(name: str, location: str, options: ReadOptions) -> Source:
-    json_file, image_folder = _split_location(name, location)
+    json_file, image_folder = split_paths(name, location)
     _check_file(json_file, name)
     _check_folder(image_folder, name)
     load = partial(
@@ -159,6 +159,7 @@ def _open_coco(name: str, location: str, options: ReadOptions) -> Source:
         json_file,
         image_folder,
         allow_outside=options.allow_outside,
+        labeled=options.labeled,
         cache=options.cache,
     )
     return load, {"image_root": image_folder, "evaluator_type": "coco"}
@@ -168,7 +169,7 @@ def _open_voc(name: str, location: str, options: ReadOptions) -> Source:
     if os.path.isdir(location) or ":" not in location:
         _check_folder(location, name)
         return _open_annotated_folder(name, location, options, load_voc_folder)
-    folder, split = _split_location(name, location)
+    folder, split = _splits(name, location)[0]
     class_names = list(options.class_names) or list(VOC_CLASSES)
     for class_name in class_names:
         if not isinstance(class_name, str) or os.sep in class_name:
@@ -216,8 +217,8 @@ def _open_yolo(name: str, location: str, options: ReadOptions) -> Source:
     first, _, second = location.rpartition(":")
     if location.endswith(YAML_SUFFIXES):
         first, second = location, "train"
-    elif not (first and second):
-        _split_location(name, location)  # raises
+    elif not first.endswith(YAML_SUFFIXES):
+        first, second = split_paths(name, location)
     if first.endswith(YAML_SUFFIXES):
         _check_file(first, name)
         outside = options.allow_outside
@@ -257,7 +258,7 @@ def _open_folder(name: str, location: str, options: ReadOptions) -> Source:
 
 
 def _open_list(name: str, location: str, options: ReadOptions) -> Source:
-    list_file, folder = _split_location(name, location)
+    list_file, folder = split_paths(name, location)
     _check_file(list_file, name)
     _check_folder(folder, name)
     return partial(load_list, list_file, folder, allow_outside=options.allow_outside), {}
@@ -282,12 +283,29 @@ FORMATS = {
 }
 
 
-def _split_location(name: str, location: str) -> tuple[str, str]:
-    first, _, second = location.rpartition(":")
-    if not (first and second):
+def split_paths(name: str, location: str) -> tuple[str, str]:
+    """Split the location of a data set at the colon between two paths.
+
+    If the paths have colons as well, they are those that exist.
+
+    Args:
+        name: of the data set, for messages.
+        location: the name without the format and with expanded variables.
+
+    Raises:
+        UsageError: if there is no such colon.
+    """
+    return max(_splits(name, location), key=lambda paths: [*map(os.path.exists, paths)])
+
+
+def _splits(name: str, location: str) -> list[tuple[str, str]]:
+    """The parts before and behind each colon; those of the last colon come first."""
+    colons = [i for i, letter in enumerate(location) if letter == ":"]
+    splits = [(location[:i], location[i + 1 :]) for i in reversed(colons)]
+    if not splits or not all(splits[0]):
         form = FORMATS[name.partition(":")[0]].form
         raise UsageError(f"the data set name {name!r} does not have the form {form}")
-    return first, second
+    return [split for split in splits if all(split)]
 
 
 def _check_registered(name: str) -> None:

@@ -47,6 +47,7 @@ def load_coco(
     image_folder: str,
     *,
     allow_outside: bool = False,
+    labeled: bool = False,
     cache: RecordCache = NO_CACHE,
 ) -> list[dict]:
     """Read the boxes of a COCO json. Masks and keypoints are ignored, whatever they look like.
@@ -60,6 +61,7 @@ def load_coco(
         json_file: the annotation file.
         image_folder: folder that the file's ``file_name`` entries are relative to.
         allow_outside: ``file_name`` may lead out of that folder.
+        labeled: the boxes are used, so that a file of masks without boxes is an error.
         cache: of parsed files. Image files are searched each time.
 
     Returns:
@@ -76,6 +78,8 @@ def load_coco(
         thing_classes=parsed.class_names, thing_dataset_id_to_contiguous_id=parsed.class_index
     )
     annotations = parsed.annotations
+    if labeled:
+        _check_has_boxes(json_file, annotations)
     _warn_of_unknown_images(json_file, annotations, {image["id"] for image in parsed.images})
     images = _without_companions(json_file, parsed.images, annotations)
     finder = ImageFinder(json_file, image_folder, allow_outside=allow_outside)
@@ -169,6 +173,16 @@ def _without_companions(json_file: str, images: list[dict], annotations: dict) -
     )
     left_out = set(companions)
     return [image for image in images if image["file_name"] not in left_out]
+
+
+def _check_has_boxes(json_file: str, annotations: dict[int, list[dict]]) -> None:
+    boxes = [a["bbox"] for of_image in annotations.values() for a in of_image]
+    if boxes and not any(boxes):
+        raise UsageError(
+            f"no annotation of {printable_name(json_file)} has a bbox, and masks are not read: "
+            'give each annotation "bbox": [x, y, width, height] in pixels, for example with '
+            "pycocotools.mask.toBbox"
+        )
 
 
 def _warn_of_unknown_images(json_file: str, annotations: dict, images: set[int]) -> None:

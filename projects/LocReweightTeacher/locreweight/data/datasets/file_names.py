@@ -199,9 +199,10 @@ class ImageFinder:
         Raises:
             UsageError: if several images match.
         """
-        path = os.path.join(self._folder, stem + ".jpg")
-        if os.path.lexists(path):
-            return path
+        for suffix in (*_suffixes_in(name, stem), ".jpg"):
+            path = os.path.join(self._folder, stem + suffix)
+            if os.path.lexists(path):
+                return path
         found = self._files[2].get(spelling_key(os.path.normpath(stem)), [])
         if name and len(found) != 1:
             base = spelling_key(name.replace("\\", "/").rpartition("/")[2])
@@ -216,6 +217,10 @@ class ImageFinder:
                 "remove or rename the others"
             )
         return os.path.join(self._folder, found[0]) if found else path
+
+    def has(self, stem: str) -> bool:
+        """Whether there is an image with a name up to its suffix, relative to the folder."""
+        return spelling_key(os.path.normpath(stem)) in self._files[2]
 
     def _check(self, name: str) -> bool:
         """Whether a name may be used as it is. Raises if it must not be used at all."""
@@ -311,6 +316,15 @@ class ImageFinder:
                 printable_name(name),
                 " or ".join(map(printable_name, paths[:3])),
             )
+
+
+def _suffixes_in(name: str, stem: str) -> list[str]:
+    """The suffix of a name, in both letter cases, if it is the name of the image with the stem."""
+    base, suffix = os.path.splitext(name.replace("\\", "/").rpartition("/")[2])
+    is_own = spelling_key(base) == spelling_key(os.path.basename(stem))
+    if not (is_own and suffix.lower() in IMAGE_SUFFIXES):
+        return []
+    return [suffix, suffix.lower(), suffix.upper()]
 
 
 _LABEL_STUDIO_UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # before the name of an uploaded file

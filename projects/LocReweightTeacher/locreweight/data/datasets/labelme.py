@@ -46,11 +46,13 @@ def load_labelme(folder: str, class_names: Sequence[str]) -> tuple[list[dict], l
         names.
 
     Raises:
-        UsageError: if a file is malformed, or has a class that is not in ``class_names``.
+        UsageError: if a file is malformed, has a class that is not in ``class_names``, or is of the
+            same image as another one.
     """
     classes = ClassNames(class_names)
     finder = ImageFinder(folder, folder, allow_outside=False)
     left_out: Counter[str] = Counter()
+    file_of: dict[str, str] = {}
     records = []
     for file in files_with_suffix(folder, ".json"):
         content = _read_json(os.path.join(folder, file))
@@ -63,6 +65,13 @@ def load_labelme(folder: str, class_names: Sequence[str]) -> tuple[list[dict], l
             name = printable_name(os.path.join(folder, file))
             raise UsageError(f"the annotation {name} is malformed: {error}") from error
         image = _find_image(finder, folder, stem, content.get("imagePath"))
+        other = file_of.setdefault(image, file)
+        if other != file:
+            raise UsageError(
+                f"{printable_name(other)} and {printable_name(file)} in {printable_name(folder)} "
+                f"belong to the same image {printable_name(image)}: correct `imagePath` in one of "
+                "them, or remove one"
+            )
         width, height = _size(image, content)
         records.append(
             {

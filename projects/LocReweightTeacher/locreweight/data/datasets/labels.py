@@ -18,7 +18,8 @@ class ClassNames:
             names: ``DATASETS.CLASS_NAMES``. If it is empty, all names are accepted.
         """
         self._are_given = bool(names)
-        self._index = {name: i for i, name in enumerate(names)}
+        # Repeated names are reported when the classes of the data sets are compared.
+        self._index = {name: i for i, name in enumerate(dict.fromkeys(names))}
 
     @property
     def names(self) -> list[str]:

@@ -170,6 +170,11 @@ class ImageFiles(Packed):
         """File names without folders, as bytes, separated by zero bytes."""
         return self._names.block.numpy()[:-1].data
 
+    def entries(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the index of each image's folder and its file name without the folder."""
+        names = (name[:-1] for name in self._names)
+        return zip(self._folder_of.numpy(), names, strict=True)
+
     def in_folders(self, mask: Sequence[bool]) -> list[int]:
         """Indices of the images in the folders where ``mask``, one value per folder, is true."""
         is_selected = torch.tensor(mask, dtype=torch.bool)[self._folder_of]
@@ -186,8 +191,8 @@ class ImageFiles(Packed):
 
     def __iter__(self) -> Iterator[dict]:
         folders = self.folders
-        for i, (folder, name) in enumerate(zip(self._folder_of.numpy(), self._names, strict=True)):
-            yield {"file_name": folders[folder] + os.fsdecode(name[:-1]), "image_id": i}
+        for i, (folder, name) in enumerate(self.entries()):
+            yield {"file_name": folders[folder] + os.fsdecode(name), "image_id": i}
 
     def _record(self, index: int) -> dict:
         path = self._folders[int(self._folder_of[index])] + self._names[index][:-1]

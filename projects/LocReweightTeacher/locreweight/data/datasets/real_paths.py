@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
+from itertools import compress
+
+import numpy as np
 
 from .packed_records import ImageFiles
 
@@ -42,6 +46,36 @@ class RealPathCache:
         return [
             i for i in images.in_folders(candidates) if self(images[i]["file_name"]) in real_paths
         ]
+
+    def find_repeats(self, images: ImageFiles) -> list[int]:
+        """Indices of the images whose real path is that of an earlier image.
+
+        Of paths, only hashes are in memory, and those of repeated images.
+        """
+        hashes = np.fromiter(map(hash, self._encoded(images)), np.int64)
+        ordered = np.sort(hashes)
+        is_candidate = np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
+        if not is_candidate.any():
+            return []
+        known: set[bytes] = set()
+        repeats = []
+        for i, path in compress(enumerate(self._encoded(images)), is_candidate):
+            if path in known:
+                repeats.append(i)
+            known.add(path)
+        return repeats
+
+    def _encoded(self, images: ImageFiles) -> Iterator[bytes]:
+        """The real path of each image."""
+        folders = images.folders
+        reals = [self._split(folder)[0] for folder in folders]
+        may_have_links = [self._links(real) != frozenset() for real in reals]
+        starts = [os.fsencode(os.path.join(real, "")) for real in reals]
+        for folder, name in images.entries():
+            if may_have_links[folder]:
+                yield os.fsencode(self(folders[folder] + os.fsdecode(name)))
+            else:
+                yield starts[folder] + name
 
     def _may_contain(self, folder: str, homes: set[str]) -> bool:
         real, _ = self._split(folder)

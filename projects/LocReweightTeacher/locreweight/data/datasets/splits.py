@@ -28,7 +28,7 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from ...errors import UsageError
 from ...file_io import sha256_of
-from .catalog import expand_path, index_file
+from .catalog import expand_path, index_file, split_paths
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def annotation_file(name: str) -> Path | None:
     """
     kind, _, location = name.partition(":")
     if kind == "coco":
-        return Path(expand_path(location).rpartition(":")[0])
+        return Path(split_paths(name, expand_path(location))[0])
     file = index_file(name)
     return Path(file) if file else None
 

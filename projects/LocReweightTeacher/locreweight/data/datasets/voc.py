@@ -138,8 +138,8 @@ def read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
         lines = read_text(file).splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not a list of images: {error}") from error
-    # The list of a class has a flag behind each name: whether the image shows the class.
-    image_ids = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
+    finder = _finder(folder, split, allow_outside)
+    image_ids = [_without_flag(folder, line.strip(), finder) for line in lines if line.strip()]
     for image_id in image_ids:
         check_inside(image_id, file, folder, allow_outside=allow_outside)
     image_ids = [_without_suffix(folder, image_id) for image_id in image_ids]
@@ -147,6 +147,17 @@ def read_split(folder: str, split: str, allow_outside: bool) -> list[str]:
     if repeated:
         raise UsageError(f"{file} lists {printable_name(repeated[0])} more than once")
     return image_ids
+
+
+def _without_flag(folder: str, line: str, finder: ImageFinder) -> str:
+    """The list of a class has a flag behind each name: whether the image shows the class.
+
+    Images can also have names such as "photo 1", which are used as they are.
+    """
+    image_id = re.sub(r"\s+-?[01]$", "", line)
+    if image_id == line or os.path.lexists(_annotation_file(folder, line)) or finder.has(line):
+        return line
+    return image_id
 
 
 def _without_suffix(folder: str, image_id: str) -> str:
@@ -222,7 +233,7 @@ def _annotation(node: ElementTree.Element, classes: ClassNames) -> dict:
         "category_id": category_id,
         "bbox": [x1 - (x2 != x1), y1 - (y2 != y1), x2, y2],
         "bbox_mode": BoxMode.XYXY_ABS,
-        "iscrowd": int(node.findtext("difficult", "0") == "1"),
+        "iscrowd": int(node.findtext("difficult", "").strip().lower() in ("1", "true")),
     }
 
 

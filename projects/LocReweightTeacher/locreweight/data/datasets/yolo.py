@@ -24,6 +24,7 @@ import yaml
 from detectron2.structures import BoxMode
 
 from ...errors import UsageError
+from ..checks import check_same_classes
 from ..image_io import image_size
 from .file_names import (
     IMAGE_SUFFIXES,
@@ -55,6 +56,8 @@ class YoloSource:
         class_names: in the order of their numbers.
         origin: the file or setting that names the classes, for messages.
         has_keypoints: lines have keypoints behind the box.
+        class_file, listed_names: file beside the labels that lists class names, and the names;
+            empty if there is none.
     """
 
     root: str
@@ -63,6 +66,8 @@ class YoloSource:
     class_names: list[str]
     origin: str
     has_keypoints: bool = False
+    class_file: str = ""
+    listed_names: list[str] = field(default_factory=list)
 
 
 def open_yaml(
@@ -84,6 +89,12 @@ def open_yaml(
     names = _class_names(yaml_file, content.get("names")) or list(class_names)
     if not names:
         raise UsageError(f"{yaml_file} has no names of classes: add `names:`")
+    count = content.get("nc") or len(names)
+    if str(count) != str(len(names)):
+        raise UsageError(
+            f"{yaml_file} has `nc: {count}` classes, but {len(names)} names of classes: "
+            f"{', '.join(names[:5])}. Correct `nc` or `names`"
+        )
     folder = os.path.dirname(os.path.abspath(yaml_file))
     images: list[str] = []
     for entry in _entries(yaml_file, content, split):
@@ -110,16 +121,16 @@ def open_folders(images: str, labels: str, class_names: Sequence[str]) -> YoloSo
         images: the image folder. Subfolders are the same as those of the label folder.
         labels: the label folder.
         class_names: ``DATASETS.CLASS_NAMES``. If it is empty, they are read from ``classes.txt`` or
-            ``obj.names`` in the label folder or the folder above it.
+            ``obj.names`` in the label folder or the folder above it. If not, they can be other
+            names than those of the file, but not the same in another order.
 
     Raises:
         UsageError: if there are no images or no class names.
     """
+    class_file, listed = _listed_class_names(labels)
     names, origin = list(class_names), "DATASETS.CLASS_NAMES"
-    above = os.path.dirname(os.path.abspath(labels))
-    for file in [os.path.join(place, name) for place in (labels, above) for name in _CLASS_FILES]:
-        if not names and os.path.isfile(file):
-            names, origin = [x.strip() for x in read_text(file).splitlines() if x.strip()], file
+    if not names:
+        names, origin = listed, class_file
     if not names:
         raise UsageError(
             f"the classes of the labels in {labels} have no names: set DATASETS.CLASS_NAMES, or "
@@ -130,7 +141,20 @@ def open_folders(images: str, labels: str, class_names: Sequence[str]) -> YoloSo
         raise UsageError(f"no image ({' '.join(sorted(IMAGE_SUFFIXES))}) in the folder {images}")
     relative = [os.path.splitext(os.path.relpath(file, images))[0] + ".txt" for file in files]
     label_files = [os.path.join(labels, file) for file in relative]
-    return YoloSource(images, files, label_files, names, origin)
+    return YoloSource(
+        images, files, label_files, names, origin, class_file=class_file, listed_names=listed
+    )
+
+
+def _listed_class_names(labels: str) -> tuple[str, list[str]]:
+    """File that lists class names in the label folder or the one above it, and the names."""
+    above = os.path.dirname(os.path.abspath(labels))
+    for file in [os.path.join(place, name) for place in (labels, above) for name in _CLASS_FILES]:
+        if os.path.isfile(file):
+            names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+            if names:
+                return file, names
+    return "", []
 
 
 def load_yolo(source: YoloSource) -> list[dict]:
@@ -141,9 +165,14 @@ def load_yolo(source: YoloSource) -> list[dict]:
         to ``source.root`` as ``image_id``. Boxes are xyxy in absolute pixels of the original image.
 
     Raises:
-        UsageError: if a label file is malformed, an image cannot be read, or no image has a label
-            file.
+        UsageError: if a label file is malformed or that of two images, an image cannot be read, no
+            image has a label file, or ``classes.txt`` has the given classes in another order.
     """
+    if Counter(source.listed_names) == Counter(source.class_names):
+        # Without the file, or with other names in it, the given names are right.
+        check_same_classes(
+            {source.origin: source.class_names, source.class_file: source.listed_names}
+        )
     files = _find_label_files(source)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         sizes = list(threads.map(image_size, source.images))
@@ -299,12 +328,20 @@ def _find_label_files(source: YoloSource) -> list[str]:
     """The existing label file of each image; empty if there is none."""
     folders: dict[str, _LabelFolder] = {}
     found = []
-    for file in source.label_files:
+    image_of: dict[str, str] = {}
+    for image, file in zip(source.images, source.label_files, strict=True):
         parent, name = os.path.split(file)
         if parent not in folders:
             folders[parent] = _LabelFolder.of(parent)
         existing = folders[parent].find(name)
-        found.append(os.path.join(parent, existing) if existing else "")
+        path = os.path.join(parent, existing) if existing else ""
+        other = image_of.setdefault(path, image) if path else image
+        if other != image:
+            raise UsageError(
+                f"{printable_name(other)} and {printable_name(image)} have the same label file, "
+                f"{printable_name(path)}: rename one of the images and give it its own labels"
+            )
+        found.append(path)
     missing = [image for image, file in zip(source.images, found, strict=True) if not file]
     if len(missing) == len(found):
         raise UsageError(

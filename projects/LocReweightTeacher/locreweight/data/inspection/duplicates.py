@@ -73,9 +73,14 @@ def _repeated_entries(
         known.add(real)
     if not repeated:
         return []
+    consequence = (
+        "training uses each file once"
+        if purpose == "unlabeled"
+        else "training and evaluation count each entry"
+    )
     text = (
         f"{len(repeated)} entries of the {purpose} images refer to a file that another entry has; "
-        "training and evaluation count each entry"
+        f"{consequence}"
     )
     return [Finding(Severity.WARNING, text, repeated)]
 
