@@ -30,7 +30,9 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from locreweight.checkpoint.files import choose_checkpoint
-from locreweight.config import check_supported, load_config, scale_to_world_size
+from locreweight.config import load_config
+from locreweight.config_checks import check_supported
+from locreweight.config_scaling import scale_to_world_size
 from locreweight.data.training_sets import register_datasets
 from locreweight.engine import (
     SemiSupervisedTrainer,

@@ -11,7 +11,8 @@ from tiny_data import edit_json, make_coco, write_voc_xml
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.checkpoint.loading import check_weights_exist
-from locreweight.config import load_config, scale_to_world_size
+from locreweight.config import load_config
+from locreweight.config_scaling import scale_to_world_size
 from locreweight.data.mapper import ViewMapper
 from locreweight.engine import SemiSupervisedTrainer, evaluate, load_for_evaluation
 from locreweight.errors import UsageError

@@ -14,12 +14,12 @@ from detectron2.solver import build_lr_scheduler
 
 from locreweight.config import (
     add_locreweight_config,
-    check_supported,
     config_from_text,
     find_method_file,
     load_config,
-    scale_to_world_size,
 )
+from locreweight.config_checks import check_supported
+from locreweight.config_scaling import scale_to_world_size
 from locreweight.data.transforms.policies import build_augmentation_policy
 from locreweight.errors import UsageError
 from locreweight.methods import build_method

@@ -10,7 +10,8 @@ from detectron2.utils.develop import create_dummy_class
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight import installed_detectron2
-from locreweight.config import check_supported, load_config
+from locreweight.config import load_config
+from locreweight.config_checks import check_supported
 from locreweight.errors import UsageError
 from locreweight.installed_detectron2 import check_compiled_kernels, describe_detectron2
 

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "visualization.labels": set(),
     "visualization.drawing": {"visualization.labels"},
     "engine": TORCH_ONLY
-    | {"modeling", "data", "methods", "checkpoint", "config", "visualization.drawing"}
+    | {"modeling", "data", "methods", "checkpoint", "visualization.drawing"}
+    | {"config", "config_checks", "config_scaling"}
     | {"installed_detectron2", "file_io", "run_files", "command_line"},
     "visualization": TORCH_ONLY
     | {"modeling", "data", "engine", "checkpoint", "config", "model_zoo", "visualization.drawing"}

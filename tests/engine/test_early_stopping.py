@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from locreweight.config import check_supported
+from locreweight.config_checks import check_supported
 from locreweight.engine.hooks import EarlyStopping
 from locreweight.engine.run_folder import read_metrics
 from locreweight.errors import UsageError

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 import train_net
 from locreweight.checkpoint.checkpointer import CheckpointContents, TeacherCheckpointer
-from locreweight.config import check_supported
+from locreweight.config_checks import check_supported
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.engine import load_for_evaluation
 from locreweight.errors import UsageError

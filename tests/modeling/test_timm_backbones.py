@@ -6,7 +6,8 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch.testing import assert_close
 
-from locreweight.config import check_supported, load_config
+from locreweight.config import load_config
+from locreweight.config_checks import check_supported
 from locreweight.engine.optimizer import SkipNonFiniteOptimizer
 from locreweight.errors import UsageError
 from locreweight.methods import build_members, build_method

@@ -12,7 +12,8 @@ from statistics import mean
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from ..config import check_supported, find_method_file, load_config
+from ..config import find_method_file, load_config
+from ..config_checks import check_supported
 from ..data.datasets.splits import check_split_exists
 from ..data.transforms.policies import build_augmentation_policy
 from ..errors import UsageError

@@ -13,7 +13,8 @@ import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from ..config import check_supported, scale_to_world_size
+from ..config_checks import check_supported
+from ..config_scaling import scale_to_world_size
 from ..data.inspection.annotations import (
     box_findings,
     boxes_of_classes,

@@ -23,7 +23,8 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
-from ..config import load_config, scale_to_world_size
+from ..config import load_config
+from ..config_scaling import scale_to_world_size
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
 from .run_folder import ATTEMPTS_FILE, Attempt, RunFolder, flatten_config, read_attempts

@@ -13,7 +13,7 @@ from torch import distributed
 
 from ..checkpoint.loading import check_weights_exist
 from ..checkpoint.timm_weights import find_pretrained, starts_from_timm_weights
-from ..config import scale_to_world_size
+from ..config_scaling import scale_to_world_size
 from ..data.datasets.shards import ShardedImages
 from ..data.inspection.annotations import collected_warnings
 from ..data.inspection.findings import Finding, Severity

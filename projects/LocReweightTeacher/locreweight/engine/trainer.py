@@ -25,7 +25,8 @@ from ..checkpoint.checkpointer import (
 from ..checkpoint.files import list_checkpoints
 from ..checkpoint.loading import check_weights_exist
 from ..checkpoint.timm_weights import find_pretrained
-from ..config import check_supported, scale_to_world_size
+from ..config_checks import check_supported
+from ..config_scaling import scale_to_world_size
 from ..data.loader import Batch, StreamDataset, TwoStreamBatchSampler, build_loader
 from ..data.mapper import ViewMapper
 from ..data.training_sets import load_training_sets

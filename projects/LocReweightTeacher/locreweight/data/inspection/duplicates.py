@@ -80,7 +80,7 @@ def _repeated_entries(
     )
     text = (
         f"{len(repeated)} entries of the {purpose} images refer to a file that another entry has; "
-        f"{consequence}"
+        + consequence
     )
     return [Finding(Severity.WARNING, text, repeated)]
 
