@@ -95,7 +95,9 @@ def describe_threshold(detector: Predictor, given: float | None) -> str:
 @reports_errors
 def main() -> None:
     args = parse_arguments()
-    files = find_inputs(args.input, args.output)[: args.count]
+    # YOLO labels are no images; they are often written beside the images.
+    pictures = [folder for folder in (args.output, args.save_crops) if folder]
+    files = find_inputs(args.input, pictures)[: args.count]
     is_stream = any(file.stream for file in files)
     if (args.save_coco or args.save_yolo) and any(file.is_video for file in files):
         raise UsageError("--save-coco and --save-yolo are for images: use --save-json for videos")

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -26,8 +27,8 @@ def picture(file: Path, value=128, size=(40, 60)):
     return file
 
 
-def names(inputs, output=None):
-    return [str(file.name) for file in find_inputs([str(i) for i in inputs], output)]
+def names(inputs, outputs=()):
+    return [str(file.name) for file in find_inputs([str(i) for i in inputs], outputs)]
 
 
 # --- inputs ---------------------------------------------------------------------------------------
@@ -37,6 +38,26 @@ def test_pictures_keep_the_folder_structure(tmp_path):
     for name in ("in/b.jpg", "in/a.png", "in/sub/a.jpg", "in/notes.txt", "c.jpg"):
         picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("")
     assert names([tmp_path / "in", tmp_path / "c.jpg"]) == ["a.png", "b.jpg", "sub/a.jpg", "c.jpg"]
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    for name in ("far/a.jpg", "in/b.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "far/film.mp4").touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "far")
+    (tmp_path / "in/again").symlink_to(tmp_path / "far")
+    (tmp_path / "far/cycle").symlink_to(tmp_path / "in")
+    assert names([tmp_path / "in"]) == ["again/a.jpg", "again/film.mp4", "b.jpg"]
+
+
+def test_hidden_files_and_folders_of_runs_are_not_inputs(tmp_path):
+    for name in ("a", ".hidden", ".cache/a", "__MACOSX/a", "run/panels/a"):
+        picture(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.mp4").touch()
+    for name in ("config.yaml", "metrics.json"):
+        (tmp_path / "run" / name).touch()
+    assert names([tmp_path]) == ["a.jpg", "a.mp4"]
+    assert names([tmp_path / "run/panels"]) == ["a.jpg", "a.mp4"]
 
 
 def test_names_of_pictures_are_unique(tmp_path):
@@ -67,14 +88,16 @@ def test_existing_file_is_not_treated_as_a_pattern(tmp_path):
 
 def test_pictures_in_the_output_folder_are_not_inputs(tmp_path):
     picture(tmp_path / "a.jpg")
-    picture(tmp_path / "found" / "a.jpg")
-    assert names([tmp_path], output=tmp_path / "found") == ["a.jpg"]
+    outputs = [tmp_path / "found", tmp_path / "crops"]
+    for output in outputs:
+        picture(output / "cat" / "a.jpg")
+    assert names([tmp_path], outputs) == ["a.jpg"]
 
 
 def test_input_folder_as_output_folder_is_an_error(tmp_path):
     picture(tmp_path / "a.jpg")
     with pytest.raises(UsageError, match="are ignored"):
-        find_inputs([str(tmp_path)], output=tmp_path)
+        find_inputs([str(tmp_path)], [tmp_path])
 
 
 @pytest.mark.parametrize("given", ["none.jpg", "none/*.jpg", "empty"])
@@ -263,6 +286,15 @@ def test_coco_yolo_and_crops_have_the_same_objects(run, without_pictures, tmp_pa
     labels = sorted((tmp_path / "labels").glob("0*.txt"))
     assert [file.stem for file in labels] == ["0000", "0001", "0002"]
     assert sum(len(file.read_text().splitlines()) for file in labels) == count
+
+
+def test_crops_in_the_input_folder_are_not_inputs_of_the_next_call(run, call, tmp_path):
+    images = shutil.copytree(run.test_images, tmp_path / "in")
+    arguments = ["--weights", run.output, "--device", "cpu", "--threshold", 0.1, "--input", images]
+    for _ in range(2):
+        code, printed = call(predict, *arguments, "--save-crops", images / "crops")
+        assert code == 0 and "in 3 images" in printed.out
+    assert list((images / "crops").rglob("*.png"))
 
 
 def test_only_chosen_classes_are_kept(without_pictures, tmp_path):
