@@ -103,11 +103,8 @@ def find_inputs(inputs: Sequence[str], outputs: Sequence[Path] = ()) -> list[Inp
                 number += 1
             named[picture] = InputFile(path, picture, item if is_stream else "")
     if not named:
-        note = (
-            f" (files in the output folder {' '.join(map(str, outputs))} are ignored)"
-            if outputs
-            else ""
-        )
+        folders = " ".join(map(str, outputs))
+        note = f" (files in the output folder {folders} are ignored)" if outputs else ""
         raise UsageError(f"there is no image in {' '.join(inputs)}{note}")
     return list(named.values())
 
