@@ -25,7 +25,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
+from locreweight.command_line import (
+    ConfigArgumentParser,
+    check_outputs,
+    positive,
+    reports_errors,
+)
 from locreweight.config import load_config
 from locreweight.engine.config_suggestion import base_and_options, write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
@@ -73,6 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 @reports_errors
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    check_outputs(args.list, args.write_config)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
     suggests_config = args.write_config and not args.config_file
     if suggests_config:
@@ -101,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     if report.has_fixes and not suggests_config:
         print("to check the fixes, run this again with the options of the command above")
     if args.list:
+        args.list.parent.mkdir(parents=True, exist_ok=True)
         # File names can contain any bytes.
         args.list.write_text(format_all_files(report.findings), errors="surrogateescape")
     if args.write_config:

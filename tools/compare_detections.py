@@ -19,6 +19,7 @@ from locreweight.command_line import (
     HelpFormatter,
     add_device_argument,
     add_weights_arguments,
+    check_outputs,
     positive,
     reports_errors,
     score,
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--count", type=positive, default=6, help="maximum number of images")
     parser.add_argument("--threshold", type=score, default=0.5, help="minimum score")
     args = parser.parse_args()
+    check_outputs(args.output)
     names = args.names or unique_names([Path(weights) for weights in args.weights])
     if len(set(names)) != len(args.weights):
         raise UsageError(

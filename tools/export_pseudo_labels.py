@@ -16,6 +16,7 @@ from pathlib import Path
 from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
+    check_outputs,
     positive,
     reports_errors,
     score,
@@ -40,6 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--count", type=positive, help="maximum number of images. Default: all")
     args = parser.parse_args()
+    check_outputs(args.json)
     detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
     detector.threshold = (
         detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD if args.threshold is None else args.threshold

@@ -30,6 +30,7 @@ from locreweight.command_line import (
     THRESHOLD_HELP,
     ConfigArgumentParser,
     add_checkpoint_arguments,
+    check_outputs,
     positive,
     reports_errors,
     score,
@@ -95,6 +96,8 @@ def describe_threshold(detector: Predictor, given: float | None) -> str:
 @reports_errors
 def main() -> None:
     args = parse_arguments()
+    check_outputs(args.save_json, args.save_coco)
+    check_outputs(args.output, args.save_yolo, args.save_crops, are_folders=True)
     # YOLO labels are no images; they are often written beside the images.
     pictures = [folder for folder in (args.output, args.save_crops) if folder]
     files = find_inputs(args.input, pictures)[: args.count]

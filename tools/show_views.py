@@ -16,6 +16,7 @@ from __future__ import annotations
 from locreweight.command_line import (
     ConfigArgumentParser,
     add_weights_arguments,
+    check_outputs,
     non_negative,
     positive,
     reports_errors,
@@ -49,6 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentations")
     args = parser.parse_args()
+    check_outputs(args.output)
     cfg = load_config(args.config_file, args.opts)
     records = select_records(cfg, args.input, args.count)
     student = load_student(cfg, args.weights, last=args.last)

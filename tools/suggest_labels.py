@@ -29,6 +29,7 @@ from locreweight.command_line import (
     THRESHOLD_HELP,
     ConfigArgumentParser,
     add_checkpoint_arguments,
+    check_outputs,
     positive,
     reports_errors,
     score,
@@ -71,7 +72,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     unreadable: list[str] = []
-    check_new_folder(args.output)  # before the images are assessed, which takes long
+    # Before the images are assessed, which takes long.
+    check_outputs(args.output, are_folders=True)
+    check_new_folder(args.output)
     detector = Predictor(
         args.weights,
         args.config_file,

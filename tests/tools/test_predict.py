@@ -346,6 +346,24 @@ def test_output_that_cannot_be_written_is_an_error(without_pictures, tmp_path):
     assert code.startswith("error: cannot read or write") and "file" in code
 
 
+@pytest.mark.parametrize("flag", ["--save-json", "--save-coco"])
+def test_folder_instead_of_a_file_is_an_error_before_the_work(predict_call, tmp_path, flag):
+    code, _ = predict_call("--input", "none.jpg", flag, tmp_path)
+    assert code == f"error: cannot read or write {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize("flag", ["--output", "--save-yolo", "--save-crops"])
+def test_file_instead_of_a_folder_is_an_error_before_the_work(predict_call, tmp_path, flag):
+    (tmp_path / "file").touch()
+    code, _ = predict_call("--input", "none.jpg", flag, tmp_path / "file")
+    assert code == f"error: cannot read or write {tmp_path / 'file'}: Not a directory"
+
+
+def test_full_disk_is_an_error_that_names_the_file(without_pictures):
+    code, _ = without_pictures("--save-json", "/dev/full")
+    assert code == "error: cannot read or write /dev/full: No space left on device"
+
+
 def test_error_is_one_line(predict_call):
     code, _ = predict_call("--input", "none.jpg")
     assert code == "error: the input 'none.jpg' does not exist"
