@@ -6,7 +6,7 @@ import os
 import pytest
 
 import check_data
-from locreweight.command_line import ConfigArgumentParser, check_outputs, reports_errors
+from locreweight.command_line import ConfigArgumentParser, check_outputs, count_of, reports_errors
 from locreweight.engine import argument_parser
 from locreweight.errors import UsageError
 
@@ -116,6 +116,11 @@ def test_errors_end_a_tool_with_one_line(error, message):
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == message
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, "0 images"), (1, "1 image"), (2, "2 images")])
+def test_count_of(count, expected):
+    assert count_of(count, "image") == expected
 
 
 def test_outputs_that_can_be_written(tmp_path):

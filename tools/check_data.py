@@ -28,12 +28,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from locreweight.command_line import (
-    ConfigArgumentParser,
-    check_outputs,
-    positive,
-    reports_errors,
-)
+from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
 from locreweight.config import load_config
 from locreweight.engine.config_suggestion import base_and_options, write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
@@ -88,7 +83,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 @reports_errors
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    check_outputs(args.list, args.write_config)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
     suggests_config = args.write_config and not args.config_file
     if suggests_config:

@@ -20,6 +20,7 @@ from locreweight.command_line import (
     add_device_argument,
     add_weights_arguments,
     check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -83,7 +84,7 @@ def main() -> None:
     if any(detector.has_localization_quality for detector in detectors.values()):
         picture = explained(picture, "At each box: class, score and localization quality q.")
     save_picture(picture, args.output)
-    print(f"{len(selected)} images: {args.output}")
+    print(f"{count_of(len(selected), 'image')}: {args.output}")
 
 
 if __name__ == "__main__":

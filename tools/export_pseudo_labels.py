@@ -17,6 +17,7 @@ from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
     check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -54,8 +55,8 @@ def main() -> None:
     writer = CocoDataset(args.json, detector.class_names, root)
     summary = predict_files(detector, files, [writer], batch=args.batch)
     print(
-        f"{summary.objects} pseudo-labels of {summary.images} images, as a dataset: "
-        f"coco:{args.json}:{root}"
+        f"{count_of(summary.objects, 'pseudo-label')} of {count_of(summary.images, 'image')}, "
+        f"as a dataset: coco:{args.json}:{root}"
     )
     exit_if_unreadable(summary.unreadable, len(files))
 

@@ -31,6 +31,7 @@ from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
     check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -136,8 +137,9 @@ def main() -> None:
         max_frames=args.frames,
     )
     written = " ".join(str(getattr(args, name)) for name in OUTPUTS if getattr(args, name))
-    kind = "frames" if all(file.is_video for file in files) else "images"
-    print(f"{summary.objects} detections in {summary.images} {kind}: {written}")
+    kind = "frame" if all(file.is_video for file in files) else "image"
+    found = f"{count_of(summary.objects, 'detection')} in {count_of(summary.images, kind)}"
+    print(f"{found}: {written}")
     if args.save_coco:
         print(f"as a data set: coco:{args.save_coco}:{root}")
     if summary.interrupted:

@@ -17,6 +17,7 @@ from locreweight.command_line import (
     ConfigArgumentParser,
     add_weights_arguments,
     check_outputs,
+    count_of,
     non_negative,
     positive,
     reports_errors,
@@ -56,7 +57,7 @@ def main() -> None:
     student = load_student(cfg, args.weights, last=args.last)
     picture = draw_view_table(cfg, records, student, args.proposals, args.seed)
     save_picture(picture, args.output)
-    print(f"{len(records)} images: {args.output}")
+    print(f"{count_of(len(records), 'image')}: {args.output}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
     check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -91,7 +92,7 @@ def main() -> None:
         detector, files, sets.labeled, args.count, batch=args.batch, unreadable=unreadable
     )
     dataset = write_labeling_task(args.output, detector, suggestions, args.format, copy=args.copy)
-    print(f"{len(suggestions)} of {len(files)} images: {args.output}")
+    print(f"{len(suggestions)} of {count_of(len(files), 'image')}: {args.output}")
     print(f"when corrected, add to DATASETS.TRAIN: {dataset}")
     exit_if_unreadable(unreadable, len(files) + len(sets.labeled))
 

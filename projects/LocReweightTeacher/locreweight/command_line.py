@@ -85,6 +85,11 @@ def reports_errors(main: Callable[Parameters, None]) -> Callable[Parameters, Non
     return wrapper
 
 
+def count_of(count: int, noun: str) -> str:
+    """A number with a noun, such as "1 image" or "2 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def check_outputs(*paths: Path | None, are_folders: bool = False) -> None:
     """Check that files or folders can be written, before work that takes long.
 
