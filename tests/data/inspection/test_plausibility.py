@@ -86,6 +86,20 @@ def test_boxes_that_vanish_when_images_are_resized(project):
     assert "1 of 20 boxes" in finding.text and "14 pixels that becomes 0.34" in finding.text
 
 
+def test_repeated_boxes(project):
+    def edit(content):
+        first, *others = content["annotations"]
+        copies = [first, first, others[7], others[8] | {"category_id": first["category_id"] + 1}]
+        others[8]["category_id"] = first["category_id"]
+        content["annotations"] += [x | {"id": 100 + i} for i, x in enumerate(copies)]
+
+    edit_json(project.json, edit)
+    finding = text_with(project, "repeat a box")
+    assert finding.severity is Severity.WARNING
+    assert "3 of 24 boxes" in finding.text
+    assert finding.files == [str(project.images / f"000{i}.png") for i in (0, 2)]
+
+
 @pytest.mark.parametrize("entry", [{"rotation": 30}, {"attributes": {"rotation": 30.5}}])
 def test_rotated_boxes(project, entry):
     edit_json(project.json, lambda c: c["annotations"][2].update(entry) or None)
