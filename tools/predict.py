@@ -82,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
     if not any(getattr(args, name) for name in OUTPUTS):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in OUTPUTS)
         parser.error(f"nothing to write: use at least one of {flags}")
+    if args.save_json and args.save_json == args.save_coco:
+        parser.error("--save-json and --save-coco name the same file")
     return args
 
 

@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -58,6 +59,14 @@ def test_hidden_files_and_folders_of_runs_are_not_inputs(tmp_path):
         (tmp_path / "run" / name).touch()
     assert names([tmp_path]) == ["a.jpg", "a.mp4"]
     assert names([tmp_path / "run/panels"]) == ["a.jpg", "a.mp4"]
+
+
+def test_pipes_in_folders_are_not_inputs(tmp_path):
+    picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "c.mp4")
+    (tmp_path / "missing.mp4").symlink_to("none")
+    assert names([tmp_path]) == ["a.png", "missing.mp4"]
 
 
 def test_names_of_pictures_are_unique(tmp_path):
@@ -267,6 +276,11 @@ def test_json_alone_writes_no_pictures(without_pictures, tmp_path):
     code, printed = without_pictures("--save-json", tmp_path / "a.json")
     assert code == 0 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
     assert "model_best.pth: objects with a score above 0.1" in printed.out
+
+
+def test_two_outputs_in_one_file_are_an_error(without_pictures, tmp_path):
+    code, printed = without_pictures("--save-json", tmp_path / "a", "--save-coco", tmp_path / "a")
+    assert code == 2 and "name the same file" in printed.err
 
 
 def test_nothing_to_write_is_an_error(without_pictures):

@@ -285,5 +285,9 @@ def _video_paths(folder: str) -> Iterator[str]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not is_companion(name))
         for name in names:
-            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not is_companion(name):
-                yield os.path.join(parent, name)
+            path = os.path.join(parent, name)
+            # Reading a pipe would never end. A broken link counts as a video that is missing.
+            is_file = os.path.isfile(path) or not os.path.exists(path)
+            is_video = os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+            if is_video and is_file and not is_companion(name):
+                yield path
