@@ -15,7 +15,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from locreweight.command_line import ConfigArgumentParser, reports_errors
+from locreweight.command_line import ConfigArgumentParser, count_of, reports_errors
 from locreweight.config import load_config
 from locreweight.data.datasets.splits import write_split_file
 from locreweight.data.training_sets import register_datasets
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_split_file(args.output, annotated, args.percent, args.seeds)
     images = sum(map(len, annotated.values()))
     count = len(args.percent) * len(args.seeds)
-    print(f"{args.output}: {count} splits of {images} images")
+    print(f"{args.output}: {count_of(count, 'split')} of {count_of(images, 'image')}")
 
 
 if __name__ == "__main__":

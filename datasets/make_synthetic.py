@@ -329,6 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
         make_dataset(**vars(options))
     except (FileExistsError, ValueError) as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"error: cannot write {options.output}: {error.strerror or error}\n")
     print(f"{options.output}: {options.labeled} + {options.unlabeled} + {options.val} images")
 
 

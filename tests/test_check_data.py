@@ -70,7 +70,7 @@ def test_unreadable_images(project):
     ("available", "requested", "expected", "fixed"),
     [
         (0, 1, "no GPU", {"MODEL.DEVICE", "SOLVER.AMP.ENABLED"}),
-        (1, 2, "--num-gpus is 2, but this machine has 1 GPUs", set()),
+        (1, 2, "--num-gpus is 2, but this machine has 1 GPU;", set()),
     ],
 )
 def test_missing_gpus(monkeypatch, available, requested, expected, fixed):

@@ -1,11 +1,12 @@
 """Command lines: flags and KEY VALUE pairs in any order, and no abbreviated flags."""
 
 import argparse
+import os
 
 import pytest
 
 import check_data
-from locreweight.command_line import ConfigArgumentParser, reports_errors
+from locreweight.command_line import ConfigArgumentParser, check_outputs, count_of, reports_errors
 from locreweight.engine import argument_parser
 from locreweight.errors import UsageError
 
@@ -102,6 +103,9 @@ def test_namespace_can_be_given(parser):
             NotADirectoryError(20, "Not a directory", "a/b.html"),
             "error: cannot read or write a/b.html: Not a directory",
         ),
+        (OSError(28, "No space left on device"), "error: No space left on device"),
+        (ConnectionResetError("by peer"), "error: by peer"),
+        (TimeoutError(), "error: TimeoutError"),
     ],
 )
 def test_errors_end_a_tool_with_one_line(error, message):
@@ -114,10 +118,34 @@ def test_errors_end_a_tool_with_one_line(error, message):
     assert end.value.code == message
 
 
-def test_errors_without_a_file_keep_their_traceback():
-    @reports_errors
-    def main() -> None:
-        raise ConnectionResetError("by peer")
+@pytest.mark.parametrize(("count", "expected"), [(0, "0 images"), (1, "1 image"), (2, "2 images")])
+def test_count_of(count, expected):
+    assert count_of(count, "image") == expected
 
-    with pytest.raises(ConnectionResetError):
-        main()
+
+def test_outputs_that_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    check_outputs(tmp_path / "new/a.json", tmp_path / "file", None)
+    check_outputs(tmp_path / "new/folder", tmp_path, are_folders=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "are_folders", "named", "error"),
+    [
+        ("folder", False, "folder", IsADirectoryError),
+        ("file", True, "file", NotADirectoryError),
+        ("file/sub/a.json", False, "file", NotADirectoryError),
+        ("file/sub", True, "file", NotADirectoryError),
+        ("folder/locked/sub/a.json", False, "folder/locked", PermissionError),
+        ("folder/locked", True, "folder/locked", PermissionError),
+    ],
+)
+def test_outputs_that_cannot_be_written(tmp_path, monkeypatch, name, are_folders, named, error):
+    (tmp_path / "folder/locked").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    # For root no folder is locked.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked")
+    with pytest.raises(error) as raised:
+        check_outputs(tmp_path / name, are_folders=are_folders)
+    assert raised.value.filename == str(tmp_path / named)

@@ -278,3 +278,12 @@ def test_hues_of_classes_and_clutter():
     colors = [maker.pick_color(rng, 0, ground, STYLE) for _ in range(400)]
     hues = cv2.cvtColor(np.float32([colors]), cv2.COLOR_BGR2HSV)[0, :, 0]
     assert np.histogram(hues, bins=6, range=(0, 360))[0].min() > 40
+
+
+def test_output_that_cannot_be_written_is_an_error(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        maker.main(["--output", str(tmp_path / "file/sub/data")])
+    assert exit_.value.code == 1
+    expected = f"error: cannot write {tmp_path}/file/sub/data: Not a directory\n"
+    assert capsys.readouterr().err == expected

@@ -10,9 +10,10 @@
 Takes --config-file, --method, --num-gpus and KEY VALUE pairs, as train_net.py does, and reads every
 image once. Prints an overview, all problems with their fixes, including those that training itself
 would stop at, the estimated memory, and the command to train with, which includes the fixes that
-are config keys. --write-config writes a complete config for the data and this machine; without
---config-file, the checks are those of the detector in it, and its memory is not estimated. The exit
-code is 1 if there are errors.
+are config keys. --write-config writes a complete config for the data and this machine. Without
+--config-file, it contains all KEY VALUE pairs; the checks are those of the detector in it, and its
+memory is not estimated. With --config-file, pairs belong to that config: the written one contains
+those of DATASETS only, and the others are listed. The exit code is 1 if there are errors.
 Copies of images that were mirrored or cropped are not detected.
 """
 
@@ -25,10 +26,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from detectron2.config import CfgNode
+
 from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
 from locreweight.config import load_config
 from locreweight.engine.config_suggestion import base_and_options, write_config
 from locreweight.engine.data_report import check_data, format_all_files, format_finding
+from locreweight.engine.run_folder import flatten_config
 from locreweight.errors import UsageError
 
 
@@ -49,6 +53,12 @@ def _command(script: str, args: argparse.Namespace, config: list[str], options: 
     gpus = ["--num-gpus", str(args.num_gpus)]
     method = ["--method", args.method] if args.method else []
     return shlex.join(["python", script, *gpus, *config, *method, *options])
+
+
+def differing_keys(keys: list[str], cfg: CfgNode, written: CfgNode) -> list[str]:
+    """Those of the keys whose values differ between two configs."""
+    values, others = flatten_config(cfg), flatten_config(written)
+    return [key for key in dict.fromkeys(keys) if values.get(key) != others.get(key)]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     if report.has_fixes and not suggests_config:
         print("to check the fixes, run this again with the options of the command above")
     if args.list:
+        args.list.parent.mkdir(parents=True, exist_ok=True)
         # File names can contain any bytes.
         args.list.write_text(format_all_files(report.findings), errors="surrogateescape")
     if args.write_config:
@@ -112,6 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
         method = ["--method", args.method] if args.method else []
         command = ["python", "train_net.py", "--config-file", str(args.write_config), *method]
         print(f"\nwrote {args.write_config}; to train with it:\n  {shlex.join(command)}")
+        if not suggests_config:
+            written = load_config(str(args.write_config), [], args.method)
+            if left_out := differing_keys(args.opts[::2], report.cfg, written):
+                print(
+                    f"note: it does not contain the values of {', '.join(left_out)}, which belong "
+                    f"to {args.config_file}"
+                )
     sys.exit(1 if report.has_errors else 0)
 
 

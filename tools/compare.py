@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
+from locreweight.command_line import ConfigArgumentParser, count_of, positive, reports_errors
 from locreweight.engine.comparison import plan_runs, run_all
 from locreweight.visualization.comparison_report import CURVES, TABLE, write_report
 
@@ -95,7 +95,7 @@ def main() -> None:
         sys.exit("stopped; to resume, repeat the command")
     print(f"\n{(args.output / TABLE).read_text()}\ncurves: {args.output / CURVES}")
     if failed:
-        sys.exit("\n".join([f"{len(failed)} runs failed:", *failed]))
+        sys.exit("\n".join([f"{count_of(len(failed), 'run')} failed:", *failed]))
 
 
 if __name__ == "__main__":

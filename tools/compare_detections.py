@@ -19,6 +19,8 @@ from locreweight.command_line import (
     HelpFormatter,
     add_device_argument,
     add_weights_arguments,
+    check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--count", type=positive, default=6, help="maximum number of images")
     parser.add_argument("--threshold", type=score, default=0.5, help="minimum score")
     args = parser.parse_args()
+    check_outputs(args.output)
     names = args.names or unique_names([Path(weights) for weights in args.weights])
     if len(set(names)) != len(args.weights):
         raise UsageError(
@@ -81,7 +84,7 @@ def main() -> None:
     if any(detector.has_localization_quality for detector in detectors.values()):
         picture = explained(picture, "At each box: class, score and localization quality q.")
     save_picture(picture, args.output)
-    print(f"{len(selected)} images: {args.output}")
+    print(f"{count_of(len(selected), 'image')}: {args.output}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from locreweight.checkpoint.timm_weights import write_timm_weights
-from locreweight.command_line import HelpFormatter, add_weights_arguments, positive, reports_errors
+from locreweight.command_line import (
+    HelpFormatter,
+    add_weights_arguments,
+    check_outputs,
+    positive,
+    reports_errors,
+)
 from locreweight.data.datasets.image_folders import load_folder
 from locreweight.data.image_io import read_rgb
 from locreweight.engine.predictor import Predictor, model_input
@@ -96,6 +102,7 @@ def main() -> None:
     args = parse_arguments()
     if args.onnx:
         check_onnx_is_installed()
+    check_outputs(args.torchscript, args.onnx, args.timm)
     detector = load_detector(args.weights, args.config_file, last=args.last)
     if args.torchscript or args.onnx:
         files = [record["file_name"] for record in load_folder(args.images)][: args.count]

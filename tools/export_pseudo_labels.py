@@ -16,6 +16,8 @@ from pathlib import Path
 from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
+    check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -40,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--count", type=positive, help="maximum number of images. Default: all")
     args = parser.parse_args()
+    check_outputs(args.json)
     detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
     detector.threshold = (
         detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD if args.threshold is None else args.threshold
@@ -52,8 +55,8 @@ def main() -> None:
     writer = CocoDataset(args.json, detector.class_names, root)
     summary = predict_files(detector, files, [writer], batch=args.batch)
     print(
-        f"{summary.objects} pseudo-labels of {summary.images} images, as a dataset: "
-        f"coco:{args.json}:{root}"
+        f"{count_of(summary.objects, 'pseudo-label')} of {count_of(summary.images, 'image')}, "
+        f"as a dataset: coco:{args.json}:{root}"
     )
     exit_if_unreadable(summary.unreadable, len(files))
 

@@ -24,6 +24,7 @@ from tabulate import tabulate
 from locreweight.command_line import (
     ConfigArgumentParser,
     add_checkpoint_arguments,
+    check_outputs,
     positive,
     reports_errors,
 )
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
     parser.add_argument("--count", type=positive, help="maximum number of images. Default: all")
     args = parser.parse_args()
+    check_outputs(args.output, args.json)
     detector = Predictor(args.weights, args.config_file, args.opts, args.device, last=args.last)
     data = localize(detector, annotated_records(detector, args.dataset, args.count))
     threshold = detector.cfg.SEMI.PSEUDO_LABEL_THRESHOLD
@@ -73,6 +75,7 @@ def main() -> None:
             "correlations": {name: asdict(c) for name, c in coefficients.items()},
             "calibration": {name: values.tolist() for name, values in asdict(groups).items()},
         }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 

@@ -30,6 +30,8 @@ from locreweight.command_line import (
     THRESHOLD_HELP,
     ConfigArgumentParser,
     add_checkpoint_arguments,
+    check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -80,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
     if not any(getattr(args, name) for name in OUTPUTS):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in OUTPUTS)
         parser.error(f"nothing to write: use at least one of {flags}")
+    if args.save_json and args.save_json == args.save_coco:
+        parser.error("--save-json and --save-coco name the same file")
     return args
 
 
@@ -95,7 +99,11 @@ def describe_threshold(detector: Predictor, given: float | None) -> str:
 @reports_errors
 def main() -> None:
     args = parse_arguments()
-    files = find_inputs(args.input, args.output)[: args.count]
+    check_outputs(args.save_json, args.save_coco)
+    check_outputs(args.output, args.save_yolo, args.save_crops, are_folders=True)
+    # YOLO labels are no images; they are often written beside the images.
+    pictures = [folder for folder in (args.output, args.save_crops) if folder]
+    files = find_inputs(args.input, pictures)[: args.count]
     is_stream = any(file.stream for file in files)
     if (args.save_coco or args.save_yolo) and any(file.is_video for file in files):
         raise UsageError("--save-coco and --save-yolo are for images: use --save-json for videos")
@@ -131,8 +139,9 @@ def main() -> None:
         max_frames=args.frames,
     )
     written = " ".join(str(getattr(args, name)) for name in OUTPUTS if getattr(args, name))
-    kind = "frames" if all(file.is_video for file in files) else "images"
-    print(f"{summary.objects} detections in {summary.images} {kind}: {written}")
+    kind = "frame" if all(file.is_video for file in files) else "image"
+    found = f"{count_of(summary.objects, 'detection')} in {count_of(summary.images, kind)}"
+    print(f"{found}: {written}")
     if args.save_coco:
         print(f"as a data set: coco:{args.save_coco}:{root}")
     if summary.interrupted:

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 import locreweight.modeling  # noqa: F401  (registers the model)
-from locreweight.command_line import HelpFormatter, reports_errors
+from locreweight.command_line import HelpFormatter, count_of, reports_errors
 from locreweight.publish import PublishOptions, publish, read_trained_model
 from locreweight.visualization.model_card import PICTURE
 
@@ -61,7 +61,7 @@ def main() -> None:
         replace=args.replace,
     )
     entry = publish(read_trained_model(args.run, last=args.last), args.to, options)
-    print(f"{args.to / entry.name}: {entry.weights}, {len(entry.metrics)} metrics")
+    print(f"{args.to / entry.name}: {entry.weights}, {count_of(len(entry.metrics), 'metric')}")
     if not entry.metrics:
         print("note: the run was not evaluated at this checkpoint, as the model card states")
     if not entry.license:

@@ -16,6 +16,7 @@ from pathlib import Path
 from locreweight.command_line import (
     HelpFormatter,
     add_device_argument,
+    check_outputs,
     non_negative,
     reports_errors,
 )
@@ -44,6 +45,7 @@ def main() -> None:
     add_device_argument(parser)
     args = parser.parse_args()
     output = args.output or args.runs[0] / "report.html"
+    check_outputs(output)
     write_report(args.runs, output, args.images, args.device)
     print(f"report: {output}")
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 from locreweight.command_line import (
     ConfigArgumentParser,
     add_weights_arguments,
+    check_outputs,
+    count_of,
     non_negative,
     positive,
     reports_errors,
@@ -49,12 +51,13 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentations")
     args = parser.parse_args()
+    check_outputs(args.output)
     cfg = load_config(args.config_file, args.opts)
     records = select_records(cfg, args.input, args.count)
     student = load_student(cfg, args.weights, last=args.last)
     picture = draw_view_table(cfg, records, student, args.proposals, args.seed)
     save_picture(picture, args.output)
-    print(f"{len(records)} images: {args.output}")
+    print(f"{count_of(len(records), 'image')}: {args.output}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from locreweight.command_line import (
     THRESHOLD_HELP,
     ConfigArgumentParser,
     add_checkpoint_arguments,
+    check_outputs,
+    count_of,
     positive,
     reports_errors,
     score,
@@ -71,7 +73,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     unreadable: list[str] = []
-    check_new_folder(args.output)  # before the images are assessed, which takes long
+    # Before the images are assessed, which takes long.
+    check_outputs(args.output, are_folders=True)
+    check_new_folder(args.output)
     detector = Predictor(
         args.weights,
         args.config_file,
@@ -88,7 +92,7 @@ def main() -> None:
         detector, files, sets.labeled, args.count, batch=args.batch, unreadable=unreadable
     )
     dataset = write_labeling_task(args.output, detector, suggestions, args.format, copy=args.copy)
-    print(f"{len(suggestions)} of {len(files)} images: {args.output}")
+    print(f"{len(suggestions)} of {count_of(len(files), 'image')}: {args.output}")
     print(f"when corrected, add to DATASETS.TRAIN: {dataset}")
     exit_if_unreadable(unreadable, len(files) + len(sets.labeled))
 

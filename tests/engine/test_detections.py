@@ -62,6 +62,12 @@ def test_select_by_score_and_class():
     assert found.select(0.3).scores.tolist() == pytest.approx([0.9, 0.6]), "above, not equal"
 
 
+@pytest.mark.parametrize("classes", [["dog", "cow"], "dog"])
+def test_select_of_an_unknown_class_is_an_error(classes):
+    with pytest.raises(UsageError, match="the model has no class .*; its classes are cat, dog"):
+        detections_of().select(classes=classes)
+
+
 def test_image_without_objects():
     found = detections_of(**NOTHING)
     assert repr(found) == "image: no objects" and found.names == [] and found.crops() == []

@@ -15,11 +15,13 @@ import locreweight
 from locreweight.checkpoint.checkpointer import CheckpointDescription, TeacherCheckpointer
 from locreweight.checkpoint.loading import read_description
 from locreweight.config import load_config
+from locreweight.data.image_io import read_rgb
 from locreweight.engine import load_for_evaluation
 from locreweight.engine.predictor import Predictor, load_student
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
 from tests.modeling.tiny_model import BACKBONES, plain_config, tiny_config
+from tests.odd_images import VALID
 from tests.tiny_data import CLASSES, make_folder
 
 
@@ -137,6 +139,20 @@ def test_paths_pillow_images_and_arrays_give_the_same(detector, tmp_path):
         assert np.array_equal(result.image, array)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("EXIF orientation 6", "EXIF orientation 7", "16-bit png", "16-bit tiff, big endian"),
+        *("16-bit pgm called png", "one bit", "palette", "gray with opacity", "CMYK jpeg"),
+    ],
+)
+def test_pillow_images_are_treated_like_their_files(detector, tmp_path, case):
+    name, make, _ = VALID[case]
+    make(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        assert np.array_equal(detector(image).image, read_rgb(str(tmp_path / name)))
+
+
 def test_several_images_give_a_list_in_their_order(detector, images):
     first, second = detector(images)
     assert [first.image.shape[:2], second.image.shape[:2]] == [(64, 64), (48, 80)]
@@ -181,6 +197,8 @@ def test_call_gives_the_detections_above_the_threshold(detector, images, monkeyp
         (np.zeros((0, 8, 3), np.uint8), r"\(0, 8, 3\)"),
         ([3], "not <class 'int'>"),
         ("none.jpg", "none.jpg"),
+        (Image.new("F", (8, 8)), "Pillow image of mode F.* 32 bits per channel"),
+        (Image.new("RGB", (8, 0)), r"\(0, 8, 3\)"),
     ],
 )
 def test_other_images_are_an_error(detector, image, words):

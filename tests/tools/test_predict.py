@@ -4,7 +4,9 @@ import functools
 import http.server
 import io
 import json
+import os
 import re
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -26,8 +28,8 @@ def picture(file: Path, value=128, size=(40, 60)):
     return file
 
 
-def names(inputs, output=None):
-    return [str(file.name) for file in find_inputs([str(i) for i in inputs], output)]
+def names(inputs, outputs=()):
+    return [str(file.name) for file in find_inputs([str(i) for i in inputs], outputs)]
 
 
 # --- inputs ---------------------------------------------------------------------------------------
@@ -37,6 +39,34 @@ def test_pictures_keep_the_folder_structure(tmp_path):
     for name in ("in/b.jpg", "in/a.png", "in/sub/a.jpg", "in/notes.txt", "c.jpg"):
         picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("")
     assert names([tmp_path / "in", tmp_path / "c.jpg"]) == ["a.png", "b.jpg", "sub/a.jpg", "c.jpg"]
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    for name in ("far/a.jpg", "in/b.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "far/film.mp4").touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "far")
+    (tmp_path / "in/again").symlink_to(tmp_path / "far")
+    (tmp_path / "far/cycle").symlink_to(tmp_path / "in")
+    assert names([tmp_path / "in"]) == ["again/a.jpg", "again/film.mp4", "b.jpg"]
+
+
+def test_hidden_files_and_folders_of_runs_are_not_inputs(tmp_path):
+    for name in ("a", ".hidden", ".cache/a", "__MACOSX/a", "run/panels/a"):
+        picture(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.mp4").touch()
+    for name in ("config.yaml", "metrics.json"):
+        (tmp_path / "run" / name).touch()
+    assert names([tmp_path]) == ["a.jpg", "a.mp4"]
+    assert names([tmp_path / "run/panels"]) == ["a.jpg", "a.mp4"]
+
+
+def test_pipes_in_folders_are_not_inputs(tmp_path):
+    picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "c.mp4")
+    (tmp_path / "missing.mp4").symlink_to("none")
+    assert names([tmp_path]) == ["a.png", "missing.mp4"]
 
 
 def test_names_of_pictures_are_unique(tmp_path):
@@ -67,14 +97,16 @@ def test_existing_file_is_not_treated_as_a_pattern(tmp_path):
 
 def test_pictures_in_the_output_folder_are_not_inputs(tmp_path):
     picture(tmp_path / "a.jpg")
-    picture(tmp_path / "found" / "a.jpg")
-    assert names([tmp_path], output=tmp_path / "found") == ["a.jpg"]
+    outputs = [tmp_path / "found", tmp_path / "crops"]
+    for output in outputs:
+        picture(output / "cat" / "a.jpg")
+    assert names([tmp_path], outputs) == ["a.jpg"]
 
 
 def test_input_folder_as_output_folder_is_an_error(tmp_path):
     picture(tmp_path / "a.jpg")
     with pytest.raises(UsageError, match="are ignored"):
-        find_inputs([str(tmp_path)], output=tmp_path)
+        find_inputs([str(tmp_path)], [tmp_path])
 
 
 @pytest.mark.parametrize("given", ["none.jpg", "none/*.jpg", "empty"])
@@ -246,6 +278,11 @@ def test_json_alone_writes_no_pictures(without_pictures, tmp_path):
     assert "model_best.pth: objects with a score above 0.1" in printed.out
 
 
+def test_two_outputs_in_one_file_are_an_error(without_pictures, tmp_path):
+    code, printed = without_pictures("--save-json", tmp_path / "a", "--save-coco", tmp_path / "a")
+    assert code == 2 and "name the same file" in printed.err
+
+
 def test_nothing_to_write_is_an_error(without_pictures):
     code, printed = without_pictures()
     assert code == 2 and "--save-json" in printed.err
@@ -263,6 +300,15 @@ def test_coco_yolo_and_crops_have_the_same_objects(run, without_pictures, tmp_pa
     labels = sorted((tmp_path / "labels").glob("0*.txt"))
     assert [file.stem for file in labels] == ["0000", "0001", "0002"]
     assert sum(len(file.read_text().splitlines()) for file in labels) == count
+
+
+def test_crops_in_the_input_folder_are_not_inputs_of_the_next_call(run, call, tmp_path):
+    images = shutil.copytree(run.test_images, tmp_path / "in")
+    arguments = ["--weights", run.output, "--device", "cpu", "--threshold", 0.1, "--input", images]
+    for _ in range(2):
+        code, printed = call(predict, *arguments, "--save-crops", images / "crops")
+        assert code == 0 and "in 3 images" in printed.out
+    assert list((images / "crops").rglob("*.png"))
 
 
 def test_only_chosen_classes_are_kept(without_pictures, tmp_path):
@@ -312,6 +358,24 @@ def test_output_that_cannot_be_written_is_an_error(without_pictures, tmp_path):
     (tmp_path / "file").touch()
     code, _ = without_pictures("--json", tmp_path / "file" / "a.json")
     assert code.startswith("error: cannot read or write") and "file" in code
+
+
+@pytest.mark.parametrize("flag", ["--save-json", "--save-coco"])
+def test_folder_instead_of_a_file_is_an_error_before_the_work(predict_call, tmp_path, flag):
+    code, _ = predict_call("--input", "none.jpg", flag, tmp_path)
+    assert code == f"error: cannot read or write {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize("flag", ["--output", "--save-yolo", "--save-crops"])
+def test_file_instead_of_a_folder_is_an_error_before_the_work(predict_call, tmp_path, flag):
+    (tmp_path / "file").touch()
+    code, _ = predict_call("--input", "none.jpg", flag, tmp_path / "file")
+    assert code == f"error: cannot read or write {tmp_path / 'file'}: Not a directory"
+
+
+def test_full_disk_is_an_error_that_names_the_file(without_pictures):
+    code, _ = without_pictures("--save-json", "/dev/full")
+    assert code == "error: cannot read or write /dev/full: No space left on device"
 
 
 def test_error_is_one_line(predict_call):

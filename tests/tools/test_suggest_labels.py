@@ -48,6 +48,12 @@ def test_images_are_linked_and_ranked(run, suggest_call, tmp_path):
         assert overview.width > 3 * 360
 
 
+def test_file_instead_of_the_output_folder_is_an_error_before_the_work(suggest_call, tmp_path):
+    (tmp_path / "out").touch()
+    code, _ = suggest_call("--weights", "none")
+    assert code == f"error: cannot read or write {tmp_path / 'out'}: Not a directory"
+
+
 @pytest.mark.parametrize("task", ["coco", "yolo"])
 def test_task_can_be_trained_on_without_its_unlabeled_originals(run, suggest_call, tmp_path, task):
     """The links are recognized as the unlabeled images that they lead to."""

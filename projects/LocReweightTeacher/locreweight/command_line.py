@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import UsageError
@@ -74,11 +77,41 @@ def reports_errors(main: Callable[Parameters, None]) -> Callable[Parameters, Non
         except UsageError as error:
             sys.exit(f"error: {error}")
         except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
             if error.filename is None:
-                raise
-            sys.exit(f"error: cannot read or write {error.filename}: {error.strerror}")
+                sys.exit(f"error: {reason}")
+            sys.exit(f"error: cannot read or write {error.filename}: {reason}")
 
     return wrapper
+
+
+def count_of(count: int, noun: str) -> str:
+    """A number with a noun, such as "1 image" or "2 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def check_outputs(*paths: Path | None, are_folders: bool = False) -> None:
+    """Check that files or folders can be written, before work that takes long.
+
+    Args:
+        paths: they need not exist, nor their folders. None is ignored.
+        are_folders: whether the paths are folders.
+
+    Raises:
+        OSError: names the file or folder that prevents it.
+    """
+    for path in filter(None, paths):
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        is_folder = existing.is_dir()
+        if is_folder and existing == path and not are_folders:
+            reason = errno.EISDIR
+        elif not is_folder and (existing != path or are_folders):
+            reason = errno.ENOTDIR
+        elif not os.access(existing, os.W_OK):
+            reason = errno.EACCES
+        else:
+            continue
+        raise OSError(reason, os.strerror(reason), str(existing))
 
 
 THRESHOLD_HELP = (

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import check_data
-from locreweight.config import load_config
+from locreweight.config import CONFIGS_FOLDER, load_config
 from locreweight.data.inspection.findings import Severity
 from tests.checked_data import SIDE, Project
 from tests.modeling.tiny_model import as_options
@@ -84,6 +84,20 @@ def test_boxes_that_vanish_when_images_are_resized(project):
     finding = text_with(project, "after resizing")
     # The long side of 4000 pixels becomes 96, so 14 pixels become 0.336.
     assert "1 of 20 boxes" in finding.text and "14 pixels that becomes 0.34" in finding.text
+
+
+def test_repeated_boxes(project):
+    def edit(content):
+        first, *others = content["annotations"]
+        copies = [first, first, others[7], others[8] | {"category_id": first["category_id"] + 1}]
+        others[8]["category_id"] = first["category_id"]
+        content["annotations"] += [x | {"id": 100 + i} for i, x in enumerate(copies)]
+
+    edit_json(project.json, edit)
+    finding = text_with(project, "repeat a box")
+    assert finding.severity is Severity.WARNING
+    assert "3 of 24 boxes" in finding.text
+    assert finding.files == [str(project.images / f"000{i}.png") for i in (0, 2)]
 
 
 @pytest.mark.parametrize("entry", [{"rotation": 30}, {"attributes": {"rotation": 30.5}}])
@@ -168,6 +182,22 @@ def test_written_config_keeps_settings_of_the_data(project, tmp_path):
     assert cfg.DATASETS.LABELED_PERCENT == 50.0
     assert cfg.DATASETS.SPLIT_SEED == 7
     assert cfg.DATASETS.CHECKS.DECODE_IMAGES is False
+
+
+@pytest.mark.usefixtures("_no_download")
+def test_keys_that_the_written_config_does_not_contain_are_named(project, tmp_path, capsys):
+    base = ["--config-file", str(CONFIGS_FOLDER / "bccd-small.yaml")]
+    data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
+    data |= {"DATASETS.SPLIT_SEED": 7, "DATASETS.CLASS_NAMES": ["cat", "dog", "owl"]}
+    same = {"MODEL.ROI_HEADS.NUM_CLASSES": 3}
+    others = {"SOLVER.MAX_ITER": 77, "INPUT.MIN_SIZE_TRAIN": [80, 96]}
+    options = as_options(data | others | same)
+    with pytest.raises(SystemExit) as exit_:
+        check_data.main([*base, "--write-config", str(tmp_path / "my.yaml"), *options])
+    assert exit_.value.code == 0
+    (note,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("note: it does"))
+    assert "the values of SOLVER.MAX_ITER, INPUT.MIN_SIZE_TRAIN, which belong to" in note
+    assert load_config(str(tmp_path / "my.yaml"), []).SOLVER.MAX_ITER != 77
 
 
 def test_no_config_is_written_if_the_data_have_errors(project, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from ..command_line import count_of
 from ..config_checks import check_supported
 from ..config_scaling import scale_to_world_size
 from ..data.inspection.annotations import (
@@ -72,7 +73,7 @@ class DataReport:
         """Number of errors and warnings."""
         counts = Counter(finding.severity for finding in self.findings)
         return ", ".join(
-            f"{counts[severity]} {severity.value}{'' if counts[severity] == 1 else 's'}"
+            count_of(counts[severity], severity.value)
             for severity in (Severity.ERROR, Severity.WARNING)
         )
 
@@ -194,8 +195,9 @@ def _device_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
         return [Finding(Severity.WARNING, text, fixes=fixes)]
     if available < num_gpus:
         text = (
-            f"--num-gpus is {num_gpus}, but this machine has {available} GPUs; with --num-gpus "
-            f"{available} batch size, learning rate and iterations are scaled accordingly"
+            f"--num-gpus is {num_gpus}, but this machine has {count_of(available, 'GPU')}; with "
+            f"--num-gpus {available} batch size, learning rate and iterations are scaled "
+            "accordingly"
         )
         return [Finding(Severity.WARNING, text)]
     return []
@@ -224,17 +226,17 @@ def _training_values(
     ]
     if labeled:
         epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / labeled
-        lines.append(f"{labeled} labeled images: {epochs:.1f} epochs")
+        lines.append(f"{count_of(labeled, 'labeled image')}: {epochs:.1f} epochs")
     if unlabeled:
         drawn = (solver.MAX_ITER - burn_in) * solver.IMS_PER_BATCH_UNLABELED
-        lines.append(f"{unlabeled} unlabeled images: {drawn / unlabeled:.1f} epochs")
+        lines.append(f"{count_of(unlabeled, 'unlabeled image')}: {drawn / unlabeled:.1f} epochs")
     sizes = [image.size for image in facts.values() if not image.fault]
     if sizes:
         memory = estimate_memory(cfg, sizes, num_gpus)
         lines.append(
             f"memory: about {memory.peak / GIB:.1f} GiB per process, and 1 GiB more on a GPU: "
-            f"{memory.images} images of at most {memory.per_image / 2**20:.0f} MiB, models "
-            f"{memory.models / 2**20:.0f} MiB, and half of that for temporary tensors. The "
+            f"{count_of(memory.images, 'image')} of at most {memory.per_image / 2**20:.0f} MiB, "
+            f"models {memory.models / 2**20:.0f} MiB, and half of that for temporary tensors. The "
             "estimate can be off by a third"
         )
     return "\n".join(lines)

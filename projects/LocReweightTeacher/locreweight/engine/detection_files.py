@@ -282,4 +282,8 @@ def common_folder(files: Iterable[Path]) -> Path:
 
 def _write_json(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content))
+    try:
+        file.write_text(json.dumps(content))
+    except OSError as error:
+        error.filename = str(file)  # errors of a full disk do not name it
+        raise

@@ -13,6 +13,7 @@ import torch
 from detectron2.structures import Instances
 from PIL import Image
 
+from ..errors import UsageError
 from ..visualization.drawing import DEFAULT_STYLE, DrawingStyle, draw_detections, save_picture
 
 SMALLEST_SIDE = 480  # smaller images are enlarged so that labels are readable
@@ -80,7 +81,11 @@ class Detections:
         Args:
             threshold: in [0, 1].
             classes: class names; empty for all classes.
+
+        Raises:
+            UsageError: if the model has no class of a name.
         """
+        check_class_names(classes, self.class_names)
         keep = self.instances.scores > threshold
         if classes:
             keep &= torch.tensor([name in classes for name in self.names], dtype=torch.bool)
@@ -121,3 +126,16 @@ class Detections:
         content = io.BytesIO()
         Image.fromarray(self.draw()).save(content, "png")
         return content.getvalue()
+
+
+def check_class_names(names: Collection[str], known: Collection[str]) -> None:
+    """Check that the model has all classes that a user has named.
+
+    Raises:
+        UsageError: names the unknown classes.
+    """
+    if unknown := set(names) - set(known):
+        raise UsageError(
+            f"the model has no class {', '.join(map(repr, sorted(unknown)))}; its classes are "
+            f"{', '.join(known)}"
+        )

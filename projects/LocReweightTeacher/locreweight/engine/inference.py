@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.datasets.file_names import is_companion
-from ..data.datasets.image_folders import IMAGE_SUFFIXES
+from ..data.datasets.image_folders import IMAGE_SUFFIXES, image_paths
 from ..data.image_io import UnreadableImage, read_rgb
 from ..errors import UsageError
+from ..run_files import is_run_folder
 from ..visualization.drawing import DrawingStyle, LabelDetail
 from .detections import Detections
 from .predictor import Predictor
@@ -73,24 +75,27 @@ class Frame:
     rate: float = 0.0
 
 
-def find_inputs(inputs: Sequence[str], output: Path | None = None) -> list[InputFile]:
+def find_inputs(inputs: Sequence[str], outputs: Sequence[Path] = ()) -> list[InputFile]:
     """Find all input files and streams, in order.
 
-    The picture of an image in an input folder gets the image's path relative to that folder, other
-    pictures get the name of their image. If a name is already used, a number is added.
+    Folders are searched as ``folder:`` data sets are: links are followed, and hidden files and
+    folders of runs are left out. The picture of an image in an input folder gets the image's path
+    relative to that folder, other pictures get the name of their image. If a name is already used,
+    a number is added.
 
     Args:
         inputs: see :data:`INPUT_HELP` and :data:`STREAM_HELP`.
-        output: folder for pictures; files in it are results of earlier calls and are ignored.
+        outputs: folders for pictures; files in them are results of earlier calls and are ignored.
 
     Raises:
         UsageError: if an input does not exist, or there is no input left.
     """
     named: dict[Path, InputFile] = {}
+    ignored = {output.resolve() for output in outputs}
     for item in _expand(inputs):
         is_stream = _is_stream(item)
         for path, name in [(Path(item), _stream_name(item))] if is_stream else _files_of(item):
-            if output is not None and output.resolve() in path.resolve().parents:
+            if ignored and not ignored.isdisjoint(path.resolve().parents):
                 continue
             picture, number = _picture_name(name), 2
             while picture in named:
@@ -98,8 +103,9 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> list[Input
                 number += 1
             named[picture] = InputFile(path, picture, item if is_stream else "")
     if not named:
-        ignored = f" (files in the output folder {output} are ignored)" if output else ""
-        raise UsageError(f"there is no image in {' '.join(inputs)}{ignored}")
+        folders = " ".join(map(str, outputs))
+        note = f" (files in the output folder {folders} are ignored)" if outputs else ""
+        raise UsageError(f"there is no image in {' '.join(inputs)}{note}")
     return list(named.values())
 
 
@@ -260,12 +266,28 @@ def _picture_name(name: Path) -> Path:
 def _files_of(item: str) -> Iterator[tuple[Path, Path]]:
     path = Path(item)
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            name = file.relative_to(path)
-            is_input = file.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-            if is_input and not any(map(is_companion, name.parts)):
-                yield file, name
+        for file in sorted(map(Path, [*image_paths(item), *_video_paths(item)])):
+            yield file, file.relative_to(path)
     elif path.is_file():
         yield path, Path(path.name)
     else:
         raise UsageError(f"the input {item!r} does not exist")
+
+
+def _video_paths(folder: str) -> Iterator[str]:
+    """Yield the videos in a folder. The same subfolders are searched as by :func:`image_paths`."""
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited or (parent != folder and is_run_folder(names)):
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not is_companion(name))
+        for name in names:
+            path = os.path.join(parent, name)
+            # Reading a pipe would never end. A broken link counts as a video that is missing.
+            is_file = os.path.isfile(path) or not os.path.exists(path)
+            is_video = os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+            if is_video and is_file and not is_companion(name):
+                yield path

@@ -11,6 +11,7 @@ from ..data.datasets.shards import ShardedImages
 from ..data.training_sets import load_training_sets, register_datasets
 from ..errors import UsageError
 from .detection_files import DetectionWriter, common_folder
+from .detections import check_class_names
 from .inference import InputFile, detect_in_files
 from .predictor import Predictor
 
@@ -54,12 +55,7 @@ def predict_files(
     Raises:
         UsageError: if a class does not exist, or a file cannot be written.
     """
-    unknown = set(classes) - set(detector.class_names)
-    if unknown:
-        raise UsageError(
-            f"the model has no class {', '.join(map(repr, sorted(unknown)))}; its classes are "
-            f"{', '.join(detector.class_names)}"
-        )
+    check_class_names(classes, detector.class_names)
     summary = PredictionSummary()
     with ExitStack() as stack:
         for writer in writers:

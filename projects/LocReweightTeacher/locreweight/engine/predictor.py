@@ -21,7 +21,7 @@ from ..checkpoint.files import choose_checkpoint
 from ..checkpoint.loading import check_weights_exist, load_for_evaluation, read_description
 from ..config import config_from_text, load_config
 from ..data.datasets.catalog import register
-from ..data.image_io import read_rgb
+from ..data.image_io import decode_image, read_rgb, unreadable_image_errors
 from ..data.transforms.augmentations import resize_and_flip
 from ..errors import UsageError
 from ..modeling import build_detector
@@ -142,8 +142,9 @@ class Predictor:
 
         Args:
             images: an image or an iterable of images. An image is the path of a file, a Pillow
-                image, or an ``(H, W, 3)`` uint8 RGB array. Images that OpenCV reads are BGR:
-                pass ``image[:, :, ::-1]``.
+                image, or an ``(H, W, 3)`` uint8 RGB array. A Pillow image is treated like its file:
+                it is rotated by its EXIF orientation, and 16-bit channels are reduced to 8 bits.
+                Images that OpenCV reads are BGR: pass ``image[:, :, ::-1]``.
 
         Returns:
             the detections in the image, or a list with those in each image. The list holds all
@@ -263,7 +264,9 @@ def _as_array(image: ImageSource) -> np.ndarray:
     if isinstance(image, str | Path):
         return read_rgb(str(image))
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        name = getattr(image, "filename", "") or f"(a Pillow image of mode {image.mode})"
+        with unreadable_image_errors(str(name), Exception):
+            image = decode_image(image)
     if not isinstance(image, np.ndarray):
         raise UsageError(f"an image must be a path, a Pillow image or an array, not {type(image)}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:

@@ -26,13 +26,14 @@ _TOLERANCE = 1.0  # pixels that a box may leave its image by
 
 
 def plausibility_findings(cfg: CfgNode, sets: DataSets) -> list[Finding]:
-    """Check coordinates, sizes and rotations of boxes, and types of image files."""
+    """Check coordinates, sizes, repetitions and rotations of boxes, and types of image files."""
     findings = []
     for name, records in (sets.train | sets.test).items():
         boxes, sizes, files = _boxes_of(records)
         if len(boxes):
             findings += _coordinate_findings(name, boxes, sizes, files)
             findings += _small_box_findings(cfg, name, boxes, sizes, files)
+        findings += _repeated_box_findings(name, records)
         findings += _rotation_findings(name, records)
     return findings + _image_type_findings(cfg)
 
@@ -113,6 +114,27 @@ def _scale(cfg: CfgNode, width: float, height: float) -> float:
     limits = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     new_height, _ = ResizeShortestEdge.get_output_shape(int(height), int(width), *limits)
     return new_height / height
+
+
+def _repeated_box_findings(name: str, records: list[dict]) -> list[Finding]:
+    repeated, total, example = [], 0, ""
+    for record in records:
+        boxes = Counter(
+            (annotation["category_id"], str(annotation["bbox"]))
+            for annotation in record.get("annotations", [])
+            if not annotation.get("iscrowd", 0)
+        )
+        total += boxes.total()
+        repeated += [record["file_name"]] * (boxes.total() - len(boxes))
+        example = example or next((box for (_, box), n in boxes.items() if n > 1), "")
+    if not repeated:
+        return []
+    text = (
+        f"{name}: {len(repeated)} of {total} boxes repeat a box of the same class and image, such "
+        f"as {example}. Training uses each copy, and evaluation counts it as a missed object: "
+        "remove the copies"
+    )
+    return [Finding(Severity.WARNING, text, list(dict.fromkeys(repeated)))]
 
 
 def _rotation_findings(name: str, records: list[dict]) -> list[Finding]:
