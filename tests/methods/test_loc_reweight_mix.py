@@ -99,34 +99,12 @@ def test_cache_holds_score_and_certainty_of_the_labels_in_the_strong_view():
         gt_score=torch.tensor([0.9, 0.3, 0.6]),
         gt_certainty=torch.rand(3, 4),
     )
-    inputs = LabelingInputs(None, None, [make_views(SHIFT)])
-    (entry,) = make_method().observe(inputs, [labels])
+    (entry,) = make_method().observe(LabelingInputs(None, None, [make_views(SHIFT)]), [labels])
     assert entry["boxes"].tolist() == [[14, 4, 30, 24], [18, 14, 40, 34]]
     assert entry["classes"].tolist() == [1, 2]
     assert torch.equal(entry["gt_score"], labels.gt_score[1:])
     assert torch.equal(entry["gt_certainty"], labels.gt_certainty[1:])
     assert all(x.device.type == "cpu" for x in entry.values())
-
-
-# Class weights
-
-
-def test_class_certainty_is_the_sum_of_the_scores_of_all_processes():
-    method = make_method()
-    for _ in range(2):
-        observations = []
-        for classes, scores in (([0, 2, 0], [0.25, 0.5, 0.75]), ([2], [1.0])):
-            boxes = [[10.0, 10, 30, 30]] * len(classes)
-            labels = labeled(boxes, classes, scores, [[0.5] * 4] * len(classes))
-            inputs = LabelingInputs(None, None, [make_views(SHIFT)])
-            observations.append(method.observe(inputs, [labels]))
-        method.update_state(observations)
-    assert method.class_certainty.tolist() == [2.0, 0.0, 3.0]
-    assert len(method.cache) == 4
-    restored = make_method()
-    restored.load_state_dict(method.state_dict())
-    assert torch.equal(restored.class_certainty, method.class_certainty)
-    assert len(restored.cache) == 4
 
 
 # Losses
@@ -146,26 +124,12 @@ def make_proposals(labels, weights=(1.0, 1.0), **predictor):
 LABELS = [[0, K, 2, K], [1, 1, K]]
 
 
-# Certainty of the classes, and their weights.
-CLASS_WEIGHTS = {
-    "no labels yet": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
-    "a rare class": ([8.0, 2.0, 8.0], [1.0, 4**0.6, 1.0]),
-    "a class that is never found": ([8.0, 0.0, 4.0], [1.0, 10**0.6, 2**0.6]),
-}
-
-
 @each_normalizer
 @each_labels
-@pytest.mark.parametrize("classes", CLASS_WEIGHTS)
-def test_losses_against_loops(by_sampled, labels, classes):
+def test_losses_against_loops(by_sampled, labels):
     weights = (0.5, 3.0)
-    certainty, class_weights = CLASS_WEIGHTS[classes]
     proposals = make_proposals(labels, weights, normalize_by_sampled=by_sampled)
-    row_weights = [
-        weights[i] * [*class_weights, 1.0][label]
-        for i, image in enumerate(labels)
-        for label in image
-    ]
+    row_weights = [weights[i] for i, image in enumerate(labels) for _ in image]
     scores = proposals.matched_gt_field("gt_score").tolist()
     certainties = torch.cat(
         [
@@ -184,9 +148,7 @@ def test_losses_against_loops(by_sampled, labels, classes):
             for i, value in enumerate(coded("corners", proposal, target)):
                 weight = row_weights[row] * certainties[row, i].item()
                 boxes += weight * smooth_l1(deltas[i] - value)
-    method = make_method()
-    method.class_certainty = torch.tensor(certainty, dtype=torch.float64)
-    losses = method.losses(proposals)
+    losses = make_method().losses(proposals)
     count = sum(map(len, labels))
     assert_close(losses["loss_cls"], torch.tensor(classification / count))
     foreground = sum(label < K for image in labels for label in image)
@@ -215,9 +177,7 @@ def test_labels_below_the_threshold_have_no_box_loss():
 
 def test_metrics():
     proposals = make_proposals(LABELS)
-    method = make_method()
-    method.class_certainty = torch.tensor([4.0, 4.0, 1.0], dtype=torch.float64)
-    method.losses(proposals)
+    make_method().losses(proposals)
     probabilities, certainties, confident = [], [], []
     for x in proposals.instances:
         for label, score, values in zip(
@@ -232,7 +192,6 @@ def test_metrics():
         "proposals/label_probability": probabilities,
         "proposals/above_threshold": confident,
         "proposals/certainty": certainties,
-        "proposals/class_weight": [1.0, 4**0.6, 1.0, 1.0],  # the foreground of LABELS
     }
     for name, values in expected.items():
         mean = sum(values) / len(values) if values else float("nan")

@@ -90,7 +90,10 @@ class RPL(SemiSupervisedMethod):
     @property
     def ratios(self) -> Tensor:
         """``(K,)`` certainty of each class relative to the most certain one, in (0, 1]."""
-        return class_ratios(self.certainty, self.min_ratio)
+        largest = self.certainty.max()
+        if largest == 0:
+            return torch.ones_like(self.certainty)
+        return (self.certainty / largest).clamp(min=self.min_ratio)
 
     @property
     def thresholds(self) -> Tensor:
@@ -146,19 +149,3 @@ class RPL(SemiSupervisedMethod):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.certainty = state_dict["certainty"]
-
-
-def class_ratios(certainty: Tensor, min_ratio: float) -> Tensor:
-    """Return the certainty of each class relative to the most certain one.
-
-    Args:
-        certainty: ``(K,)``, ``d_c`` of each class.
-        min_ratio: lower bound, for classes that are never found.
-
-    Returns:
-        ``(K,)`` in [min_ratio, 1]; 1 before there is any pseudo-label.
-    """
-    largest = certainty.max()
-    if largest == 0:
-        return torch.ones_like(certainty)
-    return (certainty / largest).clamp(min=min_ratio)
