@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         if report.sets is None or report.has_errors:
             raise UsageError("no config was written: fix the errors above first")
         # With --config-file, other keys belong to that config, and not to the base of the new one.
-        keys = args.opts[::2] if suggests_config else []
+        keys = report.options[::2] if suggests_config else []
         write_config(args.write_config, report.cfg, report.sets, keys)
         method = ["--method", args.method] if args.method else []
         command = ["python", "train_net.py", "--config-file", str(args.write_config), *method]

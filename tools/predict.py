@@ -96,13 +96,20 @@ def describe_threshold(detector: Predictor, given: float | None) -> str:
     return f"objects with a score above {detector.threshold:.2g}{reason}"
 
 
+def is_inside(folder: Path, inputs: list[str]) -> bool:
+    """Whether a folder is inside one of the inputs, and not the input itself."""
+    return any(Path(item).resolve() in folder.resolve().parents for item in inputs)
+
+
 @reports_errors
 def main() -> None:
     args = parse_arguments()
     check_outputs(args.save_json, args.save_coco)
     check_outputs(args.output, args.save_yolo, args.save_crops, are_folders=True)
-    # YOLO labels are no images; they are often written beside the images.
-    pictures = [folder for folder in (args.output, args.save_crops) if folder]
+    # Results of earlier calls are not inputs. Crops can be in or above an input folder.
+    pictures = [args.output] if args.output else []
+    if args.save_crops and is_inside(args.save_crops, args.input):
+        pictures.append(args.save_crops)
     files = find_inputs(args.input, pictures)[: args.count]
     is_stream = any(file.stream for file in files)
     if (args.save_coco or args.save_yolo) and any(file.is_video for file in files):

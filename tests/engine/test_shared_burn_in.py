@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,14 @@ def end_of_burn_in(run):
     return run.output / f"model_{BURN_IN - 1:07d}.pth"
 
 
-@pytest.mark.parametrize(("changed", "is_used"), [({}, True), ({"SOLVER.BASE_LR": 0.002}, False)])
+@pytest.mark.parametrize(
+    ("changed", "is_used"),
+    [
+        ({}, True),
+        ({"SOLVER.BASE_LR": 0.002}, False),
+        ({"SEMI.BURN_IN_ITERS": 2 * BURN_IN}, False),
+    ],
+)
 def test_kept_checkpoint_of_other_settings_is_not_used(run_of, tmp_path, changed, is_used):
     """The folder of a comparison whose runs were removed, to repeat it with other settings."""
     methods = ("loc_reweight", "teacher_student")
@@ -148,6 +156,32 @@ def test_kept_checkpoint_of_other_settings_is_not_used(run_of, tmp_path, changed
     runs = [run_of(method, **changed) for method in methods]
     SharedBurnIn(runs, tmp_path / "burn-in").prepare(runs[1])
     assert end_of_burn_in(runs[1]).is_file() == is_used
+
+
+def test_several_slots_keep_the_same_checkpoint(run_of, tmp_path):
+    runs = [run_of(method) for method in ("loc_reweight", "teacher_student")]
+    write_checkpoint(end_of_burn_in(runs[0]), BURN_IN - 1)
+    write_checkpoint(runs[0].output / "model_best.pth", BURN_IN - 1)
+    for i in range(20):
+        shared = SharedBurnIn(runs, tmp_path / f"burn-in-{i}")
+        with ThreadPoolExecutor(4) as slots:
+            for done in [slots.submit(shared.keep_checkpoints) for _ in range(4)]:
+                done.result()
+        (kept,) = (tmp_path / f"burn-in-{i}").iterdir()
+        assert (kept / "model_best.pth").is_file()
+
+
+def test_complete_metrics_of_a_kept_burn_in_stay(run_of, tmp_path):
+    """The run that trained it was removed and has started again."""
+    first, other = runs = [run_of(method) for method in ("loc_reweight", "teacher_student")]
+    write_checkpoint(end_of_burn_in(first), BURN_IN - 1)
+    metrics = first.output / "metrics.json"
+    metrics.write_text(f'{{"iteration": {BURN_IN - 1}}}\n')
+    SharedBurnIn(runs, tmp_path / "burn-in").keep_checkpoints()
+    end_of_burn_in(first).unlink()
+    metrics.write_text('{"iteration": 0}\n')
+    SharedBurnIn(runs, tmp_path / "burn-in").prepare(other)
+    assert str(BURN_IN - 1) in (other.output / "metrics.json").read_text()
 
 
 @pytest.mark.parametrize(

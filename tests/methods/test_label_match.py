@@ -1,5 +1,7 @@
 """LabelMatch: thresholds from ranks, and the losses on reliable and uncertain pseudo-labels."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -41,7 +43,8 @@ def test_score_at_rank_sorts_each_class():
 
 
 @pytest.mark.parametrize(
-    ("iterations", "images"), [(30, 6), (1000, 200), (50_000, 10_000), (500_000, 10_000), (-4, 1)]
+    ("iterations", "images"),
+    [(30, 4), (1010, 200), (50_000, 10_000), (500_000, 10_000), (10, 4), (-4, 4)],
 )
 def test_thresholds_are_computed_at_least_twenty_times(iterations, images):
     settings = {
@@ -50,6 +53,8 @@ def test_thresholds_are_computed_at_least_twenty_times(iterations, images):
         "SOLVER.IMS_PER_BATCH_UNLABELED": 4,
     }
     assert make_method(**settings).images == images
+    iterations_per_update = math.ceil(images / 4)
+    assert iterations // iterations_per_update >= min(iterations, 20)
     assert make_method(**settings, **{"SEMI.LABEL_MATCH.IMAGES": 7}).images == 7
 
 

@@ -311,6 +311,13 @@ def test_crops_in_the_input_folder_are_not_inputs_of_the_next_call(run, call, tm
     assert list((images / "crops").rglob("*.png"))
 
 
+def test_crops_above_the_input_folder(run, call, tmp_path):
+    images = shutil.copytree(run.test_images, tmp_path / "in")
+    arguments = ["--weights", run.output, "--device", "cpu", "--threshold", 0.1, "--input", images]
+    code, printed = call(predict, *arguments, "--save-crops", tmp_path)
+    assert code == 0 and "in 3 images" in printed.out
+
+
 def test_only_chosen_classes_are_kept(without_pictures, tmp_path):
     file = tmp_path / "a.json"
     without_pictures("--json", file)

@@ -219,7 +219,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # order of the model's classes. Empty: the 20 VOC classes for "voc:<folder>:<split>",
     # classes.txt or obj.names for "yolo:<images>:<labels>", otherwise the classes in the
     # annotations. All labeled and test sets, also those that list their classes, must have these.
-    # Only classes.txt and obj.names may have other names, but not the same in another order.
+    # classes.txt and obj.names may have other names. If they have the same names, the order must
+    # be the same.
     cfg.DATASETS.CLASS_NAMES = ()
     # Ground truth of unlabeled images, used only to measure the quality of pseudo-labels: annotated
     # data sets with images that are also in DATASETS.UNLABELED. Not needed for annotated sets in

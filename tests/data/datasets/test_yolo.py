@@ -200,7 +200,10 @@ BAD_YAMLS = {
     "a single name": ("train: images/train\nnames: cat\n", "neither a list"),
     "gap": ("train: images/train\nnames: {0: cat, 2: owl}\n", "numbered from 0 to 1, not 0, 2"),
     "from 1": ("train: images/train\nnames: {1: cat}\n", "numbered from 0 to 0, not 1"),
-    "other number": ("train: images/train\nnc: 5\nnames: [cat, dog]\n", "nc: 5.* but 2 names"),
+    "other number": (
+        "train: images/train\nnc: 5\nnames: [cat, dog]\n",
+        "nc: 5.* but `names` has 2",
+    ),
     "no split": ("val: images/train\nnames: [cat]\n", r"no images under 'train'. It has val"),
     "missing folder": ("train: imgs\nnames: [cat]\n", r"'imgs' in .*data\.yaml does not exist: "),
     "twice": ("train: [images, images/train]\nnames: [a, b, c]\n", r"train/0\.png more than once"),
@@ -245,6 +248,20 @@ def test_names_of_the_config_in_another_order(data, file):
     data.class_names = ("cat", "dog")
     with pytest.raises(UsageError, match=rf"(?s)in a different order.*CLASS_NAMES.*{file}: 'dog'"):
         data.read("photos:texts")
+
+
+@pytest.mark.parametrize("names", [(), ("bear", "lion")])
+def test_class_file_in_another_encoding(data, names):
+    data.image("photos/0.png")
+    data.write("texts/0.txt", "1 0.5 0.5 1 1\n")
+    data.write("texts/classes.txt", "Bär\nLöwe\n", encoding="latin-1")
+    data.class_names = names
+    if names:
+        (record,) = data.read("photos:texts")
+        assert boxes(record) == [(1, [0, 0, WIDTH, HEIGHT])]
+    else:
+        with pytest.raises(UsageError, match=r"cannot read .*classes\.txt"):
+            data.read("photos:texts")
 
 
 def test_unlabeled_images_with_names_in_another_order(data):

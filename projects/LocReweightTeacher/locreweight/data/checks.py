@@ -367,7 +367,7 @@ def without_repeats(unlabeled: ImageFiles, real_paths: RealPathCache) -> ImageFi
     if not repeats:
         return unlabeled
     logger.info(
-        "left out %d unlabeled images that are listed more than once, such as %s",
+        "left out %d repeated entries of unlabeled images, such as %s",
         len(repeats),
         printable_name(unlabeled[repeats[0]]["file_name"]),
     )
@@ -385,10 +385,10 @@ def warn_of_repeated_images(name: str, records: Iterable[dict]) -> None:
     repeated = [file for file, count in counts.items() if count > 1]
     if repeated:
         logger.warning(
-            "%d images of %s are listed more than once, such as %s. Training and evaluation count "
-            "each entry: give each image a single entry with all its boxes",
-            len(repeated),
+            "%s lists images more than once (%d), such as %s. Training and evaluation count each "
+            "entry: give each image a single entry with all its boxes",
             name,
+            len(repeated),
             printable_name(repeated[0]),
         )
 

@@ -133,7 +133,7 @@ def format_finding(finding: Finding) -> str:
         lines.append(f"    {', '.join(finding.files[:_MAX_FILES])}{rest}")
     if finding.fixes:
         fix = " ".join(shlex.join(pair) for pair in finding.fixes.items())
-        lines.append(f"    fix: {fix} (included in the command below)")
+        lines.append(f"    fix: {fix} (included below)")
     return "\n".join(lines)
 
 

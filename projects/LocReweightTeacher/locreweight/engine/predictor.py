@@ -143,7 +143,8 @@ class Predictor:
         Args:
             images: an image or an iterable of images. An image is the path of a file, a Pillow
                 image, or an ``(H, W, 3)`` uint8 RGB array. A Pillow image is treated like its file:
-                it is rotated by its EXIF orientation, and 16-bit channels are reduced to 8 bits.
+                it is rotated by its EXIF orientation, and 16-bit channels are reduced to 8 bits. To
+                rotate it beforehand, use ``PIL.ImageOps.exif_transpose``.
                 Images that OpenCV reads are BGR: pass ``image[:, :, ::-1]``.
 
         Returns:

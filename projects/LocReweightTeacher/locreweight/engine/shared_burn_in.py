@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class SharedBurnIn:
         Raises:
             UsageError: if a run that others depend on saves no checkpoint at the end of burn-in.
         """
+        self._lock = threading.Lock()  # the slots of a queue are threads
         groups: dict[str, list[Run]] = {}
         for run in runs:
             if run.cfg.SEMI.BURN_IN_ITERS > 0:
@@ -56,7 +58,8 @@ class SharedBurnIn:
                 _check_saves_burn_in(first)
                 self._source |= dict.fromkeys(others, first)
                 # With other settings, the folder of an earlier comparison is not used.
-                digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+                whole = f"{settings}{first.cfg.SEMI.BURN_IN_ITERS}"
+                digest = hashlib.sha256(whole.encode()).hexdigest()[:12]
                 name = f"{first.output.parent.name}-{first.output.name}-{digest}"
                 self._kept[first] = folder / name
 
@@ -71,13 +74,14 @@ class SharedBurnIn:
 
     def keep_checkpoints(self) -> None:
         """Keep the checkpoints that others depend on, as soon as they exist."""
-        for run, kept in self._kept.items():
-            burn_in = run.cfg.SEMI.BURN_IN_ITERS
-            if not kept.exists() and checkpoint_of_burn_in(run.output, burn_in).is_file():
-                partial = kept.with_name(f"{kept.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                start_from_burn_in(partial, run.output, burn_in)
-                partial.rename(kept)
+        with self._lock:
+            for run, kept in self._kept.items():
+                burn_in = run.cfg.SEMI.BURN_IN_ITERS
+                if not kept.exists() and checkpoint_of_burn_in(run.output, burn_in).is_file():
+                    partial = kept.with_name(f"{kept.name}.partial")
+                    shutil.rmtree(partial, ignore_errors=True)
+                    start_from_burn_in(partial, run.output, burn_in)
+                    partial.rename(kept)
 
     def must_wait(self, run: Run, active: Collection[Run]) -> bool:
         """Whether a run has to wait for a burn-in that one of the active runs is training."""
@@ -100,9 +104,11 @@ class SharedBurnIn:
         if not kept.exists():
             logger.warning("%s trains its own burn-in: %s does not exist", run.name, kept)
             return
-        start_from_burn_in(run.output, kept, source.cfg.SEMI.BURN_IN_ITERS)
-        # Those of the last iterations of burn-in may have been written after its checkpoint.
-        _copy_metrics(source.output, run.output)
+        burn_in = source.cfg.SEMI.BURN_IN_ITERS
+        start_from_burn_in(run.output, kept, burn_in)
+        # Metrics of the last iterations of burn-in may have been written after its checkpoint.
+        if source.iterations_done >= burn_in:
+            _copy_metrics(source.output, run.output)
 
 
 def start_from_burn_in(output: Path, source: Path, burn_in: int) -> None:

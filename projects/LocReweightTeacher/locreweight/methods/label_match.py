@@ -159,8 +159,8 @@ def _images_per_update(cfg: CfgNode) -> int:
     As published, or a twentieth of the unlabeled images that the training uses if that is fewer.
     Otherwise a short training would end before it has thresholds.
     """
-    iterations = max(cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS, 0)
-    return min(10_000, max(iterations * cfg.SOLVER.IMS_PER_BATCH_UNLABELED // 20, 1))
+    iterations = max((cfg.SOLVER.MAX_ITER - cfg.SEMI.BURN_IN_ITERS) // 20, 1)
+    return min(10_000, max(iterations * cfg.SOLVER.IMS_PER_BATCH_UNLABELED, 1))
 
 
 def score_at_rank(scores: Tensor, classes: Tensor, ranks: Tensor) -> Tensor:

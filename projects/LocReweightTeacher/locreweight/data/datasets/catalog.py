@@ -217,7 +217,7 @@ def _open_yolo(name: str, location: str, options: ReadOptions) -> Source:
     first, _, second = location.rpartition(":")
     if location.endswith(YAML_SUFFIXES):
         first, second = location, "train"
-    elif not first.endswith(YAML_SUFFIXES):
+    elif not (first.endswith(YAML_SUFFIXES) and second):
         first, second = split_paths(name, location)
     if first.endswith(YAML_SUFFIXES):
         _check_file(first, name)

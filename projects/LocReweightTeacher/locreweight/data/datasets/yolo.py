@@ -86,14 +86,16 @@ def open_yaml(
         UsageError: if the file is malformed, or lacks the split.
     """
     content = _read_yaml(yaml_file)
-    names = _class_names(yaml_file, content.get("names")) or list(class_names)
+    own_names = _class_names(yaml_file, content.get("names"))
+    names = own_names or list(class_names)
     if not names:
         raise UsageError(f"{yaml_file} has no names of classes: add `names:`")
     count = content.get("nc") or len(names)
     if str(count) != str(len(names)):
+        origin = "`names`" if own_names else "DATASETS.CLASS_NAMES"
         raise UsageError(
-            f"{yaml_file} has `nc: {count}` classes, but {len(names)} names of classes: "
-            f"{', '.join(names[:5])}. Correct `nc` or `names`"
+            f"{yaml_file} has `nc: {count}` classes, but {origin} has {len(names)}: "
+            f"{', '.join(names[:5])}. Correct `nc` or {origin}"
         )
     folder = os.path.dirname(os.path.abspath(yaml_file))
     images: list[str] = []
@@ -127,7 +129,12 @@ def open_folders(images: str, labels: str, class_names: Sequence[str]) -> YoloSo
     Raises:
         UsageError: if there are no images or no class names.
     """
-    class_file, listed = _listed_class_names(labels)
+    try:
+        class_file, listed = _listed_class_names(labels)
+    except UsageError:
+        if not class_names:
+            raise
+        class_file, listed = "", []  # not needed
     names, origin = list(class_names), "DATASETS.CLASS_NAMES"
     if not names:
         names, origin = listed, class_file
@@ -147,12 +154,19 @@ def open_folders(images: str, labels: str, class_names: Sequence[str]) -> YoloSo
 
 
 def _listed_class_names(labels: str) -> tuple[str, list[str]]:
-    """File that lists class names in the label folder or the one above it, and the names."""
+    """File that lists class names in the label folder or the one above it, and the names.
+
+    Raises:
+        UsageError: if the file cannot be read.
+    """
     above = os.path.dirname(os.path.abspath(labels))
     for file in [os.path.join(place, name) for place in (labels, above) for name in _CLASS_FILES]:
         if os.path.isfile(file):
-            names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-            if names:
+            try:
+                lines = read_text(file).splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"cannot read {printable_name(file)}: {error}") from error
+            if names := [line.strip() for line in lines if line.strip()]:
                 return file, names
     return "", []
 
