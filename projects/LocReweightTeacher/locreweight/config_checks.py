@@ -82,7 +82,9 @@ def _check_model(cfg: CfgNode) -> None:
         ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, LocalizationAwareROIHeads),
     ):
         name = attrgetter(key)(cfg)
-        if not issubclass(get_registered(registry, key, name), needed):
+        registered = get_registered(registry, key, name)
+        # Detectron2 also allows functions that build a model.
+        if isinstance(registered, type) and not issubclass(registered, needed):
             raise UsageError(
                 f"{key} {name} cannot be trained on unlabeled images: set it to {needed.__name__}"
             )
