@@ -1,6 +1,6 @@
 """LER for each coordinate, soft class labels and mixed images (not in the paper).
 
-Besides augmentation and normalization, the method differs from the paper's in three ways:
+The loss on unlabeled images differs from the paper's in three ways:
 
 - **LER for each coordinate**: the box loss of a coordinate is weighted by the teacher's certainty
   of it, ``1 / (1 + variance)``, in (0, 1). Eq. 5 is one weight for the whole box, below 0.5.
@@ -10,6 +10,9 @@ Besides augmentation and normalization, the method differs from the paper's in t
   only in part. Only detections above ``SEMI.PSEUDO_LABEL_THRESHOLD`` train the boxes, and only they
   are objects for the RPN.
 - **Mixed images** as in :mod:`.mixpl`.
+
+Its config also has the augmentation of Unbiased Teacher, ``INPUT.AUGMENTATION_POLICY
+UnbiasedTeacherPolicy``: each labeled image is used in a weak and a strong view.
 
 PRC needs the teacher's prediction for each proposal of the student, and a proposal in a mixed image
 is in no single image of the teacher. Soft labels need only the detections.
