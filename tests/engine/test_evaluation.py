@@ -70,8 +70,23 @@ def test_ground_truth_is_converted_in_each_evaluation(config_with, tmp_path, mod
 
 def test_classes_other_than_those_of_the_model_are_an_error(config_with, tmp_path, model):
     json_file, images = make_coco(tmp_path / "two", classes=("cat", "dog"))
+    cfg = config_with(f"coco:{json_file}:{images}")
+    cfg.DATASETS.CLASS_NAMES = []
     with pytest.raises(UsageError, match="2 classes"):
-        evaluate(config_with(f"coco:{json_file}:{images}"), model)
+        evaluate(cfg, model)
+
+
+@pytest.mark.parametrize("classes", [("horse", *CLASSES[1:]), CLASSES[::-1]], ids=["name", "order"])
+def test_class_names_of_the_config_must_be_those_of_the_test_set(
+    config_with, tmp_path, model, classes
+):
+    """A Detectron2 checkpoint does not name its classes, so only the config can."""
+    json_file, images = make_coco(tmp_path / "other", classes=classes)
+    cfg = config_with(f"coco:{json_file}:{images}")
+    with pytest.raises(UsageError, match="DATASETS.CLASS_NAMES"):
+        evaluate(cfg, model)
+    cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES = True
+    assert "bbox" in evaluate(cfg, model)
 
 
 @pytest.mark.parametrize("identical", [True, False])

@@ -249,8 +249,8 @@ def _add_data_keys(cfg: CfgNode) -> None:
     # Allow annotation files to refer to images by absolute paths and by paths with "..". False: an
     # error, because a foreign annotation file could then read any image or text of this machine.
     cfg.DATASETS.CHECKS.ALLOW_OUTSIDE_PATHS = False
-    # Allow --eval-only on data with other class names than those that the checkpoint was trained
-    # with: class i of the data is class i of the checkpoint. False: an error.
+    # Allow --eval-only on data with other class names than DATASETS.CLASS_NAMES or those that the
+    # checkpoint was trained with: class i of the data is class i of the model. False: an error.
     cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES = False
     # Allow --resume after the set of training images has changed. False: an error.
     cfg.DATASETS.CHECKS.ALLOW_CHANGED = False

@@ -41,6 +41,7 @@ from ..data.checks import (
     countable_boxes,
     describe_crowds,
     first_few,
+    with_configured_names,
 )
 from ..data.datasets.file_names import printable_name
 from ..data.datasets.voc import read_split
@@ -306,8 +307,9 @@ def write_ground_truth(cfg: CfgNode) -> None:
     annotations. Training calls this at startup, so that a disk that is full later does not end it.
 
     Raises:
-        UsageError: if a test set has no box to evaluate on or other classes than the model, or the
-            ground truth cannot be written.
+        UsageError: if a test set has no box to evaluate on, other classes than
+            ``DATASETS.CLASS_NAMES`` or another number of classes than the model, or the ground
+            truth cannot be written.
     """
     classes = {}
     for name in cfg.DATASETS.TEST:
@@ -331,6 +333,8 @@ def write_ground_truth(cfg: CfgNode) -> None:
         metadata.ground_truth_is_ready = True
         metadata.num_images = len(records)
     if classes:
+        if not cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES:
+            classes = with_configured_names(cfg, classes)
         check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
 
