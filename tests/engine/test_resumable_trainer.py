@@ -5,6 +5,7 @@ import logging
 import pytest
 from detectron2.engine import HookBase
 
+from locreweight.engine import resumable_trainer
 from locreweight.engine.resumable_trainer import ResumableTrainer
 
 
@@ -85,3 +86,17 @@ def test_trainer_is_finished_after_all_hooks(train):
     assert not trainer.is_finished
     trainer.run_loop()
     assert trainer.is_finished
+
+
+def test_only_the_newest_metrics_stay_in_memory(monkeypatch):
+    monkeypatch.setattr(resumable_trainer, "HISTORY_LENGTH", 3)
+
+    class Logging(ResumableTrainer):
+        def run_step(self):
+            self.storage.put_scalar("loss", self.iter)
+
+    trainer = Logging(seed=1, start_iter=0, max_iter=5)
+    trainer.run_loop()
+    history = trainer.storage.history("loss")
+    assert history.values() == [(2.0, 2), (3.0, 3), (4.0, 4)]
+    assert history.global_avg() == 2.0

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import partial
 
 import numpy as np
 from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from fvcore.common.history_buffer import HistoryBuffer
 
 from .preemption import STOP_REQUEST
 
 logger = logging.getLogger(__name__)
+
+# Number of values of each metric in memory. Detectron2 keeps a million, which takes 0.5 GB in each
+# process after 180,000 iterations. Hooks and writers use those of the last 20 iterations.
+HISTORY_LENGTH = 1000
 
 
 class EndOfTraining(BaseException):
@@ -78,6 +84,7 @@ class ResumableTrainer(TrainerBase):
         return self.start_iter >= self.max_iter and not self._unfinished_hooks()
 
     def before_train(self) -> None:
+        self.storage.histories().default_factory = partial(HistoryBuffer, HISTORY_LENGTH)
         super().before_train()
         unfinished = self._unfinished_hooks()
         if unfinished:
