@@ -122,6 +122,11 @@ def main() -> None:
             first_order=args.first_order,
         )
         print(f"for Detectron2: {' '.join(map(str, written))}")
+        if detector.cfg.MODEL.ROI_BOX_HEAD.VOTING_SIGMA > 0:
+            print(
+                "warning: boxes will differ, because Detectron2 has no voting "
+                "(MODEL.ROI_BOX_HEAD.VOTING_SIGMA)"
+            )
     if args.timm:
         write_timm_weights(args.timm, detector.cfg, detector.model)
         print(f"for timm: {args.timm} ({detector.cfg.MODEL.TIMM.NAME})")

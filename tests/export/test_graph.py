@@ -32,7 +32,8 @@ SIZES = [(64, 64), (96, 160), (131, 77)]  # the last is not a multiple of the st
 
 
 @pytest.fixture(
-    scope="module", params=["corners", "xywh, class-agnostic", "timm_efficientnet", "timm_convnext"]
+    scope="module",
+    params=["corners", "voting", "xywh, class-agnostic", "timm_efficientnet", "timm_convnext"],
 )
 def settings(request):
     plain = {
@@ -42,6 +43,8 @@ def settings(request):
     }
     if "xywh" in request.param:
         return SETTINGS | plain
+    if request.param == "voting":
+        return SETTINGS | {"MODEL.ROI_BOX_HEAD.VOTING_SIGMA": 0.05}
     return SETTINGS | TIMM_BACKBONES.get(request.param, {})
 
 
@@ -116,9 +119,10 @@ def test_plain_transformers(tmp_path):
 
 
 @torch.no_grad()
-def test_graph_returns_no_detections_for_an_image_without_objects(tmp_path):
+@pytest.mark.parametrize("sigma", [0.0, 0.05])
+def test_graph_returns_no_detections_for_an_image_without_objects(tmp_path, sigma):
     """Tracing with an image with objects does not fix the number of detections."""
-    model = decisive_model()
+    model = decisive_model(SETTINGS | {"MODEL.ROI_BOX_HEAD.VOTING_SIGMA": sigma})
     images = [random_image((64, 64), seed=i).float() for i in range(4)]
     images.sort(key=lambda image: graph_outputs(model, image)[1].max())
     empty, *_, full = images

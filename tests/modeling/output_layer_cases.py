@@ -74,6 +74,25 @@ def make_predictions(rows, class_agnostic=False):
     )
 
 
+INFERENCE = {"test_score_thresh": 0.05, "test_nms_thresh": 0.5, "test_topk_per_image": 12}
+
+
+def detect(predictor, predictions, proposals):
+    with torch.no_grad():
+        return predictor.inference(predictions, proposals)
+
+
+def crowded_case(class_agnostic):
+    """Predictions for two images with overlapping proposals, so that NMS removes some."""
+    proposals = []
+    for rows in (30, 20):
+        boxes = torch.tensor([10.0, 10.0, 40.0, 40.0]) + torch.randn(rows, 4) * 6
+        proposals.append(Instances((48, 48), proposal_boxes=Boxes(boxes)))
+    predictions = make_predictions(50, class_agnostic)
+    # Scaled, so that some values are outside of the limit.
+    return proposals, predictions._replace(log_variance=predictions.log_variance * 2)
+
+
 def count(labels):
     return sum(len(image_labels) for image_labels in labels)
 

@@ -7,7 +7,6 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
@@ -15,11 +14,14 @@ from locreweight.modeling import CornerBoxTransform, LocalizationAwareOutputLaye
 from tests.modeling.output_layer_cases import (
     CODINGS,
     FEATURES,
+    INFERENCE,
     LABELS,
     K,
     coded,
     count,
     cross_entropy_of,
+    crowded_case,
+    detect,
     each_coding,
     each_labels,
     each_normalizer,
@@ -221,22 +223,6 @@ def test_supervised_loss_clamps_the_log_variance():
 # Inference
 
 
-def detect(predictor, predictions, proposals):
-    with torch.no_grad():
-        return predictor.inference(predictions, proposals)
-
-
-def crowded_case(class_agnostic):
-    """Predictions for two images with overlapping proposals, so that NMS removes some."""
-    proposals = []
-    for rows in (30, 20):
-        boxes = torch.tensor([10.0, 10.0, 40.0, 40.0]) + torch.randn(rows, 4) * 6
-        proposals.append(Instances((48, 48), proposal_boxes=Boxes(boxes)))
-    predictions = make_predictions(50, class_agnostic)
-    # Scaled, so that some values are outside of the limit.
-    return proposals, predictions._replace(log_variance=predictions.log_variance * 2)
-
-
 def quality_of_detections(predictor, predictions, proposals, detections, class_agnostic):
     """Localization quality at the proposal and class that a detection's box and score are from."""
     probabilities = predictor.predict_probs(predictions, proposals)
@@ -259,9 +245,6 @@ def quality_of_detections(predictor, predictions, proposals, detections, class_a
         qualities.append(torch.tensor(image_qualities))
         first_row += len(image_boxes)
     return qualities
-
-
-INFERENCE = {"test_score_thresh": 0.05, "test_nms_thresh": 0.5, "test_topk_per_image": 12}
 
 
 @each_coding

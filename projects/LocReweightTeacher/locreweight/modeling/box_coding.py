@@ -51,6 +51,18 @@ class CornerBoxTransform:
         ordered = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)
         return ordered.flatten(1)
 
+    def variance_in_pixels(self, log_variance: Tensor, boxes: Tensor) -> Tensor:
+        """Convert log-variances of coded offsets to variances of the corners.
+
+        Args:
+            log_variance: ``(N, k, 4)``, of k boxes for each proposal.
+            boxes: ``(N, 4)`` proposals, xyxy, absolute pixels.
+
+        Returns:
+            ``(N, k, 4)`` in squared pixels.
+        """
+        return log_variance.exp() * self._unit(boxes)[:, None] ** 2
+
     def _unit(self, boxes: Tensor) -> Tensor:
         """``(N, 4)`` pixels per unit of the coded offset."""
         width, height = (boxes[:, 2:] - boxes[:, :2]).float().unbind(dim=1)

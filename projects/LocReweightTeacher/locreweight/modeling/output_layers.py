@@ -20,13 +20,15 @@ from detectron2.modeling.roi_heads.fast_rcnn import (
     _log_classification_stats,
     fast_rcnn_inference,
 )
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UsageError
 from ..losses.focal import focal_cross_entropy
 from ..losses.localization import at_least_float32, kl_regression_loss, localization_quality
 from .box_coding import CornerBoxTransform
+from .box_voting import Candidates, vote
 
 
 class BoxPredictions(NamedTuple):
@@ -65,6 +67,7 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         normalize_by_sampled: bool = False,
         gaussian_boxes: bool = True,
         focal_gamma: float = 0.0,
+        voting_sigma: float = 0.0,
         **kwargs: object,
     ) -> None:
         """
@@ -76,6 +79,8 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             gaussian_boxes: train boxes of labeled images with the KL loss (Eq. 10). Otherwise they
                 are trained with smooth L1, and the log-variance layer is not trained.
             focal_gamma: if positive, use the focal loss with this exponent for classification.
+            voting_sigma: if positive, detected boxes are averaged (:func:`.box_voting.vote`), which
+                requires :class:`CornerBoxTransform`.
             kwargs: arguments of Detectron2's ``FastRCNNOutputLayers``.
         """
         super().__init__(input_shape, **kwargs)
@@ -84,6 +89,7 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         self.normalize_by_sampled = normalize_by_sampled
         self.gaussian_boxes = gaussian_boxes
         self.focal_gamma = focal_gamma
+        self.voting_sigma = voting_sigma
         self.log_variance = nn.Linear(self.bbox_pred.in_features, self.bbox_pred.out_features)
         # The variance is about 1 at first, so the KL loss starts as smooth L1.
         nn.init.normal_(self.log_variance.weight, std=1e-4)
@@ -97,12 +103,18 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         if cfg.MODEL.ROI_BOX_HEAD.CORNER_CODING:
             weights = tuple(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS[:2])
             arguments["box2box_transform"] = CornerBoxTransform(weights)
+        elif cfg.MODEL.ROI_BOX_HEAD.VOTING_SIGMA > 0:
+            raise UsageError(
+                "MODEL.ROI_BOX_HEAD.VOTING_SIGMA needs variances of corners: set it to 0, or train "
+                "with MODEL.ROI_BOX_HEAD.CORNER_CODING True"
+            )
         return arguments | {
             "log_variance_limit": cfg.MODEL.ROI_BOX_HEAD.LOG_VARIANCE_LIMIT,
             "quality_scale": cfg.SEMI.QUALITY_SCALE,
             "normalize_by_sampled": cfg.SEMI.NORMALIZE_BY_SAMPLED,
             "gaussian_boxes": cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES,
             "focal_gamma": cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA,
+            "voting_sigma": cfg.MODEL.ROI_BOX_HEAD.VOTING_SIGMA,
         }
 
     def forward(self, x: Tensor) -> BoxPredictions:
@@ -192,7 +204,8 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
 
         The fields are ``log_variance``, ``(N, 4)``, clamped, in the units of the box coding, and
         ``localization_quality``, ``(N,)``, its quality score (Eq. 5). Both are predictions for the
-        proposal that NMS kept and for the predicted class.
+        proposal that NMS kept and for the predicted class. With ``voting_sigma``, the boxes are
+        averages.
         """
         boxes = self.predict_boxes(predictions, proposals)
         probabilities = self.predict_probs(predictions, proposals)
@@ -211,14 +224,48 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         for i, detections in enumerate(instances):
             # fast_rcnn_inference drops non-finite rows first, so kept_rows does not count them.
             finite = boxes[i].isfinite().all(dim=1) & probabilities[i].isfinite().all(dim=1)
-            kept = log_variances[i][finite][kept_rows[i]]
-            log_variance = at_least_float32(_select_class(kept, detections.pred_classes))
             limit = self.log_variance_limit
-            detections.log_variance = log_variance.clamp(-limit, limit)
-            detections.localization_quality = localization_quality(
-                log_variance, limit=limit, scale=self.quality_scale
+            all_log_variances = at_least_float32(log_variances[i][finite]).clamp(-limit, limit)
+            detections.log_variance = _select_class(
+                all_log_variances[kept_rows[i]], detections.pred_classes
             )
+            detections.localization_quality = localization_quality(
+                detections.log_variance, limit=limit, scale=self.quality_scale
+            )
+            if self.voting_sigma > 0:
+                detections.pred_boxes = self._vote(
+                    detections,
+                    boxes[i][finite],
+                    all_log_variances,
+                    probabilities[i][finite],
+                    proposals[i].proposal_boxes.tensor[finite],
+                )
         return instances, kept_rows
+
+    def _vote(
+        self,
+        detections: Instances,
+        boxes: Tensor,
+        log_variance: Tensor,
+        probabilities: Tensor,
+        proposals: Tensor,
+    ) -> Boxes:
+        """Average the detected boxes of an image.
+
+        Args:
+            detections: N detections, whose boxes are clipped to the image.
+            boxes: ``(R, C*4)`` all predicted boxes.
+            log_variance: ``(R, C, 4)``, clamped.
+            probabilities: ``(R, K+1)``.
+            proposals: ``(R, 4)``.
+        """
+        clipped = Boxes(boxes.reshape(-1, 4))
+        clipped.clip(detections.image_size)
+        variance = self.box2box_transform.variance_in_pixels(log_variance, proposals)
+        candidates = Candidates(
+            clipped.tensor.reshape(log_variance.shape), variance, probabilities[:, :-1]
+        )
+        return vote(detections.pred_boxes, detections.pred_classes, candidates, self.voting_sigma)
 
     # Detectron2's implementations of these methods expect (scores, deltas).
 
