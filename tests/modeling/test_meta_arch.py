@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from torch.testing import assert_close
 
+from tests.export.decisive_model import decisive_model
 from tests.modeling.tiny_model import (
     NUM_CLASSES,
     SIZE,
@@ -272,6 +273,21 @@ def test_detect_returns_the_detections_of_inference_without_postprocessing(model
         assert_close(x.scores, expected.scores)
         assert_close(x.pred_boxes.tensor, expected.pred_boxes.tensor)
         assert not x.localization_quality.requires_grad
+
+
+def test_detect_does_not_average_boxes():
+    plain, voting = (
+        decisive_model({"MODEL.ROI_BOX_HEAD.VOTING_SIGMA": sigma}) for sigma in (0.0, 0.05)
+    )
+    voting.load_state_dict(plain.state_dict())
+    views = [{"image": random_image((64, 96))}]
+    (expected,) = plain.inference(views, do_postprocess=False)
+    (labels,) = voting.detect(views).detections
+    (averaged,) = voting.inference(views, do_postprocess=False)
+    assert len(labels) > 5
+    assert torch.equal(labels.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(labels.scores, averaged.scores)
+    assert not torch.allclose(labels.pred_boxes.tensor, averaged.pred_boxes.tensor)
 
 
 def test_detect_requires_eval_mode(model):

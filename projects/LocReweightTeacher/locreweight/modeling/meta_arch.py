@@ -170,6 +170,9 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
     def detect(self, batched_inputs: list[dict]) -> TeacherOutput:
         """Detect objects as the teacher, and keep the feature maps.
 
+        Boxes are not averaged (``MODEL.ROI_BOX_HEAD.VOTING_SIGMA``): students that learned averaged
+        boxes were worse.
+
         Args:
             batched_inputs: weak views in Detectron2's format, with ``image`` (3, H, W).
         """
@@ -177,7 +180,8 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         proposals, _ = self.proposal_generator(images, features, None)
-        detections, _ = self.roi_heads(images, features, proposals, None)
+        predictions = self.roi_heads.predict(features, [x.proposal_boxes for x in proposals])
+        detections, _ = self.roi_heads.box_predictor.inference(predictions, proposals, voting=False)
         return TeacherOutput(features, detections)
 
     @torch.no_grad()

@@ -198,14 +198,21 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         )
 
     def inference(
-        self, predictions: BoxPredictions, proposals: list[Instances]
+        self, predictions: BoxPredictions, proposals: list[Instances], *, voting: bool = True
     ) -> tuple[list[Instances], list[Tensor]]:
         """Run Detectron2's inference and add two fields to the detections.
 
         The fields are ``log_variance``, ``(N, 4)``, clamped, in the units of the box coding, and
         ``localization_quality``, ``(N,)``, its quality score (Eq. 5). Both are predictions for the
-        proposal that NMS kept and for the predicted class. With ``voting_sigma``, the boxes are
-        averages.
+        proposal that NMS kept and for the predicted class.
+
+        Args:
+            predictions: for the proposals of all images.
+            proposals: one ``Instances`` per image with ``proposal_boxes``.
+            voting: average the boxes if ``voting_sigma`` is positive.
+
+        Returns:
+            the detections, and the rows of the proposals that NMS kept.
         """
         boxes = self.predict_boxes(predictions, proposals)
         probabilities = self.predict_probs(predictions, proposals)
@@ -232,7 +239,7 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             detections.localization_quality = localization_quality(
                 detections.log_variance, limit=limit, scale=self.quality_scale
             )
-            if self.voting_sigma > 0:
+            if voting and self.voting_sigma > 0:
                 detections.pred_boxes = self._vote(
                     detections,
                     boxes[i][finite],
