@@ -188,6 +188,13 @@ def test_plain_detector_is_evaluated_as_in_detectron2(plain, tmp_path, caplog, s
     assert not any(part in text for part in ("bbox_pred", "cls_score", "backbone", "proposal_"))
 
 
+def test_plain_detector_has_no_variances_to_vote_with(plain, tmp_path):
+    file = as_pth(plain, tmp_path)
+    cfg = tiny_config({"MODEL.WEIGHTS": file, "MODEL.ROI_BOX_HEAD.VOTING_SIGMA": 0.05})
+    with pytest.raises(UsageError, match="VOTING_SIGMA to 0"):
+        load_for_evaluation(cfg, build_model(cfg))
+
+
 def random_boxes(count=20):
     corner = torch.rand(count, 2) * 30
     return torch.cat([corner, corner + 10 + torch.rand(count, 2) * 20], dim=1)

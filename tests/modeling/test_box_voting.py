@@ -39,7 +39,7 @@ def voted(box, others, variances, scores, sigma=SIGMA):
         above = below = 0.0
         for other, variance, score in zip(others, variances, scores, strict=True):
             overlap = iou_of(box, other)
-            if overlap > 0:
+            if overlap >= 0.5:
                 weight = score * math.exp(-((1 - overlap) ** 2) / sigma) / variance[j]
                 above, below = above + weight * other[j], below + weight
         result.append(above / below)
@@ -68,6 +68,42 @@ def test_box_without_area_is_unchanged():
     box = torch.tensor([[3.0, 4.0, 3.0, 12.0]])
     alone = Candidates(box[:, None], torch.ones(1, 1, 4), torch.ones(1, 1))
     assert torch.equal(vote(Boxes(box), torch.tensor([0]), alone, SIGMA).tensor, box)
+
+
+def test_small_proposals_far_from_the_object_have_no_effect():
+    box = torch.tensor([[0.0, 0.0, 600.0, 600.0]])
+    sliver = torch.tensor([[0.0, 100.0, 0.01, 500.0]])
+    candidates = Candidates(
+        torch.stack([box, sliver]),
+        torch.tensor([[[3600.0] * 4], [[1e-6, 1600.0, 1e-6, 1600.0]]]),
+        torch.tensor([[0.9], [0.9]]),
+    )
+    assert_close(vote(Boxes(box), torch.tensor([0]), candidates, 0.5).tensor, box)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 10.0])
+def test_corners_keep_their_order(sigma):
+    boxes = torch.tensor([0.0, 0.0, 50.0, 50.0]) + torch.randn(2000, 1, 4) * 20
+    boxes = torch.cat([boxes[..., :2], boxes[..., 2:].maximum(boxes[..., :2])], dim=-1)
+    candidates = Candidates(boxes, (torch.rand(2000, 1, 4) * 14 - 7).exp(), torch.rand(2000, 1))
+    result = vote(Boxes(boxes[:, 0]), torch.zeros(2000, dtype=torch.int64), candidates, sigma)
+    assert (result.tensor[:, :2] <= result.tensor[:, 2:]).all()
+
+
+@pytest.mark.parametrize("variance", [math.nan, 0.0])
+def test_candidate_with_unusable_variance_is_ignored(variance):
+    boxes = torch.tensor(
+        [[[0.0, 0.0, 10.0, 10.0]], [[0.0, 0.0, 10.0, 9.0]], [[0.0, 0.0, 9.0, 10.0]]]
+    )
+    variances = torch.ones(3, 1, 4)
+    scores = torch.tensor([[0.9], [0.5], [0.5]])
+    without = Candidates(boxes[:2], variances[:2], scores[:2])
+    variances[2] = variance
+    broken = Candidates(boxes, variances, scores)
+    detected, classes = Boxes(boxes[0]), torch.tensor([0])
+    expected = vote(detected, classes, without, SIGMA).tensor
+    assert_close(vote(detected, classes, broken, SIGMA).tensor, expected)
+    assert not torch.equal(expected, boxes[0])
 
 
 def test_no_detections():

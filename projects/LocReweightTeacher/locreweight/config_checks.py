@@ -44,12 +44,12 @@ _RANGES: dict[str, _Range] = {
     "SEMI.PSEUDO_LABEL_THRESHOLD": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "SEMI.UNSUPERVISED_WEIGHT": _AT_LEAST_0,
     "SEMI.QUALITY_SCALE": _ABOVE_0,
-    "MODEL.ROI_BOX_HEAD.VOTING_SIGMA": _AT_LEAST_0,
     "SOLVER.BASE_LR": _ABOVE_0,
     "SOLVER.IMS_PER_BATCH_UNLABELED": _AT_LEAST_0,
     "SOLVER.EARLY_STOPPING_PATIENCE": _AT_LEAST_0,
     "TEST.MONITORED_IMAGES": _AT_LEAST_0,
 }
+_RANGES_AT_INFERENCE: dict[str, _Range] = {"MODEL.ROI_BOX_HEAD.VOTING_SIGMA": _AT_LEAST_0}
 
 
 def check_supported(cfg: CfgNode, *, training: bool = True) -> None:
@@ -69,9 +69,10 @@ def check_supported(cfg: CfgNode, *, training: bool = True) -> None:
             raise UsageError("OUTPUT_DIR is empty; set it to a folder for checkpoints and logs")
         _check_model(cfg)
         _check_timm(cfg)
-        _check_ranges(cfg)
+        _check_ranges(cfg, _RANGES)
         _check_input(cfg)
         _check_early_stopping(cfg)
+    _check_ranges(cfg, _RANGES_AT_INFERENCE)
     _check_ignored(cfg, _IGNORED + (_IGNORED_IN_TRAINING if training else ()))
     _check_datasets(cfg, ("TRAIN", "UNLABELED", "TEST") if training else ("TEST",))
 
@@ -112,8 +113,8 @@ def _check_timm(cfg: CfgNode) -> None:
         )
 
 
-def _check_ranges(cfg: CfgNode) -> None:
-    for key, (text, contains) in _RANGES.items():
+def _check_ranges(cfg: CfgNode, ranges: dict[str, _Range]) -> None:
+    for key, (text, contains) in ranges.items():
         value = attrgetter(key)(cfg)
         if not contains(value):
             raise UsageError(f"{key} is {value}; it must be {text}")

@@ -44,6 +44,11 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> CheckpointCo
         raise UsageError(f"{path} holds a backbone, not a detector: there is nothing to evaluate")
     mismatched = checkpointer.mismatched_weights
     if contents is CheckpointContents.PLAIN_DETECTOR:
+        if cfg.MODEL.ROI_BOX_HEAD.VOTING_SIGMA > 0:
+            raise UsageError(
+                f"{path} is a plain Detectron2 detector, which predicts no variances: set "
+                "MODEL.ROI_BOX_HEAD.VOTING_SIGMA to 0"
+            )
         weights = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
         model.roi_heads.box_predictor.box2box_transform = Box2BoxTransform(weights)
         mismatched = tuple(name for name in mismatched if ".log_variance." not in name)

@@ -37,6 +37,7 @@ from ..checkpoint.loading import check_weights_exist, read_description
 from ..data.checks import (
     check_boxes,
     check_classes,
+    check_same_classes,
     check_test_set,
     countable_boxes,
     describe_crowds,
@@ -156,6 +157,19 @@ def check_evaluation(cfg: CfgNode) -> None:
             _check_checkpoint_classes(
                 file, description.class_names, name, list(MetadataCatalog.get(name).thing_classes)
             )
+
+
+def _check_configured_classes(cfg: CfgNode, classes: dict[str, list[str]]) -> None:
+    """Check that the test sets have the classes of ``DATASETS.CLASS_NAMES``, unless it is empty."""
+    if cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES:
+        return
+    try:
+        check_same_classes(with_configured_names(cfg, classes))
+    except UsageError as error:
+        raise UsageError(
+            f"{error}\nOr, if class i of the test set is class i of the model under another name, "
+            "set DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES True"
+        ) from error
 
 
 def _check_checkpoint_classes(
@@ -333,8 +347,7 @@ def write_ground_truth(cfg: CfgNode) -> None:
         metadata.ground_truth_is_ready = True
         metadata.num_images = len(records)
     if classes:
-        if not cfg.DATASETS.CHECKS.ALLOW_OTHER_CLASS_NAMES:
-            classes = with_configured_names(cfg, classes)
+        _check_configured_classes(cfg, classes)
         check_classes(classes, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
 

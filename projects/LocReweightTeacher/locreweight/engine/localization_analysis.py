@@ -211,7 +211,9 @@ def _localize_one(detector: Predictor, record: dict) -> tuple[np.ndarray, ...]:
     # Inference drops predictions that are not finite. The rows would no longer index proposals.
     if not all(values.isfinite().all() for values in predictions):
         raise UsageError(f"the checkpoint predicts NaN or infinity for {record['file_name']}")
-    (detections,), (rows,) = model.roi_heads.box_predictor.inference(predictions, proposals)
+    (detections,), (rows,) = model.roi_heads.box_predictor.inference(
+        predictions, proposals, voting=False
+    )
 
     height, width = images.image_sizes[0]
     scale = torch.diag(torch.tensor([width / inputs["width"], height / inputs["height"], 1.0]))

@@ -1,7 +1,8 @@
 """Variance voting: average overlapping boxes by their predicted variances, after NMS.
 
 He et al., "Bounding Box Regression with Uncertainty for Accurate Object Detection" (2019),
-Algorithm 1. Here a box is also weighted by its score.
+Algorithm 1. Here a box is also weighted by its score, and boxes with an IoU below 0.5 are ignored:
+the box of a very small proposal has a very small variance in pixels, so it would dominate.
 
 Shapes:
 
@@ -19,6 +20,8 @@ import torch
 from detectron2.structures import Boxes
 from torch import Tensor
 
+MIN_IOU = 0.5  # a candidate is averaged if its IoU is at least this
+
 
 class Candidates(NamedTuple):
     """All boxes that are predicted in an image, before NMS."""
@@ -32,7 +35,8 @@ def vote(boxes: Boxes, classes: Tensor, candidates: Candidates, sigma: float) ->
     """Replace the box of each detection by an average of the candidates that overlap it.
 
     The weight of a candidate's coordinate is ``score * exp(-(1 - IoU)^2 / sigma) / variance``, with
-    its score for the class of the detection. Candidates that do not overlap have the weight 0.
+    its score for the class of the detection. Candidates with an IoU below :data:`MIN_IOU`, and
+    those with a variance that is NaN or 0, have the weight 0.
 
     Args:
         boxes: N detected boxes, xyxy, absolute pixels.
@@ -41,14 +45,15 @@ def vote(boxes: Boxes, classes: Tensor, candidates: Candidates, sigma: float) ->
         sigma: above 0. With a smaller value, candidates must overlap more.
 
     Returns:
-        N boxes. A box without area stays unchanged.
+        N boxes. A detection without such candidates stays unchanged.
     """
     per_class = candidates.boxes.shape[1] > 1
     columns = classes if per_class else torch.zeros_like(classes)
     others, variance = candidates.boxes[:, columns], candidates.variance[:, columns]  # (R, N, 4)
     iou = _iou(boxes.tensor, others)
-    closeness = torch.exp(-((1 - iou) ** 2) / sigma) * (iou > 0)
+    closeness = torch.exp(-((1 - iou) ** 2) / sigma) * (iou >= MIN_IOU)
     weight = (candidates.scores[:, classes] * closeness)[..., None] / variance
+    weight = torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
     total = weight.sum(dim=0)
     average = (weight * others).sum(dim=0) / total
     return Boxes(torch.where(total > 0, average, boxes.tensor))

@@ -171,7 +171,7 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         """Detect objects as the teacher, and keep the feature maps.
 
         Boxes are not averaged (``MODEL.ROI_BOX_HEAD.VOTING_SIGMA``): students that learned averaged
-        boxes were worse.
+        boxes were not better (docs/results.md).
 
         Args:
             batched_inputs: weak views in Detectron2's format, with ``image`` (3, H, W).
