@@ -1,5 +1,6 @@
 """Config keys, config files, methods, and scaling to the number of GPUs."""
 
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -618,6 +619,16 @@ def test_sizes_that_are_no_range_are_an_error(sizes):
 def test_impossible_views_are_an_error(key, value, message):
     with pytest.raises(UsageError, match=f"{key} {message}"):
         check_supported(load_config(QUICKSTART, [key, value]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sigma", [-1.0, math.nan, math.inf])
+def test_impossible_voting_is_an_error(training, sigma):
+    cfg = load_config(QUICKSTART, [])
+    cfg.defrost()
+    cfg.MODEL.ROI_BOX_HEAD.VOTING_SIGMA = sigma
+    with pytest.raises(UsageError, match="VOTING_SIGMA is .*; it must be at least 0"):
+        check_supported(cfg, training=training)
 
 
 def test_paths_may_contain_the_home_folder_and_variables(monkeypatch):
