@@ -197,10 +197,10 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # It concerns labeled images, and unlabeled ones only for methods with the default
     # classification loss, such as Unbiased Teacher.
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 0.0
-    # Above 0: average each detected box with the boxes that overlap it, weighted by their scores
-    # and predicted variances (variance voting, locreweight/modeling/box_voting.py). Smaller values,
-    # such as 0.02, average boxes that overlap more. Pseudo-labels are not averaged. Requires
-    # CORNER_CODING.
+    # Above 0: average each detected box with the boxes that overlap it by an IoU of at least 0.5,
+    # weighted by their scores and predicted variances (variance voting,
+    # locreweight/modeling/box_voting.py). A smaller value, such as 0.02, gives boxes that overlap
+    # less a smaller weight. Pseudo-labels are not averaged. Requires CORNER_CODING.
     cfg.MODEL.ROI_BOX_HEAD.VOTING_SIGMA = 0.0
     # Detectron2's key: beta of the smooth L1 loss, in coded units: on pseudo-labels (Eq. 11) and,
     # without GAUSSIAN_BOXES, on labeled images.

@@ -28,7 +28,8 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> CheckpointCo
         the kind of model that was loaded.
 
     Raises:
-        UsageError: if the file does not exist, holds no detector, or does not fit the model.
+        UsageError: if the file does not exist, holds no detector, or does not fit the model, or if
+            it holds a plain detector and ``MODEL.ROI_BOX_HEAD.VOTING_SIGMA`` is above 0.
     """
     path = cfg.MODEL.WEIGHTS
     if not path:

@@ -42,7 +42,7 @@ def vote(boxes: Boxes, classes: Tensor, candidates: Candidates, sigma: float) ->
         boxes: N detected boxes, xyxy, absolute pixels.
         classes: ``(N,)`` their classes in ``[0, K)``.
         candidates: those of the same image and frame.
-        sigma: above 0. With a smaller value, candidates must overlap more.
+        sigma: above 0. With a smaller value, candidates that overlap less have a smaller weight.
 
     Returns:
         N boxes. A detection without such candidates stays unchanged.

@@ -231,48 +231,44 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         for i, detections in enumerate(instances):
             # fast_rcnn_inference drops non-finite rows first, so kept_rows does not count them.
             finite = boxes[i].isfinite().all(dim=1) & probabilities[i].isfinite().all(dim=1)
+            kept = log_variances[i][finite][kept_rows[i]]
+            log_variance = at_least_float32(_select_class(kept, detections.pred_classes))
             limit = self.log_variance_limit
-            all_log_variances = at_least_float32(log_variances[i][finite]).clamp(-limit, limit)
-            detections.log_variance = _select_class(
-                all_log_variances[kept_rows[i]], detections.pred_classes
-            )
+            detections.log_variance = log_variance.clamp(-limit, limit)
             detections.localization_quality = localization_quality(
-                detections.log_variance, limit=limit, scale=self.quality_scale
+                log_variance, limit=limit, scale=self.quality_scale
             )
             if voting and self.voting_sigma > 0:
-                detections.pred_boxes = self._vote(
-                    detections,
+                candidates = self._candidates(
                     boxes[i][finite],
-                    all_log_variances,
+                    log_variances[i][finite],
                     probabilities[i][finite],
-                    proposals[i].proposal_boxes.tensor[finite],
+                    proposals[i][finite],
+                )
+                detections.pred_boxes = vote(
+                    detections.pred_boxes, detections.pred_classes, candidates, self.voting_sigma
                 )
         return instances, kept_rows
 
-    def _vote(
-        self,
-        detections: Instances,
-        boxes: Tensor,
-        log_variance: Tensor,
-        probabilities: Tensor,
-        proposals: Tensor,
-    ) -> Boxes:
-        """Average the detected boxes of an image.
+    def _candidates(
+        self, boxes: Tensor, log_variance: Tensor, probabilities: Tensor, proposals: Instances
+    ) -> Candidates:
+        """Return what the detected boxes of an image are averaged from.
 
         Args:
-            detections: N detections, whose boxes are clipped to the image.
-            boxes: ``(R, C*4)`` all predicted boxes.
-            log_variance: ``(R, C, 4)``, clamped.
+            boxes: ``(R, C*4)`` predicted boxes, xyxy, absolute pixels; they are clipped to the
+                image, as detections are.
+            log_variance: ``(R, C, 4)``.
             probabilities: ``(R, K+1)``.
-            proposals: ``(R, 4)``.
+            proposals: R proposals with ``proposal_boxes``, xyxy, absolute pixels.
         """
         clipped = Boxes(boxes.reshape(-1, 4))
-        clipped.clip(detections.image_size)
-        variance = self.box2box_transform.variance_in_pixels(log_variance, proposals)
-        candidates = Candidates(
-            clipped.tensor.reshape(log_variance.shape), variance, probabilities[:, :-1]
+        clipped.clip(proposals.image_size)
+        limit = self.log_variance_limit
+        variance = self.box2box_transform.variance_in_pixels(
+            at_least_float32(log_variance).clamp(-limit, limit), proposals.proposal_boxes.tensor
         )
-        return vote(detections.pred_boxes, detections.pred_classes, candidates, self.voting_sigma)
+        return Candidates(clipped.tensor.reshape(variance.shape), variance, probabilities[:, :-1])
 
     # Detectron2's implementations of these methods expect (scores, deltas).
 
