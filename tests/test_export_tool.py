@@ -92,6 +92,19 @@ def test_export_takes_models_of_the_zoo(run, tmp_path, monkeypatch, capsys):
     assert metadata["class_names"] == ["cat", "dog", "owl"]
 
 
+@pytest.mark.parametrize("sigma, count", [(0.0, 0), (0.05, 1)])
+def test_export_for_detectron2_warns_about_voting(sigma, count, run, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "config.yaml"
+    cfg = tiny_config(SETTINGS | {"MODEL.ROI_BOX_HEAD.VOTING_SIGMA": sigma})
+    config.write_text(cfg.dump())
+    main(
+        monkeypatch,
+        *("--weights", run[0] / "model.pth", "--config-file", config),
+        *("--detectron2", tmp_path / "mine"),
+    )
+    assert capsys.readouterr().out.count("VOTING_SIGMA") == count
+
+
 def test_first_order_writes_a_yaml_config(run, tmp_path, monkeypatch):
     arguments = ["--weights", run[0] / "model.pth", "--detectron2", tmp_path / "mine"]
     main(monkeypatch, *arguments, "--first-order")
