@@ -349,6 +349,7 @@ def test_method_can_be_merged_into_any_config(file):
         assert {key for key in differences(cfg, data) if key.startswith(("MODEL", "INPUT"))} <= {
             "MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES",
             "MODEL.ROI_BOX_HEAD.FOCAL_GAMMA",
+            "MODEL.ROI_BOX_HEAD.VOTING_SIGMA",
             "INPUT.AUGMENTATION_POLICY",
         }
 
