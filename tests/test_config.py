@@ -293,6 +293,11 @@ def test_supervised_baselines_differ_only_in_being_supervised(supervised, config
         assert scaled.SEMI.BURN_IN_ITERS >= scaled.SOLVER.MAX_ITER
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/detectors").glob("*.yaml")), ids=name_of)
+def test_detectors_for_own_data_use_the_normalizer_of_their_learning_rates(file):
+    assert load(file).SEMI.NORMALIZE_BY_SAMPLED
+
+
 # --- keys that occur twice -----------------------------------------------------------------------
 
 
