@@ -263,3 +263,36 @@ def test_means_in_the_results_are_those_of_the_rows():
             line = next(x for x in section.splitlines() if f"| `{method}` |" in x)
             mean = float(line.split("|")[column].strip(" *").split(" ± ")[0])
             assert mean == pytest.approx(sum(values) / len(values), abs=0.011)
+
+
+def test_overview_of_the_results_has_the_means_of_the_rows():
+    with (ROOT / "docs/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    text = (ROOT / "docs/results.md").read_text()
+    table = text.split("| labeled images |")[1].split("\n\n")[0]
+    columns = (
+        ("quickstart", "40", "800"),
+        ("bccd-small", "20", "600"),
+        ("bccd-mobilenetv2", "10", "700"),
+        ("neu-mobilenetv2", "62", "1000"),
+    )
+    no_voting = "MODEL.ROI_BOX_HEAD.VOTING_SIGMA 0.0"
+    keys = ("config", "labeled images", "iterations", "method", "changes")
+    for name, method, changes in (
+        ("**LER mix**", "loc_reweight_mix", ""),
+        ("LER mix, no voting", "loc_reweight_mix", no_voting),
+        ("Unbiased Teacher v2", "unbiased_teacher_v2", ""),
+        ("Unbiased Teacher", "unbiased_teacher", ""),
+        ("MixPL", "mixpl", ""),
+        ("LER + PRC", "loc_reweight", ""),
+        ("neither (unweighted losses)", "teacher_student", ""),
+    ):
+        line = next(x for x in table.splitlines() if x.startswith(f"| {name} |"))
+        for column, cell in zip(columns, line.split("|")[2:-1], strict=True):
+            wanted = (*column, method, changes)
+            values = [float(r["AP"]) for r in rows if tuple(r[key] for key in keys) == wanted]
+            if values:
+                mean = float(cell.replace("*", " ").replace("(", " ").split()[0])
+                assert mean == pytest.approx(sum(values) / len(values), abs=0.011)
+            else:
+                assert not cell.strip()
