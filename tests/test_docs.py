@@ -231,9 +231,13 @@ def test_all_files_have_the_version_of_the_changelog():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
 
 
-def test_results_have_one_row_per_run():
+def result_rows():
     with (ROOT / "docs/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def test_results_have_one_row_per_run():
+    rows = result_rows()
     keys = ("config", "labeled images", "method", "changes", "seed", "iterations")
     runs = [tuple(row[key] for key in keys) for row in rows]
     assert len(set(runs)) == len(runs) > 50
@@ -243,8 +247,7 @@ def test_results_have_one_row_per_run():
 
 
 def test_means_in_the_results_are_those_of_the_rows():
-    with (ROOT / "docs/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = result_rows()
     text = (ROOT / "docs/results.md").read_text()
     for config, labeled, iterations, heading, column in (
         ("quickstart", "40", "800", "## Synthetic data set", 4),
@@ -266,8 +269,7 @@ def test_means_in_the_results_are_those_of_the_rows():
 
 
 def test_overview_of_the_results_has_the_means_of_the_rows():
-    with (ROOT / "docs/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = result_rows()
     text = (ROOT / "docs/results.md").read_text()
     table = text.split("| labeled images |")[1].split("\n\n")[0]
     columns = (

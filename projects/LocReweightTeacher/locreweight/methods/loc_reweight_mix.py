@@ -12,7 +12,8 @@ The loss on unlabeled images differs from the paper's in three ways:
 - **Mixed images** as in :mod:`.mixpl`.
 
 Its config also has the augmentation of Unbiased Teacher, ``INPUT.AUGMENTATION_POLICY
-UnbiasedTeacherPolicy``: each labeled image is used in a weak and a strong view.
+UnbiasedTeacherPolicy``: each labeled image is used in a weak and a strong view. It turns on
+variance voting (:mod:`locreweight.modeling.box_voting`) for detections, not for pseudo-labels.
 
 PRC needs the teacher's prediction for each proposal of the student, and a proposal in a mixed image
 is in no single image of the teacher. Soft labels need only the detections.
