@@ -277,7 +277,13 @@ def test_detect_returns_the_detections_of_inference_without_postprocessing(model
 
 def test_detect_does_not_average_boxes():
     plain, voting = (
-        decisive_model({"MODEL.ROI_BOX_HEAD.VOTING_SIGMA": sigma}) for sigma in (0.0, 0.05)
+        decisive_model(
+            {
+                "MODEL.ROI_BOX_HEAD.VOTING_SIGMA": sigma,
+                "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.05,
+            }
+        )
+        for sigma in (0.0, 0.05)
     )
     voting.load_state_dict(plain.state_dict())
     views = [{"image": random_image((64, 96))}]
@@ -288,6 +294,18 @@ def test_detect_does_not_average_boxes():
     assert torch.equal(labels.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert torch.equal(labels.scores, averaged.scores)
     assert not torch.allclose(labels.pred_boxes.tensor, averaged.pred_boxes.tensor)
+
+
+def test_detect_does_not_depend_on_the_score_threshold_of_results():
+    usual, strict = (
+        decisive_model({"MODEL.ROI_HEADS.SCORE_THRESH_TEST": score}) for score in (0.05, 0.9)
+    )
+    strict.load_state_dict(usual.state_dict())
+    views = [{"image": random_image((64, 96))}]
+    (expected,), (detected,) = usual.detect(views).detections, strict.detect(views).detections
+    (results,) = strict.inference(views, do_postprocess=False)
+    assert torch.equal(detected.scores, expected.scores)
+    assert detected.scores.min() < 0.9 < results.scores.min()
 
 
 def test_detect_requires_eval_mode(model):

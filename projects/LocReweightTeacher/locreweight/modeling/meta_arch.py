@@ -17,6 +17,10 @@ from torch.nn import functional as F
 from ..installed_detectron2 import check_compiled_kernels, missing_kernels
 from .output_layers import BoxPredictions
 
+# Default of MODEL.ROI_HEADS.SCORE_THRESH_TEST. Methods use detections below it only if it and
+# SEMI.PSEUDO_LABEL_THRESHOLD are set lower.
+_MAX_SCORE_THRESHOLD = 0.05
+
 
 @dataclass(frozen=True)
 class TeacherOutput:
@@ -171,7 +175,8 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         """Detect objects as the teacher, and keep the feature maps.
 
         Boxes are not averaged (``MODEL.ROI_BOX_HEAD.VOTING_SIGMA``): students that learned averaged
-        boxes were not better (docs/results.md).
+        boxes were not better (docs/results.md). ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` has no effect
+        above 0.05, Detectron2's default: methods select pseudo-labels by thresholds of their own.
 
         Args:
             batched_inputs: weak views in Detectron2's format, with ``image`` (3, H, W).
@@ -181,7 +186,9 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
         features = self.backbone(images.tensor)
         proposals, _ = self.proposal_generator(images, features, None)
         predictions = self.roi_heads.predict(features, [x.proposal_boxes for x in proposals])
-        detections, _ = self.roi_heads.box_predictor.inference(predictions, proposals, voting=False)
+        detections, _ = self.roi_heads.box_predictor.inference(
+            predictions, proposals, voting=False, max_score_threshold=_MAX_SCORE_THRESHOLD
+        )
         return TeacherOutput(features, detections)
 
     @torch.no_grad()

@@ -198,7 +198,12 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
         )
 
     def inference(
-        self, predictions: BoxPredictions, proposals: list[Instances], *, voting: bool = True
+        self,
+        predictions: BoxPredictions,
+        proposals: list[Instances],
+        *,
+        voting: bool = True,
+        max_score_threshold: float = 1.0,
     ) -> tuple[list[Instances], list[Tensor]]:
         """Run Detectron2's inference and add two fields to the detections.
 
@@ -210,6 +215,8 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             predictions: for the proposals of all images.
             proposals: one ``Instances`` per image with ``proposal_boxes``.
             voting: average the boxes if ``voting_sigma`` is positive.
+            max_score_threshold: upper limit of the threshold on scores,
+                ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``.
 
         Returns:
             the detections, and the rows of the proposals that NMS kept.
@@ -224,7 +231,7 @@ class LocalizationAwareOutputLayers(FastRCNNOutputLayers):
             boxes,
             probabilities,
             [p.image_size for p in proposals],
-            self.test_score_thresh,
+            min(self.test_score_thresh, max_score_threshold),
             self.test_nms_thresh,
             self.test_topk_per_image,
         )
