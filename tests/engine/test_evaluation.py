@@ -1,6 +1,7 @@
 """Evaluation of teacher and student on one or several test sets."""
 
 import json
+from pathlib import Path
 
 import pytest
 from detectron2.data import MetadataCatalog
@@ -51,6 +52,21 @@ def test_results_of_several_test_sets_are_keyed_by_name(config_with, tmp_path, d
     assert set(results) == {first, second}
     assert main_metric(cfg) == f"{first}/bbox/AP"
     assert main_metric(config_with(first)) == "bbox/AP"
+
+
+def test_detections_of_each_test_set_are_kept(config_with, tmp_path, datasets, model):
+    first = datasets["DATASETS.TEST"][0]
+    second = "coco:{}:{}".format(*make_coco(tmp_path / "second", images=5, seed=3))
+    cfg = config_with(first, second)
+    evaluate(cfg, model)
+    files = list(Path(cfg.OUTPUT_DIR).rglob("coco_instances_results.json"))
+    assert len(files) == 2
+    images = [{x["image_id"] for x in json.loads(file.read_text())} for file in files]
+    expected = [
+        {x["id"] for x in json.loads(Path(name.split(":")[1]).read_text())["images"]}
+        for name in (first, second)
+    ]
+    assert sorted(images, key=len) == sorted(expected, key=len)
 
 
 def test_ground_truth_is_converted_in_each_evaluation(config_with, tmp_path, model):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 
@@ -224,6 +225,17 @@ def test_flags_and_a_byte_order_mark_in_the_split_list(voc, tmp_path):
     listed = voc / "ImageSets/Main/trainval.txt"
     listed.write_text("\ufeff0000  1\n0001 -1\n\n", encoding="utf-8")
     assert_perfect(evaluate_perfect(f"voc:{voc}:trainval", tmp_path / "output"))
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["one", "all"])
+def test_spaces_around_class_names(voc, tmp_path, number, caplog):
+    """Detectron2's 11-point AP would count such objects as those of another class."""
+    for file in sorted((voc / "Annotations").iterdir())[:number]:
+        file.write_text(re.sub("<name>(.*?)</name>", r"<name>\n  \1\n</name>", file.read_text()))
+    results = evaluate_perfect(f"voc:{voc}:trainval", tmp_path / "output")
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert "voc_11_point" not in results
+    assert "no 11-point AP" in caplog.text and "spaces around the class name" in caplog.text
 
 
 # -- classes ---------------------------------------------------------------------------------------

@@ -290,11 +290,16 @@ class ElevenPointEvaluator(PascalVOCDetectionEvaluator):
     def find_problem(self) -> str:
         """Why the annotations lack what Detectron2's evaluator needs; empty if they do not."""
         try:
-            self._objects()
+            names = {entry["name"] for entry in self._objects()}
         except (AttributeError, OSError, ValueError, ElementTree.ParseError) as error:
             return str(error)
-        spaced = [image_id for image_id in self._image_ids if len(image_id.split()) > 1]
-        return f"there are spaces in the image name {spaced[0]!r}" if spaced else ""
+        for image_id in self._image_ids:
+            if len(image_id.split()) > 1:
+                return f"there are spaces in the image name {image_id!r}"
+        for name in names:
+            if name != name.strip():
+                return f"there are spaces around the class name {name!r} in the annotations"
+        return ""
 
     def evaluate(self) -> dict | None:
         names = {entry["name"] for entry in self._objects() if not entry["difficult"]}
@@ -319,6 +324,8 @@ def write_ground_truth(cfg: CfgNode) -> None:
     Masks are ignored. Boxes without area or outside of their image, which no detector can find, are
     left out. The files are written in each run, because a cached file might be older than the
     annotations. Training calls this at startup, so that a disk that is full later does not end it.
+    A test set that is registered in Detectron2 with a COCO json is evaluated with that file as it
+    is.
 
     Raises:
         UsageError: if a test set has no box to evaluate on, other classes than
@@ -338,8 +345,7 @@ def write_ground_truth(cfg: CfgNode) -> None:
         check_test_set(name, records)
         _log_uncounted(cfg, name, records)
         if not metadata.get("json_file"):
-            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-            json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{digest}.json")
+            json_file = os.path.join(_inference_folder(cfg), f"ground_truth_{_digest(name)}.json")
             if comm.get_local_rank() == 0:  # machines may not share a disk
                 _write_ground_truth(json_file, name, records)
             comm.synchronize()
@@ -412,6 +418,16 @@ def _inference_folder(cfg: CfgNode) -> str:
     return os.path.join(cfg.OUTPUT_DIR, "inference")
 
 
+def _detections_folder(cfg: CfgNode, name: str) -> str:
+    """The folder for the detections of a test set; with several, each has a separate one."""
+    folder = _inference_folder(cfg)
+    return folder if len(cfg.DATASETS.TEST) == 1 else os.path.join(folder, _digest(name))
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
 def _write_analyses(file: Path, analyses: dict[str, DetectionAnalysis]) -> None:
     try:
         if analyses:
@@ -430,7 +446,7 @@ def _build_evaluator(
         name,
         analyses,
         tasks=("bbox",),
-        output_dir=_inference_folder(cfg) if keep_detections else None,
+        output_dir=_detections_folder(cfg, name) if keep_detections else None,
         max_dets_per_image=_max_detections(cfg),
     )
     if metadata.get("evaluator_type") != "pascal_voc":
