@@ -420,6 +420,26 @@ def test_method_has_its_own_output_folder_unless_one_is_given(method):
     assert load_config(QUICKSTART, ["OUTPUT_DIR", "here"], str(method)).OUTPUT_DIR == "here"
 
 
+@pytest.mark.parametrize("file", METHODS, ids=name_of)
+@pytest.mark.parametrize("other", ["unbiased_teacher", "loc_reweight_mix"])
+def test_method_replaces_another_one(tmp_path, other, file):
+    """Such as ``--config-file <run>/config.yaml --method <other>``."""
+    config = tmp_path / "config.yaml"
+    config.write_text(load(QUICKSTART, other).dump())
+    cfg, expected = load(config, str(file)), load(QUICKSTART, str(file))
+    build_method(cfg)
+    assert cfg.SEMI.METHOD == expected.SEMI.METHOD
+    assert (cfg.SEMI.LER, cfg.SEMI.PRC) == (expected.SEMI.LER, expected.SEMI.PRC)
+    heads = cfg.MODEL.ROI_BOX_HEAD, expected.MODEL.ROI_BOX_HEAD
+    assert heads[0].GAUSSIAN_BOXES == heads[1].GAUSSIAN_BOXES
+    if "LocReweight" in expected.SEMI.METHOD and "Mix" not in expected.SEMI.METHOD:
+        return  # the paper's method uses the losses and views of the config
+    assert heads[0].FOCAL_GAMMA == heads[1].FOCAL_GAMMA
+    assert cfg.SEMI.RPN_BOX_LOSS == expected.SEMI.RPN_BOX_LOSS
+    assert cfg.SEMI.NORMALIZE_BY_SAMPLED == expected.SEMI.NORMALIZE_BY_SAMPLED
+    assert cfg.INPUT.AUGMENTATION_POLICY == expected.INPUT.AUGMENTATION_POLICY
+
+
 def test_options_override_the_method():
     cfg = load_config(QUICKSTART, ["SEMI.EMA_KEEP_RATE", "0.5"], "stac")
     assert cfg.SEMI.EMA_KEEP_RATE == 0.5
