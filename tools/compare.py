@@ -61,7 +61,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--share-burn-in",
         action="store_true",
         help="train the burn-in that several runs have in common only once: the others continue "
-        "from its checkpoint, with the same result",
+        "from its checkpoint, with the same weights. Metrics of pseudo-labels during burn-in are "
+        "those of the run that trains it",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and results")
     args = parser.parse_args(arguments)

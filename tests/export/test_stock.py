@@ -226,6 +226,7 @@ def test_stock_config_has_only_keys_of_detectron2():
     fresh = get_cfg()
     fresh.merge_from_other_cfg(config)  # raises on unknown keys
     assert fresh.MODEL.RESNETS.STEM_OUT_CHANNELS == 16
+    assert fresh.MODEL.DEVICE == get_cfg().MODEL.DEVICE != tiny_config(settings).MODEL.DEVICE
     assert "jane" not in config.dump()
 
 

@@ -194,8 +194,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # smooth L1, as in a detector without a localization-aware branch; variances stay untrained.
     cfg.MODEL.ROI_BOX_HEAD.GAUSSIAN_BOXES = True
     # Above 0: classify proposals with a focal loss with this exponent (Unbiased Teacher uses 1.5).
-    # It concerns labeled images, and unlabeled ones only for methods with the default
-    # classification loss, such as Unbiased Teacher.
+    # It concerns labeled images, and unlabeled ones only for methods that use it there: the default
+    # classification loss, as of Unbiased Teacher, and CST.
     cfg.MODEL.ROI_BOX_HEAD.FOCAL_GAMMA = 0.0
     # Above 0: average each detected box with the boxes that overlap it by an IoU of at least 0.5,
     # weighted by their scores and predicted variances (variance voting,

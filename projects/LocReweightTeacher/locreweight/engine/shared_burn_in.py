@@ -3,6 +3,8 @@
 Methods that differ only in how they use pseudo-labels have the same burn-in: the first of them is
 trained from the start, the others continue from its checkpoint at the end of burn-in. Random draws
 depend on seed and iteration only, so the weights are the same, bit for bit, as without sharing.
+Metrics and pictures of pseudo-labels during burn-in are those of the first run, also if another has
+another threshold; pictures and evaluation analyses are only in the folder of the first run.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .run_queue import Run
 
 logger = logging.getLogger(__name__)
 
-# All keys of SEMI apply to unlabeled images only, and so have no effect during burn-in, except:
+# Other keys of SEMI have no effect on the weights during burn-in, only on measured pseudo-labels.
 _USED_IN_BURN_IN = {"SEMI.NORMALIZE_BY_SAMPLED"}
 
 

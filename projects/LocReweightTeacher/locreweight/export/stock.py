@@ -78,6 +78,7 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     stock.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     stock.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     stock.MODEL.WEIGHTS = ""
+    stock.MODEL.DEVICE = get_cfg().MODEL.DEVICE  # the export itself runs on the CPU
     for key in ("TRAIN", "TEST"):
         stock.DATASETS[key] = ()  # not registered in plain Detectron2
     stock.OUTPUT_DIR = "./output"

@@ -12,7 +12,7 @@ Differences from the paper:
 - The student continues from the weights at the end of burn-in. STAC starts it from ImageNet
   weights.
 - Boxes are not augmented one by one. The strong view uses Soft Teacher's operations.
-- Labeled images get one color operation, as in all methods here. STAC only resizes and flips them.
+- Labeled images get one color operation. STAC only resizes and flips them.
   Image sizes are those of the config, not 500 to 800 pixels.
 - The threshold is the same for all images. The authors' code lowers it for an image whose best
   score is below it.
