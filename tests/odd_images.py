@@ -113,11 +113,11 @@ EXIF_TRANSFORMS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _orientation(value: int) -> Callable:
+def _orientation(value: int, image_format: str) -> Callable:
     def make(path: Path) -> np.ndarray:
         exif = Image.Exif()
         exif[0x0112] = value
-        Image.fromarray(PICTURE).save(path, "PNG", exif=exif)
+        Image.fromarray(PICTURE).save(path, image_format, exif=exif)
         return EXIF_TRANSFORMS.get(value, EXIF_TRANSFORMS[1])(PICTURE)
 
     return make
@@ -157,9 +157,10 @@ VALID: dict[str, tuple[str, Callable[[Path], np.ndarray], int]] = {
     "animated webp": ("a.webp", _frames("WEBP", lossless=True), 0),
     "animated png": ("a.png", _frames("PNG"), 0),
     "tiff of several pages": ("a.tif", _frames("TIFF"), 0),
-    **{f"EXIF orientation {n}": ("a.png", _orientation(n), 0) for n in EXIF_TRANSFORMS},
-    "EXIF orientation 0": ("a.png", _orientation(0), 0),
-    "EXIF orientation 9": ("a.png", _orientation(9), 0),
+    **{f"EXIF orientation {n}": ("a.png", _orientation(n, "PNG"), 0) for n in EXIF_TRANSFORMS},
+    **{f"tiff, orientation {n}": ("a.tif", _orientation(n, "TIFF"), 0) for n in EXIF_TRANSFORMS},
+    "EXIF orientation 0": ("a.png", _orientation(0, "PNG"), 0),
+    "EXIF orientation 9": ("a.png", _orientation(9, "PNG"), 0),
     "EXIF of noise": ("a.jpg", _exif(bytes(range(200, 256))), LOSSY),
     "EXIF cut off": ("a.jpg", _exif(b"II*\0\x08\0\0\0\x01\0\x12\x01"), LOSSY),
     "EXIF that refers to itself": (

@@ -13,7 +13,13 @@ from PIL import Image
 
 from locreweight.config import load_config
 from locreweight.data import image_io
-from locreweight.data.image_io import SizeLimit, UnreadableImage, read_for_training, read_rgb
+from locreweight.data.image_io import (
+    SizeLimit,
+    UnreadableImage,
+    image_size,
+    read_for_training,
+    read_rgb,
+)
 from locreweight.data.mapper import RecordMapper, ViewMapper
 from locreweight.data.transforms.policies import AugmentationPolicy
 from tests.data.transforms.test_color_ops import smooth
@@ -40,6 +46,7 @@ def test_read_for_training_equals_read_rgb(case, tmp_path):
     read = read_for_training(str(tmp_path / name), FULL_SIZE)
     assert_array_equal(read.pixels, read_rgb(str(tmp_path / name)))
     assert read.shape == read.pixels.shape[:2]
+    assert image_size(str(tmp_path / name)) == read.shape[::-1]
 
 
 @pytest.mark.parametrize("case", BROKEN)

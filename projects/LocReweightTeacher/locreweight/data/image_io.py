@@ -121,6 +121,8 @@ def open_image(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
 
 def decode_image(image: Image.Image) -> np.ndarray:
     """Decode an opened image as described in :func:`read_rgb`. Returns ``(H, W, 3)`` uint8 RGB."""
+    if image.format == "TIFF":
+        image.load()  # Pillow rotates these files itself, and removes the orientation
     rotated: Image.Image = _apply_exif_orientation(image)
     if _has_16_bits(image):
         rotated = Image.fromarray((np.asarray(rotated) >> 8).astype(np.uint8))
@@ -181,7 +183,7 @@ class SizeLimit:
 
 @functools.cache
 def image_size(file_name: str) -> tuple[int, int]:
-    """Width and height of an image after EXIF rotation, from the header of its file.
+    """Width and height of an image after EXIF rotation, usually from the header of its file.
 
     Cached, because evaluation asks again and again.
 
@@ -189,8 +191,13 @@ def image_size(file_name: str) -> tuple[int, int]:
         UnreadableImage: if the file is missing or its header cannot be read; names the file.
     """
     with open_image(file_name) as (_, image):
+        is_transposed = _exif_orientation(image) in (5, 6, 7, 8)
+        if is_transposed and image.format == "TIFF":
+            # Pillow rotates these files itself; some versions change the size when they decode it.
+            image.load()
+            return image.size
         width, height = image.size
-        return (height, width) if _exif_orientation(image) in (5, 6, 7, 8) else (width, height)
+        return (height, width) if is_transposed else (width, height)
 
 
 def read_for_training(file_name: str, limit: SizeLimit) -> TrainingImage:
