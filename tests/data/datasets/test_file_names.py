@@ -114,6 +114,16 @@ def test_companion_files_do_not_match(find):
     assert find(["__MACOSX/a.jpg", ".x/a.jpg"], "http://e.org/a.jpg") == ["http:/e.org/a.jpg"]
 
 
+def test_linked_folders_are_searched(find, tmp_path):
+    other = tmp_path / "elsewhere" / "v"
+    other.mkdir(parents=True)
+    (other / "IMG_1.JPG").touch()
+    (other / "back").symlink_to(tmp_path / "data")  # a cycle
+    find(["a.jpg"])
+    (tmp_path / "data/images/linked").symlink_to(other)
+    assert find([], "linked/img_1.jpg") == ["linked/IMG_1.JPG"]
+
+
 def test_the_nearest_name(tmp_path):
     for name in ("frame_0001.jpg", "frame_0002.jpg", "zebra.jpg", "._frame_0003.jpg"):
         (tmp_path / name).touch()

@@ -56,6 +56,11 @@ SHAPES = {
     "four corners": (shape("cat", [[4, 5], [20, 5], [20, 30], [4, 30]]), [4, 5, 20, 30]),
     "polygon": (shape("cat", [[4, 9], [20, 5], [9.5, 30]], "polygon"), [4, 5, 20, 30]),
     "no type": (shape("cat", [[4, 9], [20, 5], [9, 30]], None), [4, 5, 20, 30]),
+    "rotated": (shape("cat", [[4, 9], [8, 5], [20, 26], [16, 30]], "rotation"), [4, 5, 20, 30]),
+    "oriented": (
+        shape("cat", [[4, 9], [8, 5], [20, 26], [16, 30]], "oriented_rectangle"),
+        [4, 5, 20, 30],
+    ),
     "circle": (shape("cat", [[20, 20], [23, 24]], "circle"), [15, 15, 25, 25]),
     "mask": (shape("cat", [[4, 5], [20, 30]], "mask", mask="..."), [4, 5, 20, 30]),
 }
@@ -285,3 +290,21 @@ def test_several_images_of_the_same_name_are_an_error(voc):
 
 def test_a_missing_image_keeps_the_usual_name(voc):
     assert voc(rename="0001.jpg") == "0000.jpg"
+
+
+@pytest.mark.parametrize("kind", ["labelme", "voc"])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_unlabeled_images_need_no_annotation(data, kind, is_damaged):
+    for i in range(3):
+        data.image(f"{i}.png")
+    if kind == "labelme":
+        data.annotate("1.json", [shape("cat", [[4, 5], [20, 30]])], image_path="1.png")
+    else:
+        write_voc_xml(data.folder / "1.xml", [("cat", 4, 5, 20, 30)])
+    if is_damaged:
+        next(data.folder.glob("1.[jx]*")).write_text("{")
+    records = data.read(kind, labeled=False)
+    assert {record["file_name"] for record in records} == set(map(str, data.folder.glob("*.png")))
+    assert len({record["image_id"] for record in records}) == 3
+    annotated = [record["file_name"] for record in records if record.get("annotations")]
+    assert annotated == ([] if is_damaged else [str(data.folder / "1.png")])

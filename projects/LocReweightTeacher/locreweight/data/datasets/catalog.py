@@ -209,8 +209,17 @@ def _open_annotated_folder(
         MetadataCatalog.get(name).set(thing_classes=class_names)
         return records
 
+    def load_unlabeled() -> Sequence[dict]:
+        """All images, also those without annotations."""
+        records = list(load())
+        annotated = {record["file_name"] for record in records}
+        others = [image for image in load_folder(folder) if image["file_name"] not in annotated]
+        # The indices of a folder's images could be image ids of annotations.
+        return records + [{**image, "image_id": image["file_name"]} for image in others]
+
     metadata = {"image_root": folder, "evaluator_type": "coco"}
-    return _with_optional_labels(load, partial(load_folder, folder), options), metadata
+    load_used = load if options.labeled else load_unlabeled
+    return _with_optional_labels(load_used, partial(load_folder, folder), options), metadata
 
 
 def _open_yolo(name: str, location: str, options: ReadOptions) -> Source:

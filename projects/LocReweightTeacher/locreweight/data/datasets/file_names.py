@@ -76,14 +76,26 @@ def is_companion(name: str) -> bool:
 def files_with_suffix(folder: str, suffix: str) -> list[str]:
     """Files in a folder and its subfolders, relative to it and sorted, without companion files."""
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_companion(name)]
+    for parent, files in _walk(folder):
         found += [
             os.path.relpath(os.path.join(parent, name), folder)
             for name in files
             if os.path.splitext(name)[1].lower() == suffix and not is_companion(name)
         ]
     return sorted(found)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder and its files, below symbolic links too, without companion folders."""
+    visited = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:  # links can form cycles
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not is_companion(name))
+        yield parent, sorted(files)
 
 
 # -- text files ------------------------------------------------------------------------------------
@@ -266,10 +278,9 @@ class ImageFinder:
             :func:`spelling_key` gives.
         """
         by_path, by_base, by_stem = defaultdict(list), defaultdict(list), defaultdict(list)
-        for parent, folders, files in os.walk(self._folder):
-            folders[:] = sorted(folder for folder in folders if not is_companion(folder))
+        for parent, files in _walk(self._folder):
             relative = os.path.relpath(parent, self._folder)
-            for file in sorted(files):
+            for file in files:
                 path = os.path.normpath(os.path.join(relative, file))
                 by_path[spelling_key(path)].append(path)
                 by_base[spelling_key(file)].append(path)

@@ -24,7 +24,7 @@ from .labels import ClassNames
 logger = logging.getLogger(__name__)
 
 # Shapes without an extent, such as points that mark a position, are no objects of a box detector.
-_SHAPES = {"rectangle", "polygon", "circle", "mask", "rotation"}
+_SHAPES = {"rectangle", "polygon", "circle", "mask", "rotation", "oriented_rectangle"}
 _LABELS_OF_NO_OBJECT = {"__ignore__", "_background_"}
 
 
