@@ -2,15 +2,18 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from detectron2.layers import ShapeSpec
 from PIL import Image
 
 import suggest_labels
 from locreweight.engine.inference import find_inputs
-from locreweight.engine.label_suggestion import assess, assess_images
+from locreweight.engine.label_suggestion import assess, assess_images, image_features
 from locreweight.engine.predictor import Predictor
 from tests.tiny_project import Project
 
@@ -136,6 +139,26 @@ def test_uncertainty_does_not_depend_on_the_batch(run, detector):
     for first, second in zip(one, several, strict=True):
         assert vars(first.uncertainty) == pytest.approx(vars(second.uncertainty), abs=1e-3)
         assert first.features == pytest.approx(second.features, abs=1e-4)
+
+
+def test_features_leave_out_the_padding():
+    """In a batch with a larger image, a smaller one is padded."""
+    shapes = {"p2": ShapeSpec(channels=1, stride=4), "p3": ShapeSpec(channels=1, stride=8)}
+    sizes = {name: (2, 1, 64 // x.stride, 96 // x.stride) for name, x in shapes.items()}
+    maps = {name: torch.full(size, 9.0) for name, size in sizes.items()}
+    maps["p2"][0, :, :10, :5] = 1.0
+    maps["p3"][0, :, :5, :3] = 2.0
+    features = image_features(maps, shapes, [(40, 20), (64, 96)])
+    assert features.tolist() == [[1.0, 2.0], [9.0, 9.0]]
+
+
+def test_names_that_are_not_utf8_are_written(run, suggest_call, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = sorted(run.unlabeled.iterdir())[0].read_bytes()
+    (folder / os.fsdecode(b"a\xff.png")).write_bytes(image)
+    assert suggest_call("--input", folder)[0] == 0
+    assert b"a\xff.png" in (tmp_path / "out" / "suggestions.csv").read_bytes()
 
 
 def test_symmetric_image_gives_views_that_agree(run, detector):

@@ -16,6 +16,7 @@ from tabulate import tabulate
 from ..command_line import count_of
 from ..config_checks import check_supported
 from ..config_scaling import scale_to_world_size
+from ..data.datasets.file_names import printable_name
 from ..data.inspection.annotations import (
     box_findings,
     boxes_of_classes,
@@ -130,7 +131,8 @@ def format_finding(finding: Finding) -> str:
     if finding.files:
         more = len(finding.files) - _MAX_FILES
         rest = f", and {more} more" if more > 0 else ""
-        lines.append(f"    {', '.join(finding.files[:_MAX_FILES])}{rest}")
+        names = ", ".join(map(printable_name, finding.files[:_MAX_FILES]))
+        lines.append(f"    {names}{rest}")
     if finding.fixes:
         fix = " ".join(shlex.join(pair) for pair in finding.fixes.items())
         lines.append(f"    fix: {fix} (included below)")

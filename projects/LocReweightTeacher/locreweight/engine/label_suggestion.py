@@ -11,10 +11,12 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from scipy.stats import rankdata
 
@@ -137,9 +139,8 @@ def assess_images(
     found = [x[x.scores > MIN_SCORE] for x in output.detections]
     rois = detector.model.predict_rois(output, [x.pred_boxes.tensor for x in found])
     probabilities = rois.probabilities.cpu().split([len(x) for x in found])
-    features = (
-        torch.cat([x.mean(dim=(2, 3)) for x in output.features.values()], dim=1).float().cpu()
-    )
+    sizes = [x.image_size for x in output.detections[: len(images)]]
+    features = image_features(output.features, detector.model.backbone.output_shape(), sizes)
     found = [x.to("cpu") for x in found]
     highest = HIGHEST_QUALITY * detector.cfg.SEMI.QUALITY_SCALE
     results = []
@@ -152,6 +153,32 @@ def assess_images(
         )
         results.append((uncertainty, features[i].numpy()))
     return results
+
+
+def image_features(
+    feature_maps: dict[str, torch.Tensor],
+    shapes: dict[str, ShapeSpec],
+    sizes: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Average each channel of the feature maps over the images without their padding.
+
+    Args:
+        feature_maps: ``(B, C, H, W)`` each, for at least N images of a padded batch.
+        shapes: their strides.
+        sizes: ``(height, width)`` of the first N images in pixels, without padding.
+
+    Returns:
+        ``(N, sum of C)`` float32 on the CPU.
+    """
+    levels = []
+    for name, maps in feature_maps.items():
+        stride = shapes[name].stride
+        parts = [
+            x[:, : ceil(height / stride), : ceil(width / stride)]
+            for x, (height, width) in zip(maps, sizes, strict=False)
+        ]
+        levels.append(torch.stack([part.mean(dim=(1, 2)) for part in parts]))
+    return torch.cat(levels, dim=1).float().cpu()
 
 
 def mirror(detections: Instances) -> Instances:
@@ -236,7 +263,8 @@ def choose_spread(
 
 def write_suggestions(file: Path, suggestions: Sequence[Suggestion]) -> None:
     """Write a csv file with a row for each suggestion: rank, file, score and uncertainties."""
-    with file.open("w", newline="") as stream:
+    # File names can contain bytes that are not UTF-8.
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
         writer.writerow(["rank", "file", "score", "classes", "boxes", "views"])
         for rank, suggestion in enumerate(suggestions, 1):
