@@ -194,7 +194,7 @@ def test_config_files_with_the_same_name_are_an_error(tmp_path):
 def test_several_test_sets_are_an_error(tmp_path):
     tests = "['coco:a.json:a', 'coco:b.json:b']"
     words = ["--config-file", QUICKSTART, "--output", tmp_path, "DATASETS.TEST", tests]
-    with pytest.raises(UsageError, match=r"several sets in DATASETS\.TEST"):
+    with pytest.raises(UsageError, match=r"2 sets in DATASETS\.TEST"):
         plan(*words)
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     check_outputs(args.output)
     names = args.names or unique_names([Path(weights) for weights in args.weights])
-    if len(set(names)) != len(args.weights):
+    if not len(names) == len(set(names)) == len(args.weights):
         raise UsageError(
             f"{len(args.weights)} checkpoints need {len(args.weights)} different --names"
         )

@@ -26,6 +26,8 @@ from tests.modeling.tiny_model import tiny_config
         ("https://jane:secret@intern.example.org/models/a.pth?key=jane", "a.pth"),
         ("file:///home/jane/a.pth", "a.pth"),
         ("coco_2017_val", "coco_2017_val"),
+        ("shards:s3://bucket/jane/index.json", "shards:index.json"),
+        ("coco:/home/jane/a.json:s3://bucket/jane/images", "coco:a.json:images"),
     ],
 )
 def test_shareable_reduces_outside_paths_to_their_last_part(text, expected):

@@ -1,6 +1,7 @@
 """Comparison of suggested and random labels: splits, settings and the table. Nothing is trained."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,11 @@ from locreweight.engine.labeling_comparison import (
     labeling_table,
     write_suggested_split,
 )
+from locreweight.errors import UsageError
 from tests.modeling.tiny_model import TINY, as_options
 from tests.tiny_data import make_coco
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,6 +64,7 @@ def test_runs_differ_only_in_their_labels(plan):
 
 def test_parts_are_done_in_order_and_splits_are_kept(plan, monkeypatch):
     trained = []
+    monkeypatch.setattr(labeling_comparison, "check_run", lambda run: None)
     monkeypatch.setattr(
         labeling_comparison, "_train", lambda runs, parallel: trained.append([*map(str, runs)])
     )
@@ -77,6 +82,19 @@ def test_parts_are_done_in_order_and_splits_are_kept(plan, monkeypatch):
 def test_impossible_percentages_are_an_error(call, tmp_path, percent, add):
     words = ["--config-file", "a.yaml", "--output", tmp_path, "--percent", percent, "--add", add]
     assert "at most 100" in call(compare_labeling, *words)[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        (("DATASETS.TEST", "()"), "0 sets in DATASETS.TEST"),
+        (("SOLVER.EARLY_STOPPING_PATIENCE", "3"), "may end early"),
+    ],
+)
+def test_runs_without_a_result_are_an_error_before_training(tmp_path, option, problem):
+    plan = LabelingPlan(ROOT / "configs/quickstart.yaml", tmp_path / "out", options=option)
+    with pytest.raises(UsageError, match=problem):
+        labeling_comparison.compare_labeling(plan, [2], None)
 
 
 def test_table_has_means_and_the_difference_of_each_seed():

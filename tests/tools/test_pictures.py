@@ -71,6 +71,13 @@ def test_compare_detections_has_a_column_per_checkpoint(run, call, tmp_path):
     assert width == 3 * cell and height == 2 * (cell + 22) + 22, "two rows and a legend"
 
 
+def test_compare_detections_needs_a_different_name_per_checkpoint(run, call, tmp_path):
+    arguments = ["--weights", run.output, run.output, "--output", tmp_path / "a.png"]
+    for names in (["a", "a"], ["a", "b", "b"]):
+        code, _ = call(compare_detections, *arguments, "--names", *names)
+        assert code == "error: 2 checkpoints need 2 different --names"
+
+
 def test_compare_detections_rejects_images_of_another_dataset(run, call, tmp_path):
     code, _ = call(
         compare_detections,

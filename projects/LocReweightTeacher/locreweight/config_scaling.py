@@ -48,6 +48,7 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
         frozen = scaled.is_frozen()
         scaled.defrost()
         scaled.SOLVER.IMS_PER_BATCH_UNLABELED = round(cfg.SOLVER.IMS_PER_BATCH_UNLABELED * scale)
+        scaled.SOLVER.BASE_LR_END = cfg.SOLVER.BASE_LR_END * scale
         scaled.SEMI.BURN_IN_ITERS = round(cfg.SEMI.BURN_IN_ITERS / scale)
         scaled.SEMI.EMA_KEEP_RATE = cfg.SEMI.EMA_KEEP_RATE**scale
         # At least 1, because 0 means never.

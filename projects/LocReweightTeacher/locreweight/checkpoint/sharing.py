@@ -24,8 +24,10 @@ def shareable(value: Any) -> Any:
     if isinstance(value, str):
         if value.startswith(_PUBLIC):
             return value
-        if "://" in value:
-            return value.partition("?")[0].rpartition("/")[2]
+        before, found, address = value.partition("://")
+        if found:
+            prefix, colon, _ = before.rpartition(":")  # such as shards:s3://...
+            return shareable(prefix) + colon + address.partition("?")[0].rpartition("/")[2]
         return ":".join(_last_part(part) for part in value.split(":"))
     if isinstance(value, list | tuple):
         return type(value)(shareable(part) for part in value)

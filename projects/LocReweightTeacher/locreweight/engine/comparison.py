@@ -72,7 +72,7 @@ def plan_runs(
         raise UsageError("two config files or methods have the same name: rename one of them")
     _check_options(configs, method_files, options[::2])
     for run in runs:
-        _check_run(run)
+        check_run(run)
     return runs
 
 
@@ -226,7 +226,7 @@ def last_line(file: Path) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _check_run(run: Run) -> None:
+def check_run(run: Run) -> None:
     """Run the checks of a training run that need only its config.
 
     Raises:
@@ -239,9 +239,9 @@ def _check_run(run: Run) -> None:
         check_split_exists(run.cfg)
     except UsageError as error:
         raise UsageError(f"{run.name}: {error}") from error
-    if len(run.cfg.DATASETS.TEST) > 1:
+    if (count := len(run.cfg.DATASETS.TEST)) != 1:
         raise UsageError(
-            f"{run.config} has several sets in DATASETS.TEST: a comparison needs exactly one"
+            f"{run.config} has {count} sets in DATASETS.TEST: a comparison needs exactly one"
         )
     if run.cfg.SOLVER.EARLY_STOPPING_PATIENCE:
         raise UsageError(

@@ -20,7 +20,7 @@ from ..config import find_method_file
 from ..data.datasets.splits import split_annotated, write_chosen_split
 from ..data.training_sets import register_datasets
 from ..errors import UsageError
-from .comparison import run_all
+from .comparison import check_run, run_all
 from .label_suggestion import suggest
 from .prediction import input_files
 from .predictor import Predictor
@@ -121,6 +121,9 @@ def compare_labeling(
     """
     if not (plan.percent > 0 and plan.add > 0 and plan.percent + plan.add <= 100):
         raise UsageError("the two percentages must be positive, and together at most 100")
+    for seed in seeds:
+        check_run(plan.first(seed))
+        check_run(plan.random(seed))
     _train([plan.first(seed) for seed in seeds], parallel)
     for seed in seeds:
         if not plan.split_file(seed).is_file():
