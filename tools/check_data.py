@@ -11,10 +11,10 @@ Takes --config-file, --method, --num-gpus and KEY VALUE pairs, as train_net.py d
 image once. Prints an overview, all problems with their fixes, including those that training itself
 would stop at, the estimated memory, and the command to train with, which includes the fixes that
 are config keys. --write-config writes a complete config for the data and this machine. Without
---config-file, it contains all KEY VALUE pairs; the checks are those of the detector in it, and its
-memory is not estimated. With --config-file, pairs belong to that config: the written one contains
-those of DATASETS only, and the others are listed. The exit code is 1 if there are errors.
-Copies of images that were mirrored or cropped are not detected.
+--config-file, it contains all KEY VALUE pairs, and its schedule follows from them; the checks are
+those of the detector in it, and its memory is not estimated. With --config-file, pairs belong to
+that config: the written one contains those of DATASETS only, and the others are listed. The exit
+code is 1 if there are errors. Copies of images that were mirrored or cropped are not detected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from detectron2.config import CfgNode
 from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
 from locreweight.config import load_config
 from locreweight.engine.config_suggestion import base_and_options, write_config
-from locreweight.engine.data_report import check_data, format_all_files, format_finding
+from locreweight.engine.data_report import (
+    DataReport,
+    check_data,
+    format_all_files,
+    format_finding,
+)
 from locreweight.engine.run_folder import flatten_config
 from locreweight.errors import UsageError
 
@@ -61,6 +66,41 @@ def differing_keys(keys: list[str], cfg: CfgNode, written: CfgNode) -> list[str]
     return [key for key in dict.fromkeys(keys) if values.get(key) != others.get(key)]
 
 
+def write_checked_config(
+    args: argparse.Namespace, report: DataReport, *, suggests_config: bool
+) -> None:
+    """Write the config of --write-config, and print the command to train with it and notes.
+
+    Args:
+        args: the arguments of the command line.
+        report: the result of the checks.
+        suggests_config: whether there is no --config-file. Otherwise keys other than those of the
+            data belong to that config, and not to the base of the new one.
+
+    Raises:
+        UsageError: if the report has errors, or as :func:`write_config`.
+    """
+    file, sets = args.write_config, report.sets
+    if sets is None or report.has_errors:
+        raise UsageError("no config was written: fix the errors above first")
+    keys = report.options[::2] if suggests_config else []
+    written = write_config(file, report.cfg, sets, keys, method=args.method, num_gpus=args.num_gpus)
+    command = _command("train_net.py", args, ["--config-file", str(file)], [])
+    print(f"\nwrote {file}; to train with it:\n  {command}")
+    burn_in, iterations = written.SEMI.BURN_IN_ITERS, written.SOLVER.MAX_ITER
+    if burn_in >= iterations:
+        print(
+            f"note: unlabeled images are not used, because SEMI.BURN_IN_ITERS {burn_in} is not "
+            f"below SOLVER.MAX_ITER {iterations}"
+        )
+    left_out = [] if suggests_config else differing_keys(args.opts[::2], report.cfg, written)
+    if left_out:
+        print(
+            f"note: it does not contain the values of {', '.join(left_out)}, which belong to "
+            f"{args.config_file}"
+        )
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument("--config-file", default="", metavar="FILE", help="config of the training")
@@ -88,8 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
     if suggests_config:
         base, args.opts = base_and_options(args.opts)
         args.config_file = str(base)
+    # The written config has steps of its own, while those of its base may not fit SOLVER.MAX_ITER.
+    replaced = ["SOLVER.STEPS", "()"] if suggests_config else []
     report = check_data(
-        lambda options: load_config(args.config_file, options, args.method),
+        lambda options: load_config(args.config_file, [*replaced, *options], args.method),
         args.opts,
         args.num_gpus,
     )
@@ -115,21 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         # File names can contain any bytes.
         args.list.write_text(format_all_files(report.findings), errors="surrogateescape")
     if args.write_config:
-        if report.sets is None or report.has_errors:
-            raise UsageError("no config was written: fix the errors above first")
-        # With --config-file, other keys belong to that config, and not to the base of the new one.
-        keys = report.options[::2] if suggests_config else []
-        write_config(args.write_config, report.cfg, report.sets, keys)
-        method = ["--method", args.method] if args.method else []
-        command = ["python", "train_net.py", "--config-file", str(args.write_config), *method]
-        print(f"\nwrote {args.write_config}; to train with it:\n  {shlex.join(command)}")
-        if not suggests_config:
-            written = load_config(str(args.write_config), [], args.method)
-            if left_out := differing_keys(args.opts[::2], report.cfg, written):
-                print(
-                    f"note: it does not contain the values of {', '.join(left_out)}, which belong "
-                    f"to {args.config_file}"
-                )
+        write_checked_config(args, report, suggests_config=suggests_config)
     sys.exit(1 if report.has_errors else 0)
 
 

@@ -83,6 +83,23 @@ def test_finished_burn_in_does_not_start_again(
             build_trainer(training_config(datasets, tmp_path, more), resume=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MODEL.META_ARCHITECTURE": "ProposalNetwork"},
+        {
+            "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+            "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        },
+    ],
+)
+def test_other_detectors_of_detectron2_cannot_be_evaluated(checkpoint, settings):
+    key, value = next(iter(settings.items()))
+    with pytest.raises(UsageError, match=f"{key} {value} with .* use Detectron2's own tools"):
+        load(checkpoint, settings)
+
+
 def test_file_that_is_not_a_checkpoint_is_named(tmp_path):
     (tmp_path / "text.pth").write_text("these are not weights")
     with pytest.raises(UsageError, match=r"text\.pth is not a checkpoint"):

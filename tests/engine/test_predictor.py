@@ -20,7 +20,7 @@ from locreweight.engine import load_for_evaluation
 from locreweight.engine.predictor import Predictor, load_student
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
-from tests.modeling.tiny_model import BACKBONES, plain_config, tiny_config
+from tests.modeling.tiny_model import BACKBONES, plain_config, tiny_config, write_plain_run
 from tests.odd_images import VALID
 from tests.tiny_data import CLASSES, make_folder
 
@@ -269,6 +269,69 @@ def test_plain_detector_has_no_localization_quality(tmp_path):
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     (tmp_path / "config.yaml").write_text(tiny_config().dump())
     assert not Predictor(str(tmp_path / "plain.pth"), device="cpu").has_localization_quality
+
+
+@pytest.fixture
+def plain_run(tmp_path):
+    """Output folder of a plain Detectron2 training, and its config."""
+    cfg = write_plain_run(tmp_path / "plain")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "plain/model_final.pth")
+    return tmp_path / "plain", cfg
+
+
+@pytest.mark.parametrize("has_config_beside", [True, False])
+def test_plain_run_gives_the_same_as_detectron2(plain_run, images, tmp_path, has_config_beside):
+    folder, cfg = plain_run
+    config_file = ""
+    if not has_config_beside:
+        config_file = str((folder / "config.yaml").rename(tmp_path / "given.yaml"))
+    detector = Predictor(folder, config_file, device="cpu")
+    assert detector.is_plain_detector and not detector.has_localization_quality
+    predictor = DefaultPredictor(cfg)
+    for image in images:
+        (actual,) = detector.detect([image])
+        expected = predictor(np.ascontiguousarray(image[:, :, ::-1]))["instances"]
+        assert len(actual)
+        assert torch.equal(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(actual.scores, expected.scores)
+        assert torch.equal(actual.pred_classes, expected.pred_classes)
+        assert actual.has("localization_quality")  # drawing and ranking read it
+
+
+def test_masks_of_a_plain_detector_are_left_out(plain_run, images):
+    folder, cfg = plain_run
+    expected = Predictor(folder, device="cpu").detect(images)
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV, cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 1, 8
+    weights = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    torch.save({"model": build_model(cfg).state_dict() | weights}, folder / "model_final.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    for actual, plain in zip(Predictor(folder, device="cpu").detect(images), expected, strict=True):
+        assert torch.equal(actual.pred_boxes.tensor, plain.pred_boxes.tensor)
+        assert not actual.has("pred_masks")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        ("MODEL.META_ARCHITECTURE", "PanopticFPN"),
+        ("MODEL.ROI_HEADS.NAME", "Res5ROIHeads"),
+        ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+        ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"),
+    ],
+)
+@pytest.mark.parametrize("has_config_beside", [True, False])
+def test_other_detectors_of_detectron2_are_an_error(
+    plain_run, tmp_path, key, value, has_config_beside
+):
+    folder, cfg = plain_run
+    cfg.merge_from_list([key, value])
+    file = folder / "config.yaml" if has_config_beside else tmp_path / "other.yaml"
+    file.write_text(cfg.dump())
+    message = f"{file}: {key} {value} is not supported.* use Detectron2's own tools"
+    with pytest.raises(UsageError, match=message):
+        Predictor(folder, "" if has_config_beside else str(file), device="cpu")
 
 
 def test_detector_without_trained_variances_has_no_localization_quality(older):

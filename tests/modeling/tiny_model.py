@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 
 import locreweight.modeling  # noqa: F401  (registers the model)
 from locreweight.config import load_config
+from locreweight.export.stock import stock_config
 
 ROOT = Path(__file__).parents[2]
 NUM_CLASSES = 3
@@ -88,6 +89,25 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     plain.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     return plain
+
+
+def write_plain_run(folder: Path) -> CfgNode:
+    """Write checkpoint and config of a plain Detectron2 training to a new folder.
+
+    Returns:
+        the config, for Detectron2.
+    """
+    cfg = stock_config(tiny_config())
+    cfg.MODEL.DEVICE = "cpu"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    # Larger weights than at the start of training, so that boxes differ from their proposals.
+    torch.nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.2)
+    folder.mkdir()
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return cfg
 
 
 def ground_truth(boxes, classes, size=(SIZE, SIZE), **fields) -> Instances:

@@ -20,6 +20,7 @@ import predict
 from locreweight.engine import inference
 from locreweight.engine.inference import InputFile, find_inputs
 from locreweight.errors import UsageError
+from tests.modeling.tiny_model import write_plain_run
 
 
 def picture(file: Path, value=128, size=(40, 60)):
@@ -141,6 +142,16 @@ def test_pictures_and_json(run, predict_call, tmp_path):
         assert entry["category_name"] == ("cat", "dog", "owl")[entry["category_id"] - 1]
         assert 0 < entry["localization_quality"] < 0.5
         assert Path(entry["file_name"]).is_file()
+
+
+def test_plain_detectron2_run(run, call, tmp_path):
+    write_plain_run(tmp_path / "plain")
+    arguments = ["--weights", tmp_path / "plain", "--device", "cpu", "--threshold", 0.1]
+    arguments += ["--input", run.unlabeled, "--output", tmp_path / "out"]
+    assert call(predict, *arguments, "--save-json", tmp_path / "found.json")[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 5
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found and {detection["localization_quality"] for detection in found} == {None}
 
 
 def test_no_progress_bar_without_a_terminal(run, predict_call):

@@ -15,6 +15,7 @@ import suggest_labels
 from locreweight.engine.inference import find_inputs
 from locreweight.engine.label_suggestion import assess, assess_images, image_features
 from locreweight.engine.predictor import Predictor
+from tests.modeling.tiny_model import write_plain_run
 from tests.tiny_project import Project
 
 
@@ -105,6 +106,15 @@ def test_suggestions_do_not_depend_on_the_order_of_the_images(run, call, tmp_pat
         assert call(suggest_labels, *arguments, "--input", *inputs)[0] == 0
         chosen.append([Path(row["file"]).name for row in rows(output)])
     assert chosen[0] == chosen[1]
+
+
+def test_plain_detectron2_run(run, call, tmp_path):
+    write_plain_run(tmp_path / "plain")
+    arguments = ["--weights", tmp_path / "plain", "--device", "cpu", "--threshold", 0.1]
+    arguments += ["--input", run.unlabeled, "--output", tmp_path / "out", "--count", 3]
+    assert call(suggest_labels, *arguments)[0] == 0
+    table = rows(tmp_path / "out")
+    assert len(table) == 3 and {float(row["boxes"]) for row in table} == {0.0}
 
 
 def test_pool_limits_the_images(suggest_call):

@@ -8,15 +8,12 @@ from itertools import pairwise
 from operator import attrgetter
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from .config import default_config
-from .errors import UsageError, get_registered
+from .errors import UsageError
 from .installed_detectron2 import check_compiled_kernels
 from .modeling.backbones import uses_timm
-from .modeling.building import check_anchors
-from .modeling.meta_arch import SemiSupervisedRCNN
-from .modeling.roi_heads import LocalizationAwareROIHeads
+from .modeling.building import check_anchors, find_other_class
 
 # Keys of Detectron2 that have no effect here: in training and evaluation, and in training only.
 _IGNORED = (
@@ -79,17 +76,9 @@ def check_supported(cfg: CfgNode, *, training: bool = True) -> None:
 
 def _check_model(cfg: CfgNode) -> None:
     """Check that the detector can be trained on unlabeled images."""
-    for key, registry, needed in (
-        ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, SemiSupervisedRCNN),
-        ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, LocalizationAwareROIHeads),
-    ):
-        name = attrgetter(key)(cfg)
-        registered = get_registered(registry, key, name)
-        # Detectron2 also allows functions that build a model.
-        if isinstance(registered, type) and not issubclass(registered, needed):
-            raise UsageError(
-                f"{key} {name} cannot be trained on unlabeled images: set it to {needed.__name__}"
-            )
+    if other := find_other_class(cfg):
+        key, name, needed = other
+        raise UsageError(f"{key} {name} cannot be trained on unlabeled images: set it to {needed}")
 
 
 def _check_timm(cfg: CfgNode) -> None:

@@ -8,7 +8,9 @@ from PIL import Image
 
 import check_data
 from locreweight.config import CONFIGS_FOLDER, load_config
+from locreweight.config_scaling import scale_to_world_size
 from locreweight.data.inspection.findings import Severity
+from locreweight.engine import config_suggestion
 from tests.checked_data import SIDE, Project
 from tests.modeling.tiny_model import as_options
 from tests.tiny_data import edit_json
@@ -136,7 +138,7 @@ def test_write_config(project, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         check_data.main(["--write-config", str(file), *project.arguments])
     assert exit_.value.code == 0
-    assert f"python train_net.py --config-file {file}" in capsys.readouterr().out
+    assert f"python train_net.py --num-gpus 1 --config-file {file}" in capsys.readouterr().out
     cfg = load_config(str(file), [])
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     assert list(cfg.DATASETS.CLASS_NAMES) == ["cat", "dog", "owl"]
@@ -198,6 +200,75 @@ def test_keys_that_the_written_config_does_not_contain_are_named(project, tmp_pa
     (note,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("note: it does"))
     assert "the values of SOLVER.MAX_ITER, INPUT.MIN_SIZE_TRAIN, which belong to" in note
     assert load_config(str(tmp_path / "my.yaml"), []).SOLVER.MAX_ITER != 77
+
+
+@pytest.fixture
+def write_with(project, tmp_path, monkeypatch, capsys):
+    """Write a config with further settings; returns exit code or message, config and output."""
+    base = ("detectors/cpu-mobilenetv2.yaml", "")  # whose STEPS are [1000, 1300]
+    monkeypatch.setattr("locreweight.engine.config_suggestion.choose_base", lambda weights: base)
+    monkeypatch.setattr("locreweight.engine.startup_checks.find_pretrained", lambda cfg: "")
+    data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
+
+    def write(settings, *arguments):
+        file = tmp_path / "my.yaml"
+        with pytest.raises(SystemExit) as exit_:
+            options = as_options(data | settings)
+            check_data.main([*arguments, "--write-config", str(file), *options])
+        cfg = load_config(str(file), []) if file.exists() else None
+        return exit_.value.code, cfg, capsys.readouterr().out
+
+    return write
+
+
+# Without settings, 300 iterations of burn-in and 900 in all are suggested.
+@pytest.mark.parametrize(
+    ("settings", "burn_in", "iterations", "steps"),
+    [
+        ({"SOLVER.MAX_ITER": 200}, 66, 200, [133, 177]),
+        ({"SOLVER.MAX_ITER": 1000}, 300, 1000, [666, 888]),
+        ({"SEMI.BURN_IN_ITERS": 1000}, 1000, 1600, [1066, 1422]),
+        ({"SOLVER.MAX_ITER": 800, "SOLVER.STEPS": [50]}, 266, 800, [50]),
+    ],
+)
+def test_written_schedule_follows_from_the_settings(
+    write_with, settings, burn_in, iterations, steps
+):
+    code, cfg, printed = write_with(settings)
+    assert code == 0 and "unlabeled images are not used" not in printed
+    assert (cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER) == (burn_in, iterations)
+    assert list(cfg.SOLVER.STEPS) == steps
+    scale_to_world_size(cfg, 1)
+
+
+def test_batch_sizes_of_the_user_decide_on_the_number_of_iterations(write_with, monkeypatch):
+    for limit in ("MIN_BURN_IN", "MIN_MUTUAL"):
+        monkeypatch.setattr(config_suggestion, limit, 1)
+    code, cfg, _ = write_with({"SOLVER.IMS_PER_BATCH": 2, "SOLVER.IMS_PER_BATCH_UNLABELED": 1})
+    assert code == 0
+    # 50 epochs of 5 labeled images, and 30 epochs of 4 unlabeled ones.
+    assert (cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER) == (125, 125 + 120)
+
+
+def test_burn_in_that_uses_no_unlabeled_images_is_named(write_with):
+    code, cfg, printed = write_with({"SEMI.BURN_IN_ITERS": 90, "SOLVER.MAX_ITER": 90})
+    assert code == 0 and cfg.SEMI.BURN_IN_ITERS == 90
+    assert "SEMI.BURN_IN_ITERS 90 is not below SOLVER.MAX_ITER 90" in printed
+
+
+def test_config_with_which_training_would_not_start_is_not_written(write_with, tmp_path):
+    code, cfg, _ = write_with({"SOLVER.STEPS": [100, 900]})  # 900 iterations are suggested
+    assert code.startswith(
+        f"error: {tmp_path / 'my.yaml'} was not written: SOLVER.STEPS (100, 900)"
+    )
+    assert cfg is None
+
+
+def test_command_for_the_written_config_has_the_number_of_gpus(write_with, tmp_path):
+    settings = {"SOLVER.REFERENCE_WORLD_SIZE": 2}
+    _, _, printed = write_with(settings, "--num-gpus", "2")
+    command = f"python train_net.py --num-gpus 2 --config-file {tmp_path / 'my.yaml'}\n"
+    assert command in printed
 
 
 def test_no_config_is_written_if_the_data_have_errors(project, tmp_path):

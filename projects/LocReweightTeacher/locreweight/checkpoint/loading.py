@@ -6,6 +6,7 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UsageError
@@ -28,13 +29,21 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> CheckpointCo
         the kind of model that was loaded.
 
     Raises:
-        UsageError: if the file does not exist, holds no detector, or does not fit the model, or if
-            it holds a plain detector and ``MODEL.ROI_BOX_HEAD.VOTING_SIGMA`` is above 0.
+        UsageError: if the file does not exist, holds no detector, or does not fit the model, if it
+            holds a plain detector and ``MODEL.ROI_BOX_HEAD.VOTING_SIGMA`` is above 0, or if the
+            model has no ROI heads with a single box branch.
     """
     path = cfg.MODEL.WEIGHTS
     if not path:
         raise UsageError("--eval-only needs MODEL.WEIGHTS: a checkpoint, or an address of the zoo")
     check_weights_exist(path)
+    box_predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
+    if not isinstance(box_predictor, FastRCNNOutputLayers):
+        raise UsageError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} with MODEL.ROI_HEADS.NAME "
+            f"{cfg.MODEL.ROI_HEADS.NAME} cannot be evaluated here, only Faster R-CNN: use "
+            "Detectron2's own tools for this detector"
+        )
     checkpointer = TeacherCheckpointer(
         model, save_to_disk=False, convert=False, trusted=cfg.MODEL.TRUST_WEIGHTS
     )
@@ -51,7 +60,7 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> CheckpointCo
                 "MODEL.ROI_BOX_HEAD.VOTING_SIGMA to 0"
             )
         weights = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
-        model.roi_heads.box_predictor.box2box_transform = Box2BoxTransform(weights)
+        box_predictor.box2box_transform = Box2BoxTransform(weights)
         mismatched = tuple(name for name in mismatched if ".log_variance." not in name)
     if mismatched:
         raise UsageError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import yaml
@@ -12,6 +14,7 @@ from detectron2.config import CfgNode
 
 from ..checkpoint.timm_weights import find_pretrained
 from ..config import CONFIGS_FOLDER, load_config
+from ..config_scaling import scale_to_world_size
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
@@ -31,42 +34,74 @@ UNLABELED_EPOCHS, MIN_MUTUAL, MAX_MUTUAL = 30, 600, 178_000
 EVALUATIONS = 10
 
 
-def write_config(file: Path, cfg: CfgNode, sets: TrainingSets, keys: Sequence[str] = ()) -> None:
+def write_config(
+    file: Path,
+    cfg: CfgNode,
+    sets: TrainingSets,
+    keys: Sequence[str] = (),
+    *,
+    method: str = "",
+    num_gpus: int = 1,
+) -> CfgNode:
     """Write a config with data, classes, a detector that fits the machine, and a schedule.
 
     Args:
         file: file to write; must not exist.
         cfg: config that names the data sets.
         sets: the data sets as training will use them.
-        keys: further keys that the file takes from ``cfg``, because the user has set them.
+        keys: further keys that the file takes from ``cfg``, because the user has set them. The
+            schedule follows from them.
+        method: name or file of the method that will be trained.
+        num_gpus: number of GPUs that training will use.
+
+    Returns:
+        the written config with that of the method, as training loads them.
 
     Raises:
-        UsageError: if the file exists or cannot be written.
+        UsageError: if the file exists or cannot be written, or if training would stop at its
+            schedule.
     """
     if file.exists():
         raise UsageError(f"{file} already exists: remove it, or write to another file")
     weights = cfg.MODEL.TIMM.PRETRAINED
     base, reason = choose_base(weights)
-    content = suggest_config(cfg, sets, CONFIGS_FOLDER / base, f"output/{file.stem}")
+    values = flatten_config(cfg)
+    given = {key: values[key] for key in keys if not key.startswith("DATASETS.")}
+    content = suggest_config(cfg, sets, CONFIGS_FOLDER / base, f"output/{file.stem}", given)
     if weights:
         content["MODEL"]["TIMM"] = {"PRETRAINED": weights}
-    for key in keys:
-        if not key.startswith("DATASETS."):
-            _set(content, key, flatten_config(cfg)[key])
+    for key, value in given.items():
+        _set(content, key, value)
     machine = "GPUs" if torch.cuda.is_available() else "a CPU"
+    settings = " and your settings" if given else ""
     comments = [
         f"Written by tools/check_data.py for {len(sets.labeled)} labeled and "
         f"{len(sets.unlabeled)} unlabeled images.",
-        f"For {machine}. Iterations follow from the number of images.",
+        f"For {machine}. Iterations follow from the number of images{settings}.",
         *textwrap.wrap(reason, 96),
     ]
     text = "".join(f"# {comment}\n" for comment in comments)
     text += yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
     try:
+        written = _load_for_training(text, method, num_gpus)
+    except UsageError as error:
+        raise UsageError(f"{file} was not written: {error}") from error
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(file, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
+    return written
+
+
+def _load_for_training(text: str, method: str, num_gpus: int) -> CfgNode:
+    """Load the text of a config, and check batch sizes and schedule as training does."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_bytes(text.encode())
+        cfg = load_config(str(file), [], method)
+    scale_to_world_size(cfg, num_gpus)
+    return cfg
 
 
 def choose_base(weights: str) -> tuple[str, str]:
@@ -118,7 +153,9 @@ def base_and_options(options: list[str]) -> tuple[Path, list[str]]:
     return base, [*reset, *options]
 
 
-def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) -> dict:
+def suggest_config(
+    cfg: CfgNode, sets: TrainingSets, base: Path, output: str, given: Mapping[str, Any]
+) -> dict:
     """Content of the config: differences to a base config.
 
     Args:
@@ -126,35 +163,57 @@ def suggest_config(cfg: CfgNode, sets: TrainingSets, base: Path, output: str) ->
         sets: the data sets as training will use them.
         base: the config to derive from.
         output: ``OUTPUT_DIR``.
+        given: keys that the user has set, with their values; the schedule follows from them.
     """
     base_cfg = load_config(str(base), [])
-    solver = base_cfg.SOLVER
-    burn_in = _clamp(
-        BURN_IN_EPOCHS * len(sets.labeled) // solver.IMS_PER_BATCH, MIN_BURN_IN, MAX_BURN_IN
-    )
-    mutual = _clamp(
-        UNLABELED_EPOCHS * len(sets.unlabeled) // max(1, solver.IMS_PER_BATCH_UNLABELED),
-        MIN_MUTUAL,
-        MAX_MUTUAL,
-    )
-    iterations = burn_in + mutual
-    period = max(1, iterations // EVALUATIONS)
     data = {key: list(cfg.DATASETS[key]) for key in ("TRAIN", "UNLABELED", "TEST")}
     data |= _differences(cfg.DATASETS, base_cfg.DATASETS)
     data["CLASS_NAMES"] = list(sets.class_names)
-    return {
+    content: dict[str, Any] = {
         "_BASE_": str(base),
         "MODEL": {"ROI_HEADS": {"NUM_CLASSES": len(sets.class_names)}},
         "DATASETS": data,
-        "SEMI": {"BURN_IN_ITERS": burn_in},
-        "SOLVER": {
-            "MAX_ITER": iterations,
-            "STEPS": [iterations * 2 // 3, iterations * 8 // 9],
-            "CHECKPOINT_PERIOD": period,
-        },
-        "TEST": {"EVAL_PERIOD": period},
+    }
+    values = {**flatten_config(base_cfg), **given}
+    schedule = suggest_schedule(len(sets.labeled), len(sets.unlabeled), values, given)
+    for key, value in schedule.items():
+        _set(content, key, value)
+    return content | {"OUTPUT_DIR": output}
+
+
+def suggest_schedule(
+    labeled: int, unlabeled: int, values: Mapping[str, Any], given: Collection[str]
+) -> dict[str, Any]:
+    """Keys of a schedule that follows from the numbers of images.
+
+    ``SEMI.BURN_IN_ITERS`` is less than ``SOLVER.MAX_ITER`` unless the user sets both: a
+    ``SOLVER.MAX_ITER`` below the suggestion shortens burn-in by the same factor.
+
+    Args:
+        labeled: number of labeled images.
+        unlabeled: number of unlabeled images.
+        values: the batch sizes, and the values of the given keys.
+        given: keys that the user has set.
+    """
+    batch, unlabeled_batch = (
+        max(1, values[f"SOLVER.{key}"]) for key in ("IMS_PER_BATCH", "IMS_PER_BATCH_UNLABELED")
+    )
+    burn_in = _clamp(BURN_IN_EPOCHS * labeled // batch, MIN_BURN_IN, MAX_BURN_IN)
+    mutual = _clamp(UNLABELED_EPOCHS * unlabeled // unlabeled_batch, MIN_MUTUAL, MAX_MUTUAL)
+    if "SEMI.BURN_IN_ITERS" in given:
+        burn_in = values["SEMI.BURN_IN_ITERS"]
+    elif "SOLVER.MAX_ITER" in given:
+        burn_in = min(burn_in, burn_in * values["SOLVER.MAX_ITER"] // (burn_in + mutual))
+    iterations = values["SOLVER.MAX_ITER"] if "SOLVER.MAX_ITER" in given else burn_in + mutual
+    period = max(1, iterations // EVALUATIONS)
+    return {
+        "SEMI.BURN_IN_ITERS": burn_in,
+        "SOLVER.MAX_ITER": iterations,
+        # Without 0 and repeated steps, which very short trainings would have.
+        "SOLVER.STEPS": sorted({iterations * 2 // 3, iterations * 8 // 9} - {0}),
+        "SOLVER.CHECKPOINT_PERIOD": period,
+        "TEST.EVAL_PERIOD": period,
         "VIS_PERIOD": period,
-        "OUTPUT_DIR": output,
     }
 
 

@@ -24,7 +24,7 @@ from ..data.datasets.catalog import register
 from ..data.image_io import decode_image, read_rgb, unreadable_image_errors
 from ..data.transforms.augmentations import resize_and_flip
 from ..errors import UsageError
-from ..modeling import build_detector
+from ..modeling import build_detector, use_project_classes
 from ..modeling.meta_arch import SemiSupervisedRCNN
 from ..run_files import CONFIG_FILE
 from .detections import Detections
@@ -82,14 +82,15 @@ class Predictor:
         Args:
             weights: a checkpoint, an ``OUTPUT_DIR``, or ``locreweight://<name>`` of a model zoo.
             config_file: required for checkpoints that contain no config and have no
-                ``config.yaml`` beside them.
+                ``config.yaml`` beside them. It can be a config of Detectron2.
             options: ``KEY VALUE`` pairs that override the config.
             device: such as "cuda" or "cpu"; empty for a GPU if there is one.
             last: load the last checkpoint of an ``OUTPUT_DIR`` instead of the best one.
             threshold: sets the attribute ``threshold``.
 
         Raises:
-            UsageError: if the file does not exist, holds no detector, or a config file is required.
+            UsageError: if the file does not exist, holds no detector, a config file is required,
+                or the config describes a detector that is not supported.
         """
         file = _checkpoint_file(str(weights), last=last)
         check_weights_exist(file)
@@ -283,17 +284,20 @@ def _config_of(
     description: CheckpointDescription | None,
     options: Sequence[str],
 ) -> CfgNode:
-    if config_file:
-        return load_config(config_file, options)
-    if description:
-        return config_from_text(description.config, options)
+    """Load the config of a checkpoint, with this project's classes for a plain Faster R-CNN."""
     beside = Path(file).with_name(CONFIG_FILE)
-    if beside.is_file():
-        return load_config(str(beside), options)
-    raise UsageError(
-        f"{file} contains no config, and there is no {CONFIG_FILE} beside it: pass its config with "
-        "--config-file"
-    )
+    if description and not config_file:
+        source, cfg = file, config_from_text(description.config, options)
+    elif config_file or beside.is_file():
+        source = config_file or str(beside)
+        cfg = load_config(source, options)
+    else:
+        raise UsageError(
+            f"{file} contains no config, and there is no {CONFIG_FILE} beside it: pass its config "
+            "with --config-file"
+        )
+    use_project_classes(cfg, source)
+    return cfg
 
 
 def class_names_of_data(cfg: CfgNode) -> list[str] | None:

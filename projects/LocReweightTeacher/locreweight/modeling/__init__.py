@@ -2,7 +2,7 @@
 
 from . import backbones  # registers them
 from .box_coding import CornerBoxTransform
-from .building import build_detector
+from .building import build_detector, use_project_classes
 from .committee import Committee, members_of
 from .meta_arch import SemiSupervisedRCNN, TeacherOutput, UnlabeledOutput
 from .output_layers import BoxPredictions, LocalizationAwareOutputLayers
@@ -20,4 +20,5 @@ __all__ = [
     "backbones",
     "build_detector",
     "members_of",
+    "use_project_classes",
 ]
