@@ -251,19 +251,19 @@ def test_means_in_the_results_are_those_of_the_rows():
     text = "\n".join((ROOT / f"docs/{page}.md").read_text() for page in ("results", "ablations"))
     # Supervised runs have an empty burn-in.
     for config, labeled, iterations, burn_in, heading, column in (
-        ("quickstart", "40", "800", "300/", "## Synthetic data set", 4),
-        ("bccd-small", "20", "600", "300/", "## Blood cells (BCCD)", 4),
-        ("bccd-mobilenetv2", "10", "700", "300", "### Five percent of the labels", 4),
-        ("bccd-mobilenetv2", "10", "2000", "300", "### Longer training", 6),
-        ("bccd-mobilenetv2", "20", "700", "300/", "## Ten percent of the labels, one seed", 3),
-        ("bccd-mobilenetv2", "20", "1000", "500", "### Ten percent of the labels", 4),
-        ("neu-mobilenetv2", "62", "2250", "1500", "### Steel defects (NEU)", 4),
+        ("quickstart", "40", "800", ("300", ""), "## Synthetic data set", 4),
+        ("bccd-small", "20", "600", ("300", ""), "## Blood cells (BCCD)", 4),
+        ("bccd-mobilenetv2", "10", "700", ("300",), "### Five percent of the labels", 4),
+        ("bccd-mobilenetv2", "10", "2000", ("300",), "### Longer training", 6),
+        ("bccd-mobilenetv2", "20", "700", ("300", ""), "## Ten percent of the labels, one seed", 3),
+        ("bccd-mobilenetv2", "20", "1000", ("500",), "### Ten percent of the labels", 4),
+        ("neu-mobilenetv2", "62", "2250", ("1500",), "### Steel defects (NEU)", 4),
     ):
         section = text.split(f"\n{heading}\n")[1]
         wanted = (config, labeled, iterations, "")
         keys = ("config", "labeled images", "iterations", "changes")
         group = [row for row in rows if tuple(row[key] for key in keys) == wanted]
-        group = [row for row in group if row["burn-in"] in burn_in.split("/")]
+        group = [row for row in group if row["burn-in"] in burn_in]
         assert group
         for method in {row["method"] for row in group}:
             values = [float(row["AP"]) for row in group if row["method"] == method]

@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     if suggests_config:
         base, args.opts = base_and_options(args.opts)
         args.config_file = str(base)
-    # The written config has steps of its own, while those of its base may not fit SOLVER.MAX_ITER.
+    # The written config replaces SOLVER.STEPS of its base, which may not fit SOLVER.MAX_ITER.
     replaced = ["SOLVER.STEPS", "()"] if suggests_config else []
     report = check_data(
         lambda options: load_config(args.config_file, [*replaced, *options], args.method),

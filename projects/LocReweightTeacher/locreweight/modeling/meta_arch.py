@@ -176,7 +176,7 @@ class SemiSupervisedRCNN(GeneralizedRCNN):
 
         Boxes are not averaged (``MODEL.ROI_BOX_HEAD.VOTING_SIGMA``): students that learned averaged
         boxes were not better (docs/results.md). ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` has no effect
-        above 0.05, Detectron2's default: methods select pseudo-labels by thresholds of their own.
+        above 0.05, Detectron2's default, because pseudo-labels have other thresholds than results.
 
         Args:
             batched_inputs: weak views in Detectron2's format, with ``image`` (3, H, W).
