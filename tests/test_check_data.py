@@ -16,7 +16,8 @@ from locreweight.data.inspection.images import read_facts
 from locreweight.engine import data_report
 from locreweight.errors import UsageError
 from tests.checked_data import BASE, Project
-from tests.tiny_data import edit_json, make_voc
+from tests.tiny_data import CLASSES, edit_json, make_voc
+from tests.tiny_formats import as_labelme
 
 
 @pytest.fixture
@@ -54,6 +55,16 @@ def test_report_shows_overview_and_training_command(project, capsys):
     assert list(cfg.DATASETS.UNLABELED) == project.settings["DATASETS.UNLABELED"]
     assert "| labeled " in output and "96 / 96 / 96" in output and "4 / 4 / 4" in output
     assert "5 labeled images" in output and "4 unlabeled images" in output and "GiB" in output
+
+
+def test_overview_of_a_partly_annotated_folder(project, capsys):
+    name = as_labelme(project.folder / "labeled", project.folder / "partly")
+    for annotation in sorted((project.folder / "partly").glob("*.json"))[2:]:
+        annotation.unlink()
+    project.settings |= {"DATASETS.UNLABELED": [name], "DATASETS.CLASS_NAMES": CLASSES}
+    with pytest.raises(SystemExit):
+        check_data.main(project.arguments)
+    assert "4 / 4 / 4, 3 images not annotated" in capsys.readouterr().out
 
 
 def test_unreadable_images(project):

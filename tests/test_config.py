@@ -441,6 +441,24 @@ def test_method_replaces_another_one(tmp_path, other, file):
     assert cfg.INPUT.AUGMENTATION_POLICY == expected.INPUT.AUGMENTATION_POLICY
 
 
+@pytest.mark.parametrize(
+    ("former", "method", "warns"),
+    [
+        ("stac", "soft_teacher", True),
+        ("stac", "stac", False),
+        ("loc_reweight", "stac", False),
+        ("", "stac", False),
+    ],
+)
+def test_config_of_another_method_gives_a_warning(tmp_path, caplog, former, method, warns):
+    """Values such as the keep rate 0 of STAC stay, which few would expect."""
+    config = tmp_path / "config.yaml"
+    config.write_text(load_config(QUICKSTART, [], former).dump())
+    cfg = load_config(str(config), [], method)
+    assert (f"{config} is a config of the method STAC" in caplog.text) == warns
+    assert cfg.SEMI.EMA_KEEP_RATE == 0.0
+
+
 def test_options_override_the_method():
     cfg = load_config(QUICKSTART, ["SEMI.EMA_KEEP_RATE", "0.5"], "stac")
     assert cfg.SEMI.EMA_KEEP_RATE == 0.5

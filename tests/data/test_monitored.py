@@ -12,7 +12,8 @@ from locreweight.data.monitored import MonitoredImages, ground_truth_in_view, ha
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.errors import UsageError
 from tests.modeling.tiny_model import tiny_config
-from tests.tiny_data import edit_json, make_coco, make_folder
+from tests.tiny_data import CLASSES, edit_json, make_coco, make_folder
+from tests.tiny_formats import as_labelme
 
 
 @pytest.fixture
@@ -57,6 +58,23 @@ def test_ground_truth_of_annotated_unlabeled_sets(coco, tmp_path):
     found = sets(settings)
     assert len(found.unlabeled) == 9
     assert len(found.monitored) == 3 and all(has_annotations(record) for record in found.monitored)
+
+
+def test_images_that_nobody_annotated_have_no_ground_truth(coco, tmp_path):
+    """They would count as images without objects."""
+    make_coco(tmp_path / "source", images=6, seed=5)
+    name = as_labelme(tmp_path / "source", tmp_path / "data")
+    for annotation in sorted((tmp_path / "data").glob("*.json"))[2:]:
+        annotation.unlink()
+    settings = {
+        "DATASETS.TRAIN": [coco("a")],
+        "DATASETS.UNLABELED": [name],
+        "DATASETS.CLASS_NAMES": CLASSES,
+    }
+    for truth in ([], [name]):
+        found = sets(settings | {"DATASETS.UNLABELED_TRUTH": truth})
+        assert len(found.unlabeled) == 6
+        assert [len(record["annotations"]) for record in found.monitored] == [2, 2]
 
 
 def test_folder_without_ground_truth(coco, tmp_path):

@@ -136,6 +136,20 @@ def test_class_names_of_the_config_that_are_repeated(tmp_path, folder, kind):
         load(*classes, train=[name], unlabeled=[folder])
 
 
+@pytest.mark.parametrize("convert", [as_labelme, as_voc_folder])
+def test_folder_with_annotations_of_some_images(tmp_path, convert):
+    """Its other images are unlabeled, also if the folder is in TRAIN and UNLABELED."""
+    source = tmp_path / "source"
+    make_coco(source, images=4)
+    name = convert(source, tmp_path / "data")
+    for annotation in sorted((tmp_path / "data").rglob("*.[jx]*"))[1:]:
+        annotation.unlink()
+    options = ("DATASETS.CLASS_NAMES", str(CLASSES), "DATASETS.EXCLUDE_LABELED", "True")
+    sets = load(*options, train=[name], unlabeled=[name])
+    assert len(sets.labeled) == 1 and len(sets.unlabeled) == 3
+    assert set(files(sets.labeled)).isdisjoint(files(sets.unlabeled))
+
+
 def test_split_depends_on_its_own_seed_only(coco, folder):
     def labeled(*options):
         shares = ("DATASETS.LABELED_PERCENT", "40.0")

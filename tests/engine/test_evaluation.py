@@ -67,6 +67,7 @@ def test_detections_of_each_test_set_are_kept(config_with, tmp_path, datasets, m
         for name in (first, second)
     ]
     assert sorted(images, key=len) == sorted(expected, key=len)
+    assert sum("second-images" in file.parent.name for file in files) == 1
 
 
 def test_ground_truth_is_converted_in_each_evaluation(config_with, tmp_path, model):

@@ -171,6 +171,7 @@ def test_class_name_that_is_no_text_is_an_error(names, wrong):
     ("key", "values", "text"),
     [
         ("SEMI.PSEUDO_LABEL_THRESHOLD", (-0.1, 1.0, 80.0), "at least 0 and below 1"),
+        ("SEMI.BURN_IN_ITERS", (-1,), "at least 0"),
         ("SEMI.UNSUPERVISED_WEIGHT", (-1.0, -4.0), "at least 0"),
         ("SEMI.QUALITY_SCALE", (0.0, -1.0), "above 0"),
         ("SOLVER.BASE_LR", (0.0, -0.1), "above 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from detectron2.utils.file_io import PathManager
 from .checkpoint.zoo import PREFIX as ZOO
 from .errors import UsageError
 from .modeling.backbones import set_timm_input
+
+logger = logging.getLogger(__name__)
 
 CONFIGS_FOLDER = Path(__file__).resolve().parents[3] / "configs"
 METHODS_FOLDER = CONFIGS_FOLDER / "methods"
@@ -302,14 +305,25 @@ def load_config(config_file: str, options: Sequence[str], method: str = "") -> C
     files = [file for file in (base_file, method_file) if file]
 
     def merge(cfg: CfgNode) -> None:
+        usual_method = cfg.SEMI.METHOD
         for file in files:
             _BoundedConfig.load_yaml_with_base(file)
+            former_method = cfg.SEMI.METHOD
             # By default Detectron2 falls back to a loader that runs Python code in the file.
             cfg.merge_from_file(file, allow_unsafe=False)
             if is_zoo_model and file == base_file:
                 cfg.merge_from_list(_UNTRUSTED)
         if method_file:
             cfg.OUTPUT_DIR += f"-{Path(method_file).stem}"
+            if former_method not in (usual_method, cfg.SEMI.METHOD):
+                logger.warning(
+                    "%s is a config of the method %s: its keys that %s does not set keep their "
+                    "values, such as SEMI.EMA_KEEP_RATE %g. Better use a config without a method",
+                    base_file,
+                    former_method,
+                    method_file,
+                    cfg.SEMI.EMA_KEEP_RATE,
+                )
 
     return _build_config(merge, f"the config file {' or '.join(map(repr, files))}", options)
 

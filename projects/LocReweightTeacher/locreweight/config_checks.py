@@ -38,6 +38,7 @@ _Range = tuple[str, Callable[[float], bool]]
 _AT_LEAST_0: _Range = ("at least 0", lambda x: 0 <= x < math.inf)
 _ABOVE_0: _Range = ("above 0", lambda x: 0 < x < math.inf)
 _RANGES: dict[str, _Range] = {
+    "SEMI.BURN_IN_ITERS": _AT_LEAST_0,
     "SEMI.PSEUDO_LABEL_THRESHOLD": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "SEMI.UNSUPERVISED_WEIGHT": _AT_LEAST_0,
     "SEMI.QUALITY_SCALE": _ABOVE_0,

@@ -124,6 +124,20 @@ def test_linked_folders_are_searched(find, tmp_path):
     assert find([], "linked/img_1.jpg") == ["linked/IMG_1.JPG"]
 
 
+def test_links_do_not_hide_the_folders_they_lead_to(find, tmp_path):
+    find(["v/a.jpg"])
+    (tmp_path / "data/images/first").symlink_to("v")
+    assert find([], "v/A.JPG") == ["v/a.jpg"]
+
+
+def test_links_to_parent_folders_are_not_searched(find, tmp_path):
+    find(["a.jpg"])
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "b.jpg").touch()
+    (tmp_path / "data/images/up").symlink_to(tmp_path)
+    assert find([], "B.JPG") == ["B.JPG"]
+
+
 def test_the_nearest_name(tmp_path):
     for name in ("frame_0001.jpg", "frame_0002.jpg", "zebra.jpg", "._frame_0003.jpg"):
         (tmp_path / name).touch()

@@ -7,7 +7,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from locreweight.data.datasets.catalog import register
+from locreweight.data.datasets.catalog import register, with_unannotated_images
 from locreweight.errors import UsageError
 from tests.tiny_data import make_voc, write_voc_xml
 
@@ -303,7 +303,7 @@ def test_unlabeled_images_need_no_annotation(data, kind, is_damaged):
         write_voc_xml(data.folder / "1.xml", [("cat", 4, 5, 20, 30)])
     if is_damaged:
         next(data.folder.glob("1.[jx]*")).write_text("{")
-    records = data.read(kind, labeled=False)
+    records = with_unannotated_images(f"{kind}:{data.folder}", data.read(kind, labeled=False))
     assert {record["file_name"] for record in records} == set(map(str, data.folder.glob("*.png")))
     assert len({record["image_id"] for record in records}) == 3
     annotated = [record["file_name"] for record in records if record.get("annotations")]

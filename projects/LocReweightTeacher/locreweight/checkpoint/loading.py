@@ -38,11 +38,13 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> CheckpointCo
         raise UsageError("--eval-only needs MODEL.WEIGHTS: a checkpoint, or an address of the zoo")
     check_weights_exist(path)
     box_predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-    if not isinstance(box_predictor, FastRCNNOutputLayers):
+    proposals = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    is_faster_rcnn = isinstance(box_predictor, FastRCNNOutputLayers)
+    if not is_faster_rcnn or proposals == "PrecomputedProposals":
         raise UsageError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} with MODEL.ROI_HEADS.NAME "
-            f"{cfg.MODEL.ROI_HEADS.NAME} cannot be evaluated here, only Faster R-CNN: use "
-            "Detectron2's own tools for this detector"
+            f"{cfg.MODEL.ROI_HEADS.NAME} and MODEL.PROPOSAL_GENERATOR.NAME {proposals} cannot be "
+            "evaluated here, only Faster R-CNN: use Detectron2's own tools for this detector"
         )
     checkpointer = TeacherCheckpointer(
         model, save_to_disk=False, convert=False, trusted=cfg.MODEL.TRUST_WEIGHTS

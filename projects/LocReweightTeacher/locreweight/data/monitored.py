@@ -173,7 +173,8 @@ def _annotated_records(
         ):
             continue
         if list(MetadataCatalog.get(name).get("thing_classes", [])) == class_names:
-            yield from records
+            # Without the images of a folder that nobody annotated.
+            yield from (record for record in records if "annotations" in record)
         else:
             logger.info(
                 "%s has other classes than the model: its pseudo-labels are not measured", name
@@ -182,4 +183,4 @@ def _annotated_records(
         records = DatasetCatalog.get(name)
         classes = list(MetadataCatalog.get(name).get("thing_classes", []))
         check_classes({"the model": class_names, name: classes}, len(class_names))
-        yield from records
+        yield from (record for record in records if "annotations" in record)

@@ -33,7 +33,7 @@ from .checks import (
     without_overlap,
     without_repeats,
 )
-from .datasets.catalog import expand_path, register
+from .datasets.catalog import expand_path, register, with_unannotated_images
 from .datasets.packed_records import ImageFiles, PackedRecords
 from .datasets.real_paths import RealPathCache
 from .datasets.record_cache import RecordCache, garbage_collection_paused
@@ -146,7 +146,7 @@ def _load_training_sets(cfg: CfgNode) -> TrainingSets:
     class_names = _checked_class_names(cfg)
     drawn, rest = split_annotated(cfg, annotated)
     labeled = _labeled_images(cfg, drawn)
-    others = {name: _load(name) for name in cfg.DATASETS.UNLABELED}
+    others = {name: with_unannotated_images(name, _load(name)) for name in cfg.DATASETS.UNLABELED}
     unlabeled = _unlabeled_images(cfg, labeled, [rest, *others.values()], test_sets)
     monitored = choose_monitored(cfg, unlabeled, rest, others, class_names)
     if cfg.DATASETS.CHECKS.DECODE_IMAGES:

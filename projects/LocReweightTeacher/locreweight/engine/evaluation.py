@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 from collections import OrderedDict
@@ -421,7 +422,10 @@ def _inference_folder(cfg: CfgNode) -> str:
 def _detections_folder(cfg: CfgNode, name: str) -> str:
     """The folder for the detections of a test set; with several, each has a separate one."""
     folder = _inference_folder(cfg)
-    return folder if len(cfg.DATASETS.TEST) == 1 else os.path.join(folder, _digest(name))
+    if len(cfg.DATASETS.TEST) == 1:
+        return folder
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-60:].strip("-.")
+    return os.path.join(folder, f"{readable}-{_digest(name)}")
 
 
 def _digest(name: str) -> str:

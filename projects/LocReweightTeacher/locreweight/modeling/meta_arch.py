@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..installed_detectron2 import check_compiled_kernels, missing_kernels
 from .output_layers import BoxPredictions
 
-# Default of MODEL.ROI_HEADS.SCORE_THRESH_TEST. Methods use detections below it only if it and
-# SEMI.PSEUDO_LABEL_THRESHOLD are set lower.
+# Default of MODEL.ROI_HEADS.SCORE_THRESH_TEST. For pseudo-labels below it, that key and
+# SEMI.PSEUDO_LABEL_THRESHOLD must both be lower.
 _MAX_SCORE_THRESHOLD = 0.05
 
 

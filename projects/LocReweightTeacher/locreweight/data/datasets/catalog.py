@@ -42,6 +42,7 @@ from .coco import load_coco
 from .image_folders import load_folder, load_list
 from .labelme import load_labelme
 from .packed_records import ImageFiles
+from .real_paths import RealPathCache
 from .record_cache import NO_CACHE, RecordCache
 from .shard_cache import DEFAULT_CACHE_DIR, ShardCache, is_local
 from .shards import load_shards
@@ -138,6 +139,29 @@ def expand_path(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
 
+def with_unannotated_images(name: str, records: Sequence[dict]) -> Sequence[dict]:
+    """Add the images of ``labelme:<folder>`` or ``voc:<folder>`` that have no annotations.
+
+    Args:
+        name: a registered data set. Those of other formats are returned unchanged.
+        records: all records of the data set.
+
+    Returns:
+        ``records``, and records without ``annotations`` of the other images in the folder.
+    """
+    folder = MetadataCatalog.get(name).get("annotated_folder")
+    if not folder or isinstance(records, ImageFiles):
+        return records
+    real_path = RealPathCache()
+    annotated = {real_path(record["file_name"]) for record in records}
+    # The indices of a folder's images could be image ids of annotations.
+    return [*records] + [
+        {**image, "image_id": image["file_name"]}
+        for image in load_folder(folder)
+        if real_path(image["file_name"]) not in annotated
+    ]
+
+
 def index_file(name: str) -> str:
     """The file that lists the images of a registered data set; empty if there is none."""
     metadata = MetadataCatalog.get(name)
@@ -209,17 +233,8 @@ def _open_annotated_folder(
         MetadataCatalog.get(name).set(thing_classes=class_names)
         return records
 
-    def load_unlabeled() -> Sequence[dict]:
-        """All images, also those without annotations."""
-        records = list(load())
-        annotated = {record["file_name"] for record in records}
-        others = [image for image in load_folder(folder) if image["file_name"] not in annotated]
-        # The indices of a folder's images could be image ids of annotations.
-        return records + [{**image, "image_id": image["file_name"]} for image in others]
-
-    metadata = {"image_root": folder, "evaluator_type": "coco"}
-    load_used = load if options.labeled else load_unlabeled
-    return _with_optional_labels(load_used, partial(load_folder, folder), options), metadata
+    metadata = {"image_root": folder, "annotated_folder": folder, "evaluator_type": "coco"}
+    return _with_optional_labels(load, partial(load_folder, folder), options), metadata
 
 
 def _open_yolo(name: str, location: str, options: ReadOptions) -> Source:

@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -86,16 +87,27 @@ def files_with_suffix(folder: str, suffix: str) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder and its files, below symbolic links too, without companion folders."""
-    visited = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:  # links can form cycles
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not is_companion(name))
-        yield parent, sorted(files)
+    """Yield each folder and its files, below symbolic links too, without companion folders.
+
+    Each folder is yielded once, by its own path if that is below ``folder``, not by that of a link.
+    Links to folders that contain ``folder`` are not followed.
+    """
+    own = os.path.join(os.path.realpath(folder), "")
+    visited: set[str] = set()  # links can form cycles
+    starts = [folder]
+    while starts:
+        links = []
+        for parent, folders, files in chain(*map(os.walk, starts)):
+            real = os.path.realpath(parent)
+            if real in visited or (own.startswith(os.path.join(real, "")) and visited):
+                folders.clear()
+                continue
+            visited.add(real)
+            folders[:] = sorted(name for name in folders if not is_companion(name))
+            paths = (os.path.join(parent, name) for name in folders)
+            links += filter(os.path.islink, paths)  # os.walk does not enter these
+            yield parent, sorted(files)
+        starts = links
 
 
 # -- text files ------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ _LABELS_OF_NO_OBJECT = {"__ignore__", "_background_"}
 def load_labelme(folder: str, class_names: Sequence[str]) -> tuple[list[dict], list[str]]:
     """Read LabelMe's json files in a folder and its subfolders.
 
-    Rectangles, polygons, circles and masks become boxes; shapes of the same label and group are one
-    object. Points and lines are left out. Images without a json are left out, because their objects
-    are not known; other json files are ignored.
+    Rectangles, polygons, circles and masks, also rotated ones, become boxes; shapes of the same
+    label and group are one object. Points and lines are left out. Images without a json are left
+    out, because their objects are not known; other json files are ignored.
 
     Args:
         folder: with images and json files.

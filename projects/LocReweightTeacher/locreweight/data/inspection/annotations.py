@@ -155,8 +155,12 @@ def collected_warnings() -> Iterator[list[str]]:
 
 
 def boxes_per_image(records: list[dict]) -> str:
-    """Minimum, median and maximum number of boxes per image, for the overview."""
-    counts = [len(record.get("annotations", [])) for record in records]
+    """Minimum, median and maximum number of boxes per annotated image, for the overview."""
+    counts = [len(record["annotations"]) for record in records if "annotations" in record]
     without = counts.count(0)
-    empty = f", {without} images without boxes" if without else ""
-    return f"{min(counts)} / {np.median(counts):g} / {max(counts)}{empty}"
+    text = f"{min(counts)} / {np.median(counts):g} / {max(counts)}"
+    if without:
+        text += f", {without} images without boxes"
+    if len(counts) < len(records):
+        text += f", {len(records) - len(counts)} images not annotated"
+    return text

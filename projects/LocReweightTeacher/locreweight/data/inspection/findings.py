@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UsageError
-from ..datasets.catalog import expand_path
+from ..datasets.catalog import expand_path, with_unannotated_images
 from ..datasets.shards import ShardedImages
 from ..datasets.voc import split_file, used_class_names
 from ..training_sets import register_datasets
@@ -72,6 +72,8 @@ def read_data_sets(cfg: CfgNode) -> tuple[DataSets, list[Finding]]:
                     text = f"{name}: its {len(records)} images are not examined, nor compared"
                     findings.append(Finding(Severity.NOTE, text))
                     continue
+                if key == "UNLABELED":
+                    records = with_unannotated_images(name, records)
                 target[name] = records
             except UsageError as error:
                 problems[name] = str(error)
