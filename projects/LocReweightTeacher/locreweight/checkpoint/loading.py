@@ -39,8 +39,8 @@ def load_for_evaluation(cfg: CfgNode, model: SemiSupervisedRCNN) -> CheckpointCo
     check_weights_exist(path)
     box_predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
     proposals = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    is_faster_rcnn = isinstance(box_predictor, FastRCNNOutputLayers)
-    if not is_faster_rcnn or proposals == "PrecomputedProposals":
+    is_precomputed = proposals == "PrecomputedProposals"
+    if not isinstance(box_predictor, FastRCNNOutputLayers) or is_precomputed:
         raise UsageError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} with MODEL.ROI_HEADS.NAME "
             f"{cfg.MODEL.ROI_HEADS.NAME} and MODEL.PROPOSAL_GENERATOR.NAME {proposals} cannot be "

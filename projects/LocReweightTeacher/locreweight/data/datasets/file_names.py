@@ -96,7 +96,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     visited: set[str] = set()  # links can form cycles
     starts = [folder]
     while starts:
-        links = []
+        links: list[str] = []
         for parent, folders, files in chain(*map(os.walk, starts)):
             real = os.path.realpath(parent)
             if real in visited or (own.startswith(os.path.join(real, "")) and visited):
