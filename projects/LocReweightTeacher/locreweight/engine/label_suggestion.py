@@ -138,7 +138,7 @@ def assess_images(
     batches: dict[torch.Size, list[int]] = {}
     for i, x in enumerate(inputs):
         batches.setdefault(x["image"].shape, []).append(i)
-    results = {}
+    results: dict[int, tuple[Uncertainty, np.ndarray]] = {}
     for indices in batches.values():
         assessed = _assess_batch(detector, [inputs[i] for i in indices])
         results.update(zip(indices, assessed, strict=True))
