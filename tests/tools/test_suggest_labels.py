@@ -117,6 +117,13 @@ def test_plain_detectron2_run(run, call, tmp_path):
     assert len(table) == 3 and {float(row["boxes"]) for row in table} == {0.0}
 
 
+@pytest.mark.parametrize("options", [(), ("DATASETS.TRAIN", "('my_images',)")])
+def test_plain_detectron2_run_needs_an_input(call, tmp_path, options):
+    write_plain_run(tmp_path / "plain")
+    arguments = ["--weights", tmp_path / "plain", "--device", "cpu", "--output", tmp_path / "out"]
+    assert "give --input" in call(suggest_labels, *arguments, *options)[0]
+
+
 def test_pool_limits_the_images(suggest_call):
     assert "2 of 2 images" in suggest_call("--pool", 2)[1].out
 
@@ -171,13 +178,17 @@ def test_features_leave_out_the_padding():
     assert image_features(maps, shapes, (40, 20)).tolist() == [[1.0, 2.0]]
 
 
-def test_names_that_are_not_utf8_are_written(run, suggest_call, tmp_path):
+@pytest.mark.parametrize("task", ["coco", "label-studio"])
+def test_names_that_are_not_utf8_are_written(run, suggest_call, tmp_path, task):
     folder = tmp_path / "photos"
     folder.mkdir()
     image = sorted(run.unlabeled.iterdir())[0].read_bytes()
     (folder / os.fsdecode(b"a\xff.png")).write_bytes(image)
-    assert suggest_call("--input", folder)[0] == 0
+    assert suggest_call("--input", folder, "--format", task)[0] == 0
     assert b"a\xff.png" in (tmp_path / "out" / "suggestions.csv").read_bytes()
+    if task == "label-studio":
+        [written] = json.loads((tmp_path / "out" / "tasks.json").read_text())
+        assert written["data"]["image"].endswith("?d=images/a%FF.png")
 
 
 def test_symmetric_image_gives_views_that_agree(run, detector):
