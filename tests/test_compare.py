@@ -417,6 +417,12 @@ def test_failed_run_does_not_stop_the_others(scripted, tmp_path):
     assert [attempt.exit_code for attempt in read_attempts(runs[0].output)] == [1, 1]
 
 
+def test_runs_with_the_same_folder_are_an_error(tmp_path):
+    runs = [run_of(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 2), ("a", 3))]
+    with pytest.raises(UsageError, match=f"2 runs have the output folder {tmp_path / 'a'}"):
+        RunQueue(runs, [None, None])
+
+
 def test_runs_at_the_same_time_have_different_gpus(scripted, tmp_path):
     """Each run waits for the other one, so they end only if they run at the same time."""
     scripted(

@@ -28,6 +28,13 @@ from tests.modeling.tiny_model import tiny_config
         ("coco_2017_val", "coco_2017_val"),
         ("shards:s3://bucket/jane/index.json", "shards:index.json"),
         ("coco:/home/jane/a.json:s3://bucket/jane/images", "coco:a.json:images"),
+        ("coco:s3://b/jane/a.json:s3://b/jane/images", "coco:a.json:images"),
+        ("coco:s3://jane:secret@b:9000/a.json:/home/jane/images", "coco:a.json:images"),
+        ("coco:s3://b/a.json:~/images", "coco:a.json:images"),
+        ("shards:s3://jane:secret@host", "shards:"),
+        ("shards:s3://jane:secret@host/", "shards:"),
+        ("https://jane:secret@host?key=/jane:/secret", ""),
+        ("shards:s3://bucket/jane:x/i.json", "shards:i.json"),
     ],
 )
 def test_shareable_reduces_outside_paths_to_their_last_part(text, expected):

@@ -1,6 +1,7 @@
 """Comparison of suggested and random labels: splits, settings and the table. Nothing is trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from locreweight.engine import labeling_comparison
 from locreweight.engine.labeling_comparison import (
     LabelingPlan,
     LabelingResult,
+    _check_split,
+    _result,
     labeling_table,
     write_suggested_split,
 )
@@ -69,7 +72,7 @@ def test_parts_are_done_in_order_and_splits_are_kept(plan, monkeypatch):
         labeling_comparison, "_train", lambda runs, parallel: trained.append([*map(str, runs)])
     )
     monkeypatch.setattr(labeling_comparison, "_result", lambda name, run: (name, run.seed))
-    results = labeling_comparison.compare_labeling(plan, [1], None)
+    results = labeling_comparison.compare_labeling(plan, [1, 1], None)
     assert results == [("first", 1), ("random", 1), ("suggested", 1)]
     assert [len(runs) for runs in trained] == [1, 2]
     content = json.loads(plan.split_file(1).read_text())
@@ -87,14 +90,40 @@ def test_impossible_percentages_are_an_error(call, tmp_path, percent, add):
 @pytest.mark.parametrize(
     ("option", "problem"),
     [
+        (("SEED", "7"), "SEED is set by --seeds"),
+        (("DATASETS.SPLIT_SEED", "7"), "DATASETS.SPLIT_SEED is set by --seeds"),
+        (("DATASETS.LABELED_PERCENT", "7"), "LABELED_PERCENT is set by --percent and --add"),
+        (("DATASETS.SPLIT_FILE", "a.json"), "draws its splits with --percent"),
+        (("OUTPUT_DIR", "x"), "OUTPUT_DIR is set by --output"),
         (("DATASETS.TEST", "()"), "0 sets in DATASETS.TEST"),
         (("SOLVER.EARLY_STOPPING_PATIENCE", "3"), "may end early"),
     ],
 )
-def test_runs_without_a_result_are_an_error_before_training(tmp_path, option, problem):
+def test_options_that_do_not_fit_are_an_error_before_training(tmp_path, option, problem):
     plan = LabelingPlan(ROOT / "configs/quickstart.yaml", tmp_path / "out", options=option)
     with pytest.raises(UsageError, match=problem):
         labeling_comparison.compare_labeling(plan, [2], None)
+
+
+def test_all_labels_are_an_error_if_no_unlabeled_images_remain(tmp_path, monkeypatch):
+    monkeypatch.setattr(labeling_comparison, "_train", lambda runs, parallel: pytest.fail("trains"))
+    config, options = ROOT / "configs/quickstart.yaml", ("DATASETS.UNLABELED", "()")
+    plan = LabelingPlan(config, tmp_path / "out", percent=50.0, add=50.0, options=options)
+    with pytest.raises(UsageError, match="leave no unlabeled images"):
+        labeling_comparison.compare_labeling(plan, [1], None)
+    supervised, other_images = replace(plan, method="supervised"), replace(plan, options=())
+    for valid in (replace(plan, percent=49.0), supervised, other_images):
+        _check_split(valid, valid.random(1).cfg)
+
+
+def test_model_without_detections_has_an_ap_of_zero(plan, tmp_path):
+    plan = replace(plan, output=tmp_path / "new")
+    run = plan.first(1)
+    run.output.mkdir(parents=True)
+    (run.output / "config.yaml").write_text(run.cfg.dump())
+    end = run.cfg.SOLVER.MAX_ITER
+    (run.output / "metrics.json").write_text(f'{{"iteration": {end}, "bbox/AP": NaN}}\n')
+    assert _result("first", run) == LabelingResult("first", 1, images=5, boxes=10, ap=0.0)
 
 
 def test_table_has_means_and_the_difference_of_each_seed():

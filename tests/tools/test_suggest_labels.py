@@ -15,7 +15,7 @@ import suggest_labels
 from locreweight.engine.inference import find_inputs
 from locreweight.engine.label_suggestion import assess, assess_images, image_features
 from locreweight.engine.predictor import Predictor
-from tests.modeling.tiny_model import write_plain_run
+from tests.modeling.tiny_model import random_image, write_plain_run
 from tests.tiny_project import Project
 
 
@@ -117,6 +117,13 @@ def test_plain_detectron2_run(run, call, tmp_path):
     assert len(table) == 3 and {float(row["boxes"]) for row in table} == {0.0}
 
 
+@pytest.mark.parametrize("options", [(), ("DATASETS.TRAIN", "('my_images',)")])
+def test_plain_detectron2_run_needs_an_input(call, tmp_path, options):
+    write_plain_run(tmp_path / "plain")
+    arguments = ["--weights", tmp_path / "plain", "--device", "cpu", "--output", tmp_path / "out"]
+    assert "give --input" in call(suggest_labels, *arguments, *options)[0]
+
+
 def test_pool_limits_the_images(suggest_call):
     assert "2 of 2 images" in suggest_call("--pool", 2)[1].out
 
@@ -151,24 +158,37 @@ def test_uncertainty_does_not_depend_on_the_batch(run, detector):
         assert first.features == pytest.approx(second.features, abs=1e-4)
 
 
+def test_features_do_not_depend_on_the_size_of_other_images(detector):
+    """In a batch with larger images, padding would reach them through the convolutions."""
+    sizes = [(64, 64), (24, 64), (64, 30), (24, 64)]
+    images = [random_image(size, seed).permute(1, 2, 0).numpy() for seed, size in enumerate(sizes)]
+    together = assess_images(detector, images)
+    for image, (uncertainty, features) in zip(images, together, strict=True):
+        [(alone, expected)] = assess_images(detector, [image])
+        assert features == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert vars(uncertainty) == pytest.approx(vars(alone), abs=1e-3)
+
+
 def test_features_leave_out_the_padding():
-    """In a batch with a larger image, a smaller one is padded."""
     shapes = {"p2": ShapeSpec(channels=1, stride=4), "p3": ShapeSpec(channels=1, stride=8)}
-    sizes = {name: (2, 1, 64 // x.stride, 96 // x.stride) for name, x in shapes.items()}
+    sizes = {name: (1, 1, 64 // x.stride, 32 // x.stride) for name, x in shapes.items()}
     maps = {name: torch.full(size, 9.0) for name, size in sizes.items()}
     maps["p2"][0, :, :10, :5] = 1.0
     maps["p3"][0, :, :5, :3] = 2.0
-    features = image_features(maps, shapes, [(40, 20), (64, 96)])
-    assert features.tolist() == [[1.0, 2.0], [9.0, 9.0]]
+    assert image_features(maps, shapes, (40, 20)).tolist() == [[1.0, 2.0]]
 
 
-def test_names_that_are_not_utf8_are_written(run, suggest_call, tmp_path):
+@pytest.mark.parametrize("task", ["coco", "label-studio"])
+def test_names_that_are_not_utf8_are_written(run, suggest_call, tmp_path, task):
     folder = tmp_path / "photos"
     folder.mkdir()
     image = sorted(run.unlabeled.iterdir())[0].read_bytes()
     (folder / os.fsdecode(b"a\xff.png")).write_bytes(image)
-    assert suggest_call("--input", folder)[0] == 0
+    assert suggest_call("--input", folder, "--format", task)[0] == 0
     assert b"a\xff.png" in (tmp_path / "out" / "suggestions.csv").read_bytes()
+    if task == "label-studio":
+        [written] = json.loads((tmp_path / "out" / "tasks.json").read_text())
+        assert written["data"]["image"].endswith("?d=images/a%FF.png")
 
 
 def test_symmetric_image_gives_views_that_agree(run, detector):

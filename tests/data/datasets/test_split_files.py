@@ -1,5 +1,6 @@
 """Split files: the same images again, or a clear error."""
 
+import errno
 import hashlib
 import json
 import os
@@ -95,6 +96,18 @@ def test_training_uses_the_stored_split(case):
     sets = load_training_sets(cfg)
     assert names_of(sets.labeled) == names_of(case.split([case.coco], 25.0, 3)[0])
     assert len(sets.unlabeled) == 15
+
+
+def test_failed_write_keeps_the_previous_file(case, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_split_file(case.file, case.records(case.coco), [25.0], [3])
+    before = case.file.read_bytes()
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UsageError, match="No space left"):
+        write_split_file(case.file, case.records(case.coco), [50.0], [3])
+    assert case.file.read_bytes() == before
 
 
 def test_another_process_writes_the_same_file(case):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shlex
+from pathlib import PurePosixPath
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -13,6 +15,8 @@ from .timm_weights import HUB
 
 # Addresses that are the same for everyone. Others may contain server names or passwords.
 _PUBLIC = ("detectron2://", "catalog://", "locreweight://")
+# Colon before an address or an absolute path, as in shards:s3://... and coco:/a.json:/images.
+_COLON = re.compile(r":(?=[A-Za-z][\w+.-]*://|~?/(?!/))")
 
 
 def shareable(value: Any) -> Any:
@@ -24,10 +28,9 @@ def shareable(value: Any) -> Any:
     if isinstance(value, str):
         if value.startswith(_PUBLIC):
             return value
-        before, found, address = value.partition("://")
-        if found:
-            prefix, colon, _ = before.rpartition(":")  # such as shards:s3://...
-            return shareable(prefix) + colon + address.partition("?")[0].rpartition("/")[2]
+        if "://" in value:
+            parts = _COLON.split(value.partition("?")[0])
+            return ":".join(_address_name(x) if "://" in x else shareable(x) for x in parts)
         return ":".join(_last_part(part) for part in value.split(":"))
     if isinstance(value, list | tuple):
         return type(value)(shareable(part) for part in value)
@@ -69,6 +72,12 @@ def _shareable_argument(argument: str) -> str:
         literal = argument
     shared = shareable(literal)
     return argument if shared == literal else str(shared)
+
+
+def _address_name(address: str) -> str:
+    """Last part of the path of an address; empty without a path."""
+    _, _, path = address.rpartition("://")[2].partition("/")
+    return PurePosixPath(path).name
 
 
 def _last_part(path: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -70,6 +69,7 @@ def plan_runs(
     ]
     if len({run.output for run in runs}) < len(runs):
         raise UsageError("two config files or methods have the same name: rename one of them")
+    check_not_set(options, {"SEED": "--seeds", "OUTPUT_DIR": "--output"})
     _check_options(configs, method_files, options[::2])
     for run in runs:
         check_run(run)
@@ -159,11 +159,7 @@ class _Progress:
         del self._started[run]
         self._ended[run] = attempt.seconds
         if attempt.exit_code == 0 and run.is_finished:
-            final = run.folder.evaluations.get(run.cfg.SOLVER.MAX_ITER)
-            ap = final["bbox/AP"] if final else math.nan
-            # Detectron2 writes NaN for a model without detections.
-            text = f"AP {0.0 if math.isnan(ap) else ap:.2f}" if final else "no test set"
-            self._print(f"{run.name}: {text}, after {attempt.seconds:.0f} s")
+            self._print(f"{run.name}: AP {run.final_ap:.2f}, after {attempt.seconds:.0f} s")
             return
         console = run.output / CONSOLE_FILE
         reason = last_line(console) if attempt.exit_code else "it ended without a result"
@@ -255,15 +251,27 @@ def check_run(run: Run) -> None:
         )
 
 
+def check_not_set(options: Sequence[str], flags: Mapping[str, str]) -> None:
+    """Check that options do not contain a key that the comparison sets itself.
+
+    Args:
+        options: ``KEY VALUE`` pairs.
+        flags: key -> flag of the command line that sets it.
+
+    Raises:
+        UsageError: names the key and the flag.
+    """
+    for key, flag in flags.items():
+        if key in options[::2]:
+            raise UsageError(f"{key} is set by {flag}: remove it from the options")
+
+
 def _check_options(configs: Sequence[Path], methods: Sequence[Path], keys: Sequence[str]) -> None:
     """Check that options do not override a key that distinguishes runs from each other.
 
     Raises:
         UsageError: names the key.
     """
-    for key, flag in {"SEED": "--seeds", "OUTPUT_DIR": "--output"}.items():
-        if key in keys:
-            raise UsageError(f"{key} is set by {flag}: remove it from the options")
     settings = [flatten_config(load_config(str(config), [])) for config in configs]
     for key in keys:
         if any(each.get(key) != settings[0].get(key) for each in settings):

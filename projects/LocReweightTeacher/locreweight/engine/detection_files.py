@@ -243,7 +243,8 @@ class LabelStudioTasks:
                 zip(detections.names, detections.scores, boxes.tolist(), strict=True)
             )
         ]
-        path = quote(Path(os.path.relpath(frame.file.path, self._root)).as_posix())
+        relative = Path(os.path.relpath(frame.file.path, self._root)).as_posix()
+        path = quote(os.fsencode(relative))  # file names can contain bytes that are not UTF-8
         score = round(float(detections.scores.mean()), 5) if len(detections) else 0.0
         prediction = {"model_version": self._model, "score": score, "result": result}
         image = {"image": f"/data/local-files/?d={path}"}

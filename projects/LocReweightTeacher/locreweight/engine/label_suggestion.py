@@ -120,64 +120,73 @@ def assess(
             yield Assessment(frame.file, uncertainty, features)
 
 
-@torch.no_grad()
 def assess_images(
     detector: Predictor, images: Sequence[np.ndarray]
 ) -> list[tuple[Uncertainty, np.ndarray]]:
     """Measure the uncertainty about images, and their features.
 
+    Images whose model inputs have the same size are processed in one batch. In a batch with larger
+    ones, the padding would change features near the border.
+
     Args:
-        detector: trained detector.
-        images: ``(H, W, 3)`` uint8 RGB each; processed in one batch with their mirror images.
+        images: ``(H, W, 3)`` uint8 RGB each.
 
     Returns:
         for each image, its uncertainty and ``(C,)`` features.
     """
     inputs = [model_input(detector.cfg, image) for image in images]
+    batches: dict[torch.Size, list[int]] = {}
+    for i, x in enumerate(inputs):
+        batches.setdefault(x["image"].shape, []).append(i)
+    results: dict[int, tuple[Uncertainty, np.ndarray]] = {}
+    for indices in batches.values():
+        assessed = _assess_batch(detector, [inputs[i] for i in indices])
+        results.update(zip(indices, assessed, strict=True))
+    return [results[i] for i in range(len(images))]
+
+
+def _assess_batch(
+    detector: Predictor, inputs: Sequence[dict]
+) -> Iterator[tuple[Uncertainty, np.ndarray]]:
+    """Yield uncertainty and features for model inputs of one size."""
     mirrored = [{**x, "image": x["image"].flip(2)} for x in inputs]
     output = detector.model.detect([*inputs, *mirrored])
     found = [x[x.scores > MIN_SCORE] for x in output.detections]
     rois = detector.model.predict_rois(output, [x.pred_boxes.tensor for x in found])
     probabilities = rois.probabilities.cpu().split([len(x) for x in found])
-    sizes = [x.image_size for x in output.detections[: len(images)]]
-    features = image_features(output.features, detector.model.backbone.output_shape(), sizes)
+    size = output.detections[0].image_size
+    features = image_features(output.features, detector.model.backbone.output_shape(), size)
     found = [x.to("cpu") for x in found]
     highest = HIGHEST_QUALITY * detector.cfg.SEMI.QUALITY_SCALE
-    results = []
-    for i in range(len(images)):
+    for i in range(len(inputs)):
         quality = found[i].localization_quality
         uncertainty = Uncertainty(
             classes=_mean(_entropy(probabilities[i])),
             boxes=_mean(1 - quality / highest) if detector.has_localization_quality else 0.0,
-            views=disagreement(found[i], mirror(found[len(images) + i])),
+            views=disagreement(found[i], mirror(found[len(inputs) + i])),
         )
-        results.append((uncertainty, features[i].numpy()))
-    return results
+        yield uncertainty, features[i].numpy()
 
 
 def image_features(
-    feature_maps: dict[str, torch.Tensor],
-    shapes: dict[str, ShapeSpec],
-    sizes: Sequence[tuple[int, int]],
+    feature_maps: dict[str, torch.Tensor], shapes: dict[str, ShapeSpec], size: tuple[int, int]
 ) -> torch.Tensor:
     """Average each channel of the feature maps over the images without their padding.
 
     Args:
-        feature_maps: ``(B, C, H, W)`` each, for at least N images of a padded batch.
+        feature_maps: ``(B, C, H, W)`` each, of images that are padded to a multiple of the strides.
         shapes: their strides.
-        sizes: ``(height, width)`` of the first N images in pixels, without padding.
+        size: height and width of all images in pixels, without padding.
 
     Returns:
-        ``(N, sum of C)`` float32 on the CPU.
+        ``(B, sum of C)`` float32 on the CPU.
     """
+    height, width = size
     levels = []
     for name, maps in feature_maps.items():
         stride = shapes[name].stride
-        parts = [
-            x[:, : ceil(height / stride), : ceil(width / stride)]
-            for x, (height, width) in zip(maps, sizes, strict=False)
-        ]
-        levels.append(torch.stack([part.mean(dim=(1, 2)) for part in parts]))
+        inside = maps[:, :, : ceil(height / stride), : ceil(width / stride)]
+        levels.append(inside.mean(dim=(2, 3)))
     return torch.cat(levels, dim=1).float().cpu()
 
 

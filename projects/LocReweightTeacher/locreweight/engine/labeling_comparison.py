@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
@@ -20,13 +21,19 @@ from ..config import find_method_file
 from ..data.datasets.splits import split_annotated, write_chosen_split
 from ..data.training_sets import register_datasets
 from ..errors import UsageError
-from .comparison import check_run, run_all
+from .comparison import check_not_set, check_run, run_all
 from .label_suggestion import suggest
 from .prediction import input_files
 from .predictor import Predictor
 from .run_queue import Run
 
-METRIC = "bbox/AP"
+# Keys that the comparison sets itself, with the flags of the command line.
+_FLAGS = {
+    "SEED": "--seeds",
+    "DATASETS.SPLIT_SEED": "--seeds",
+    "DATASETS.LABELED_PERCENT": "--percent and --add",
+    "OUTPUT_DIR": "--output",
+}
 
 
 class LabelingRun(Run):
@@ -113,7 +120,7 @@ def compare_labeling(
 
     Args:
         plan: what is compared.
-        seeds: the comparison is repeated with each seed.
+        seeds: the comparison is repeated with each seed. Repeated seeds count once.
         parallel: number of runs at a time; None for as many as the GPUs allow, or 1 without GPUs.
 
     Raises:
@@ -121,7 +128,10 @@ def compare_labeling(
     """
     if not (plan.percent > 0 and plan.add > 0 and plan.percent + plan.add <= 100):
         raise UsageError("the two percentages must be positive, and together at most 100")
+    check_not_set(plan.options, _FLAGS)
+    seeds = list(dict.fromkeys(seeds))
     for seed in seeds:
+        _check_split(plan, plan.random(seed).cfg)
         check_run(plan.first(seed))
         check_run(plan.random(seed))
     _train([plan.first(seed) for seed in seeds], parallel)
@@ -175,6 +185,20 @@ def labeling_table(results: Sequence[LabelingResult]) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def _check_split(plan: LabelingPlan, cfg: CfgNode) -> None:
+    if cfg.DATASETS.SPLIT_FILE:
+        raise UsageError(
+            "DATASETS.SPLIT_FILE is set, but this comparison draws its splits with --percent, "
+            "--add and --seeds: remove it, or add DATASETS.SPLIT_FILE \"''\" to the command"
+        )
+    learns_unlabeled = cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
+    if learns_unlabeled and not cfg.DATASETS.UNLABELED and plan.percent + plan.add >= 100:
+        raise UsageError(
+            "--percent and --add leave no unlabeled images: use less than 100 together, or set "
+            "DATASETS.UNLABELED"
+        )
+
+
 def _train(runs: list[Run], parallel: int | None) -> None:
     failed = run_all(runs, parallel, lambda: None)
     if failed:
@@ -189,8 +213,7 @@ def _annotated(run: Run) -> dict[str, list[dict]]:
 def _result(labels: str, run: Run) -> LabelingResult:
     labeled, _ = split_annotated(run.cfg, _annotated(run))
     boxes = sum(not a.get("iscrowd", 0) for record in labeled for a in record["annotations"])
-    ap = run.folder.evaluations[run.cfg.SOLVER.MAX_ITER][METRIC]
-    return LabelingResult(labels, run.seed, len(labeled), boxes, ap)
+    return LabelingResult(labels, run.seed, len(labeled), boxes, run.final_ap)
 
 
 def _spread(values: Sequence[float]) -> str:

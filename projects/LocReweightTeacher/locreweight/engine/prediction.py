@@ -15,6 +15,8 @@ from .detections import check_class_names
 from .inference import InputFile, detect_in_files
 from .predictor import Predictor
 
+_NO_UNLABELED = "the checkpoint's config lacks labeled or unlabeled images: give --input"
+
 
 @dataclass
 class PredictionSummary:
@@ -85,12 +87,17 @@ def training_files(detector: Predictor) -> TrainingFiles:
     """Return the image files of the detector's config.
 
     Raises:
-        UsageError: if a dataset does not exist, or the config has no unlabeled images in files.
+        UsageError: if a dataset does not exist, or the config lacks labeled images or unlabeled
+            ones in files.
     """
+    data = detector.cfg.DATASETS
+    has_unlabeled = data.UNLABELED or data.SPLIT_FILE or data.LABELED_PERCENT < 100
+    if not (data.TRAIN and has_unlabeled):  # such as a plain Detectron2 run
+        raise UsageError(_NO_UNLABELED)
     register_datasets(detector.cfg)
     sets = load_training_sets(detector.cfg)
     if not sets.unlabeled:
-        raise UsageError("the checkpoint's config has no unlabeled images: give --input")
+        raise UsageError(_NO_UNLABELED)
     if isinstance(sets.unlabeled, ShardedImages):
         raise UsageError(
             "the unlabeled images of the checkpoint's config are in shards, not in files: give "

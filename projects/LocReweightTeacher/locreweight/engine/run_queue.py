@@ -7,11 +7,13 @@ attempt are written to ``attempts.json`` in the run's output folder.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -103,10 +105,15 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run was trained and, if there is a test set, evaluated to the end."""
-        if not (self.output / "model_final.pth").is_file():
-            return False
-        return not self.cfg.DATASETS.TEST or self.cfg.SOLVER.MAX_ITER in self.folder.evaluations
+        """Whether the run was trained and evaluated to the end."""
+        is_trained = (self.output / "model_final.pth").is_file()
+        return is_trained and self.cfg.SOLVER.MAX_ITER in self.folder.evaluations
+
+    @property
+    def final_ap(self) -> float:
+        """AP of the final teacher of a finished run, in percent."""
+        ap = self.folder.evaluations[self.cfg.SOLVER.MAX_ITER]["bbox/AP"]
+        return 0.0 if math.isnan(ap) else ap  # Detectron2 writes NaN without detections
 
     def changed_settings(self) -> list[str]:
         """Describe each key whose value differs from the one that this run was started with."""
@@ -138,7 +145,15 @@ class RunQueue:
             must_wait: whether a run has to wait, given the runs that are active. The runs after it
                 are started first.
             prepare: called before a run is started.
+
+        Raises:
+            UsageError: if two runs have the same output folder.
         """
+        for folder, count in Counter(run.output for run in runs).items():
+            if count > 1:
+                raise UsageError(
+                    f"{count} runs have the output folder {folder}: use another folder for each"
+                )
         self._waiting = list(runs)
         self._active: set[Run] = set()  # from before they are started
         self._must_wait, self._prepare = must_wait, prepare

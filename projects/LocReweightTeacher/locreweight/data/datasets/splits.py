@@ -27,7 +27,7 @@ from detectron2.config import CfgNode
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
 from ...errors import UsageError
-from ...file_io import sha256_of
+from ...file_io import atomic_write_bytes, sha256_of
 from .catalog import expand_path, index_file, split_paths
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,8 @@ def _write_splits(
             sets[name]["labeled"][str(percent)][str(seed)].append(image_id)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"nested": True, "sets": list(sets.values())}) + "\n")
+        content = json.dumps({"nested": True, "sets": list(sets.values())}) + "\n"
+        atomic_write_bytes(file, content.encode())
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
 
