@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Complete example: create a synthetic dataset, train on it, draw detections, write a report.
 
-    make quickstart        or        python tools/quickstart.py [--verbose] [KEY VALUE ...]
+    make quickstart
+    python tools/quickstart.py [--verbose] [--method NAME] [KEY VALUE ...]  # the same, with options
 
 It trains with the unlabeled images and, to compare, without them; after burn-in, both trainings run
 at the same time. If it was interrupted, the same command resumes it. Once it has finished, the
@@ -43,11 +44,14 @@ NUM_PICTURES = 12
 def main() -> None:
     parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument("--verbose", action="store_true", help="print the whole log of training")
+    parser.add_argument(
+        "--method", default="", metavar="NAME", help="a method of configs/methods, or a file"
+    )
     args = parser.parse_args()
     os.chdir(ROOT)  # paths in the config are relative to the repository
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = [*SETTINGS, "MODEL.DEVICE", device, *args.opts]
-    cfg = load_config(CONFIG, options)
+    cfg = load_config(CONFIG, options, args.method)
     output = Path(cfg.OUTPUT_DIR)
     baseline = output.with_name(f"{output.name}-labeled-only")
     if is_finished(output, cfg) and is_finished(baseline, cfg) and report_of(output).is_file():
@@ -65,6 +69,7 @@ def main() -> None:
         flush=True,
     )
     command = ["train_net.py", *(["--verbose"] if args.verbose else [])]
+    command += ["--method", args.method] if args.method else []
     command += ["--config-file", CONFIG, "--resume", *options]
     labeled_only = ["SEMI.BURN_IN_ITERS", str(cfg.SOLVER.MAX_ITER), "TEST.MONITORED_IMAGES", "0"]
     labeled_only += ["OUTPUT_DIR", str(baseline)]

@@ -33,6 +33,9 @@ from locreweight.visualization.views import draw_view_table, select_records
 def main() -> None:
     parser = ConfigArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="config of the training")
+    parser.add_argument(
+        "--method", default="", metavar="NAME", help="a method of configs/methods, or a file"
+    )
     add_weights_arguments(
         parser,
         required=False,
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentations")
     args = parser.parse_args()
     check_outputs(args.output)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, args.method)
     records = select_records(cfg, args.input, args.count)
     student = load_student(cfg, args.weights, last=args.last)
     picture = draw_view_table(cfg, records, student, args.proposals, args.seed)

@@ -43,6 +43,20 @@ def test_views_with_a_random_student(run, call, tmp_path):
     assert size_of(tmp_path / "v.jpg")[0] > 2 * 400
 
 
+def test_views_are_those_of_the_method(run, call, tmp_path, monkeypatch):
+    policies = []
+    monkeypatch.setattr(
+        show_views,
+        "draw_view_table",
+        lambda cfg, *_: policies.append(cfg.INPUT.AUGMENTATION_POLICY) or np.zeros((8, 8, 3), "u1"),
+    )
+    config, options = config_options(run)
+    for method in ([], ["--method", "stac"]):
+        output = ["--output", tmp_path / "v.png"]
+        assert call(show_views, *config, *method, *output, *options)[0] == 0
+    assert policies == ["SoftTeacherPolicy", "STACPolicy"]
+
+
 def test_views_of_given_images_with_a_trained_student(run, call, tmp_path):
     """Images that are in no annotated dataset are drawn without ground truth."""
     config, options = config_options(run)

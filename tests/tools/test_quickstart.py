@@ -86,6 +86,29 @@ def test_second_call_shows_the_results_in_a_few_lines(tmp_path, monkeypatch, cap
     assert len(printed.splitlines()) < 20
 
 
+def test_both_trainings_use_the_method(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart.os, "chdir", lambda folder: None)
+    monkeypatch.setattr(quickstart, "CONFIG", str(quickstart.ROOT / quickstart.CONFIG))
+    monkeypatch.setattr(quickstart, "run_script", lambda *_: None)
+
+    def train_both(*arguments):
+        commands.extend(arguments)
+        sys.exit()
+
+    monkeypatch.setattr(quickstart, "train_both", train_both)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--method", "mixpl"])
+    with pytest.raises(SystemExit):
+        quickstart.main()
+    for command in commands[:2]:
+        assert command[command.index("--method") + 1] == "mixpl"
+    assert [folder.name for folder in commands[2:4]] == [
+        "quickstart-mixpl",
+        "quickstart-mixpl-labeled-only",
+    ]
+
+
 def test_longer_run_is_not_finished(tmp_path):
     write_run(tmp_path / "out", {700: 40.0}, burn_in=300)
     cfg = quickstart_config("SOLVER.MAX_ITER", "900")
