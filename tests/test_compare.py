@@ -510,7 +510,7 @@ def test_stopped_comparison_is_resumed(tmp_path, capsys):
         time.sleep(0.05)
     first.send_signal(signal.SIGHUP)
     stdout = first.communicate()[0]
-    assert first.returncode == 1 and "to resume, repeat the command" in stdout
+    assert first.returncode == 75 and "to resume, repeat the command" in stdout
     assert not run.is_finished
 
     second = subprocess.run(command, capture_output=True, text=True)

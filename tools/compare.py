@@ -6,9 +6,9 @@
     python tools/compare.py --config-file configs/table3/*.yaml --seeds 1 2 --output output/t3
 
 Runs are started one after another, or several at a time on different GPUs. The same command resumes
-an interrupted comparison: it skips finished runs, resumes the others and repeats failed ones.
-After each run, the folder --output gets results.csv (all runs), table.md (means and standard
-deviations) and curves.png.
+an interrupted comparison (exit code 75): it skips finished runs, resumes the others and repeats
+failed ones. After each run, the folder --output gets results.csv (all runs), table.md (means and
+standard deviations) and curves.png.
 
 A seed sets the initial weights, the order of images, and which images are labeled, so that all
 methods with one seed use the same split. With DATASETS.SPLIT_SEED all seeds use one split. KEY
@@ -20,13 +20,18 @@ runs would no longer be what their row in the table says.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
-from locreweight.command_line import ConfigArgumentParser, count_of, positive, reports_errors
+from locreweight.command_line import (
+    ConfigArgumentParser,
+    count_of,
+    interrupt_on_signals,
+    positive,
+    reports_errors,
+)
 from locreweight.engine.comparison import plan_runs, run_all
+from locreweight.engine.preemption import EXIT_CODE
 from locreweight.visualization.comparison_report import CURVES, TABLE, write_report
 
 
@@ -70,18 +75,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 @reports_errors
 def main() -> None:
     args = parse_arguments()
-    # Signals of a scheduler and of a closed terminal also have to stop the runs, as Ctrl-C does.
-    # A signal that is ignored (SIGHUP after nohup) stays ignored.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    interrupt_on_signals()
     try:
         runs = plan_runs(
             args.config_file, args.methods, args.seeds, args.output, args.opts, args.num_gpus
@@ -93,7 +90,8 @@ def main() -> None:
             share_burn_in=args.share_burn_in,
         )
     except KeyboardInterrupt:
-        sys.exit("stopped; to resume, repeat the command")
+        print("stopped; to resume, repeat the command", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     print(f"\n{(args.output / TABLE).read_text()}\ncurves: {args.output / CURVES}")
     if failed:
         sys.exit("\n".join([f"{count_of(len(failed), 'run')} failed:", *failed]))

@@ -7,7 +7,7 @@
 The data set must be annotated. For each seed, a model is trained with --percent of the labels. Then
 --add percent are added: of the images that tools/suggest_labels.py suggests with this model, or of
 random ones, and a new model is trained with each. The table also shows the number of labeled boxes,
-which is what labeling costs. The same command resumes an interrupted comparison.
+which is what labeling costs. The same command resumes an interrupted comparison (exit code 75).
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
+from locreweight.command_line import (
+    ConfigArgumentParser,
+    interrupt_on_signals,
+    positive,
+    reports_errors,
+)
 from locreweight.engine.labeling_comparison import LabelingPlan, compare_labeling, labeling_table
+from locreweight.engine.preemption import EXIT_CODE
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 @reports_errors
 def main() -> None:
     args = parse_arguments()
+    interrupt_on_signals()
     plan = LabelingPlan(
         config=args.config_file,
         output=args.output.absolute(),
@@ -56,7 +63,8 @@ def main() -> None:
     try:
         results = compare_labeling(plan, args.seeds, args.parallel)
     except KeyboardInterrupt:
-        sys.exit("stopped; to resume, repeat the command")
+        print("stopped; to resume, repeat the command", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     with (args.output / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, asdict(results[0]))
         writer.writeheader()

@@ -1,11 +1,15 @@
 """Comparison of suggested and random labels: splits, settings and the table. Nothing is trained."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import compare
 import compare_labeling
 from locreweight.data.datasets.splits import split_annotated
 from locreweight.data.training_sets import register_datasets
@@ -139,3 +143,26 @@ def test_table_has_means_and_the_difference_of_each_seed():
     assert cells[4] == ["suggested", "10", "7.5", "24.00 ± 1.41"]
     assert cells[5] == ["suggested - random", "", "", "2.00 ± 1.41"]
     assert "±" not in labeling_table(results[:3])
+
+
+@pytest.fixture
+def _restored_signals():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_restored_signals")
+@pytest.mark.parametrize(("tool", "work"), [(compare, "run_all"), (compare_labeling, None)])
+def test_interrupted_comparisons_exit_as_trainings_do(call, monkeypatch, tmp_path, tool, work):
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(tool, work or tool.__name__, interrupted)
+    config = ["--config-file", ROOT / "configs/quickstart.yaml"]
+    code, printed = call(tool, *config, "--output", tmp_path)
+    assert code == 75
+    assert printed.err == "stopped; to resume, repeat the command\n"

@@ -6,9 +6,11 @@ import argparse
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import UsageError
@@ -83,6 +85,20 @@ def reports_errors(main: Callable[Parameters, None]) -> Callable[Parameters, Non
             sys.exit(f"error: cannot read or write {error.filename}: {reason}")
 
     return wrapper
+
+
+def interrupt_on_signals() -> None:
+    """Let signals of a scheduler and of a closed terminal interrupt a tool, as Ctrl-C does.
+
+    A signal that is ignored (SIGHUP after nohup) stays ignored.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def count_of(count: int, noun: str) -> str:
