@@ -218,7 +218,7 @@ SPOILED = {
     "names of test classes": (edit_test(rename_class), ["do not have the same classes", "emu"]),
     "order of test classes": (
         edit_test(swap_classes),
-        ["in a different order", "'dog', 'cat', 'owl'"],
+        ["in a different order", "'dog', 'cat', 'owl'", "DATASETS.CLASS_NAMES sets that of"],
     ),
     "names of the config": (
         set_to("DATASETS.CLASS_NAMES", ["cat", "dgo", "owl"]),

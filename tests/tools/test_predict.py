@@ -176,6 +176,7 @@ def test_unreadable_files_are_skipped_and_listed(run, predict_call, tmp_path):
         "--input", tmp_path / "broken.png", tmp_path / "broken.mp4", run.test_images
     )
     assert code == "error: 2 of 5 inputs could not be read"
+    assert "\nskipped: cannot read" in f"\n{printed.err}"
     assert "broken.png" in printed.err and "broken.mp4" in printed.err
     assert len(list((tmp_path / "out").iterdir())) == 3
 

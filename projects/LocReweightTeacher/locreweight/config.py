@@ -356,16 +356,18 @@ def find_method_file(method: str) -> Path:
             ``configs/methods/<name>.yaml`` of this repository, or the path of a file.
 
     Raises:
-        UsageError: if there is neither; lists the short names.
+        UsageError: if there is neither; lists the short names, similar ones first.
     """
     files = sorted(METHODS_FOLDER.rglob("*.yaml"))
     names = {file.relative_to(METHODS_FOLDER).with_suffix("").as_posix(): file for file in files}
     if method in names:
         return names[method]
     if not Path(method).is_file():
+        close = difflib.get_close_matches(method, names, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "."
         raise UsageError(
-            f"method {method!r} does not exist; give one of {', '.join(names)}, or the path of a "
-            "config file"
+            f"method {method!r} does not exist{hint} The methods are {', '.join(names)}. The path "
+            "of a config file is possible as well"
         )
     return Path(method)
 

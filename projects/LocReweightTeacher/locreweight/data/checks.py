@@ -309,7 +309,8 @@ def check_same_classes(class_names: dict[str, list[str]]) -> None:
     if all(set(names) == set(every) for names in lists):
         problem = (
             "the data sets have the same classes in a different order. Use the same order (COCO: "
-            "of the category ids) in all of them"
+            "of the category ids) in all of them; DATASETS.CLASS_NAMES sets that of formats "
+            "without a list of classes"
         )
     raise UsageError(f"{problem}.\n  " + "\n  ".join(lines))
 

@@ -176,7 +176,7 @@ def exit_if_unreadable(unreadable: Sequence[str], count: int) -> None:
     """If inputs could not be read, name them and exit with code 1."""
     if unreadable:
         for line in unreadable:
-            print(f"skipped {line}", file=sys.stderr)
+            print(f"skipped: {line}", file=sys.stderr)
         sys.exit(f"error: {len(unreadable)} of {count} inputs could not be read")
 
 
