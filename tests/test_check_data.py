@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -57,6 +58,49 @@ def test_report_shows_overview_and_training_command(project, capsys):
     assert "5 labeled images" in output and "4 unlabeled images" in output and "GiB" in output
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"MODEL.ROI_HEADS.NUM_CLASSES": 7}, "to train:"),
+        ({"MODEL.WEIGHTS": "/no.pth"}, "to train, once the errors are fixed:"),
+    ],
+)
+def test_command_of_a_training_that_would_not_start(project, capsys, settings, line):
+    project.settings |= settings
+    with pytest.raises(SystemExit):
+        check_data.main(project.arguments)
+    assert f"\n{line}\n  python train_net.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({"SOLVER.WARMUP_ITERS": 5000, "SOLVER.MAX_ITER": 5000}, "SOLVER.WARMUP_ITERS 5000 is not"),
+        ({"SOLVER.WARMUP_ITERS": 4999, "SOLVER.MAX_ITER": 5000}, None),
+        ({"SEMI.BURN_IN_ITERS": 180_000}, "unlabeled images are not used: SEMI.BURN_IN_ITERS"),
+        ({"SEMI.BURN_IN_ITERS": 180_000, "DATASETS.UNLABELED": ()}, None),
+        # keep_rate() reaches 0.9996 after 2499 iterations.
+        ({"SOLVER.MAX_ITER": 4400}, "EMA_KEEP_RATE 0.9996 is too high for 2400 .* at most 0.999"),
+        ({"SOLVER.MAX_ITER": 3000}, "EMA_KEEP_RATE 0.9996 is too high for 1000 .* at most 0.99"),
+        ({"SOLVER.MAX_ITER": 4600}, None),
+        ({"SOLVER.MAX_ITER": 3000, "SEMI.EMA_KEEP_RATE": 0.999}, None),
+        ({"SOLVER.MAX_ITER": 2050, "SEMI.EMA_KEEP_RATE": 0.99}, None),
+    ],
+)
+def test_schedules_that_do_not_fit(project, settings, warning):
+    project.settings |= settings
+    texts = project.texts(Severity.WARNING)
+    assert len(texts) == (warning is not None)
+    assert warning is None or re.search(warning, texts[0])
+
+
+def test_supervised_training_uses_no_unlabeled_images_on_purpose(project):
+    report = data_report.check_data(
+        lambda options: load_config(BASE, options, "supervised"), project.options, num_gpus=2
+    )
+    assert report.findings == []
+
+
 def test_overview_of_a_partly_annotated_folder(project, capsys):
     name = as_labelme(project.folder / "labeled", project.folder / "partly")
     for annotation in sorted((project.folder / "partly").glob("*.json"))[2:]:
@@ -72,7 +116,7 @@ def test_unreadable_images(project):
         (folder / "0001.png").write_bytes((folder / "0001.png").read_bytes()[:200])
     by_severity = {f.severity: f for f in project.findings()}
     error, warning = by_severity[Severity.ERROR], by_severity[Severity.WARNING]
-    assert "1 images cannot be read" in error.text
+    assert "1 of 5 images cannot be read" in error.text
     assert error.files == [str(project.images / "0001.png")]
     assert warning.files == [str(project.unlabeled / "0001.png")]  # training skips these
 

@@ -122,9 +122,8 @@ def test_config_file_changes_every_key_that_it_sets(file, tmp_path):
     alone.write_text(yaml.dump({"_BASE_": [str(file.parent / base) for base in files]}))
     changed = differences(load(file), load(alone))
     # A timm backbone implies the normalization of its input.
-    implied = (
-        {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"} if uses_timm(load(file)) else set()
-    )
+    is_implied = uses_timm(load(file)) or uses_timm(load(alone))
+    implied = {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"} if is_implied else set()
     assert set(flatten_config(CfgNode(content))) == changed - implied
 
 
@@ -295,8 +294,10 @@ def test_supervised_baselines_differ_only_in_being_supervised(supervised, config
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/detectors").glob("*.yaml")), ids=name_of)
-def test_detectors_for_own_data_use_the_normalizer_of_their_learning_rates(file):
-    assert load(file).SEMI.NORMALIZE_BY_SAMPLED
+def test_detectors_for_own_data_use_measured_values(file):
+    """The normalizer that their learning rates are for, and a beta that was measured."""
+    semi = load(file).SEMI
+    assert semi.NORMALIZE_BY_SAMPLED and semi.UNSUPERVISED_WEIGHT == 2.0
 
 
 # --- keys that occur twice -----------------------------------------------------------------------
@@ -477,6 +478,14 @@ def test_find_method_file_accepts_all_names_and_paths(tmp_path):
 @pytest.mark.parametrize("method", ["none.yaml", "ler", "published", "../quickstart", ""])
 def test_find_method_file_lists_the_names(method):
     with pytest.raises(UsageError, match=rf"'{method}' does not exist.* ablation/ler, .*stac"):
+        find_method_file(method)
+
+
+@pytest.mark.parametrize(
+    ("method", "close"), [("softteacher", "soft_teacher"), ("ler", "ablation/ler")]
+)
+def test_find_method_file_suggests_similar_names(method, close):
+    with pytest.raises(UsageError, match=rf"does not exist; did you mean {close}\b.*\?"):
         find_method_file(method)
 
 

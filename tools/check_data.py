@@ -30,7 +30,7 @@ from detectron2.config import CfgNode
 
 from locreweight.command_line import ConfigArgumentParser, positive, reports_errors
 from locreweight.config import load_config
-from locreweight.engine.config_suggestion import base_and_options, write_config
+from locreweight.engine.config_suggestion import base_and_options, check_is_new, write_config
 from locreweight.engine.data_report import (
     DataReport,
     check_data,
@@ -38,6 +38,7 @@ from locreweight.engine.data_report import (
     format_finding,
 )
 from locreweight.engine.run_folder import flatten_config
+from locreweight.engine.startup_checks import schedule_findings
 from locreweight.errors import UsageError
 
 
@@ -84,15 +85,15 @@ def write_checked_config(
     if sets is None or report.has_errors:
         raise UsageError("no config was written: fix the errors above first")
     keys = report.options[::2] if suggests_config else []
-    written = write_config(file, report.cfg, sets, keys, method=args.method, num_gpus=args.num_gpus)
+    written, start = write_config(
+        file, report.cfg, sets, keys, method=args.method, num_gpus=args.num_gpus
+    )
     command = _command("train_net.py", args, ["--config-file", str(file)], [])
     print(f"\nwrote {file}; to train with it:\n  {command}")
-    burn_in, iterations = written.SEMI.BURN_IN_ITERS, written.SOLVER.MAX_ITER
-    if burn_in >= iterations:
-        print(
-            f"note: unlabeled images are not used, because SEMI.BURN_IN_ITERS {burn_in} is not "
-            f"below SOLVER.MAX_ITER {iterations}"
-        )
+    if start:
+        print(f"note: {start}")
+    for finding in schedule_findings(written):
+        print(format_finding(finding))
     left_out = [] if suggests_config else differing_keys(args.opts[::2], report.cfg, written)
     if left_out:
         print(
@@ -124,6 +125,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     logging.getLogger("detectron2").setLevel(logging.ERROR)
+    if args.write_config:
+        check_is_new(args.write_config)  # reading the images can take long
     suggests_config = args.write_config and not args.config_file
     if suggests_config:
         base, args.opts = base_and_options(args.opts)
@@ -136,9 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
         args.num_gpus,
     )
     if suggests_config:
-        # The written config has the number of classes of the data.
+        # The written config has the number of classes of the data, and another schedule.
         others = [f for f in report.findings if list(f.fixes) != ["MODEL.ROI_HEADS.NUM_CLASSES"]]
-        report = replace(report, findings=others)
+        of_base = schedule_findings(report.cfg)
+        report = replace(report, findings=[f for f in others if f not in of_base])
     if report.overview:
         print(report.overview)
     for finding in report.findings:
@@ -146,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not suggests_config:
         if report.training_values:
             print(f"\n{report.training_values}")
-        print(f"\nto train:\n  {training_command(args, report.options)}")
+        condition = ", once the errors are fixed" if report.has_errors_without_fix else ""
+        print(f"\nto train{condition}:\n  {training_command(args, report.options)}")
     elif report.has_errors and report.has_fixes:
         print(f"\nto repeat this with the fixes:\n  {repeat_command(args, report.options)}")
     print(f"\n{report.summary}")

@@ -7,11 +7,12 @@ from locreweight.config_checks import check_schedule
 from locreweight.engine.config_suggestion import suggest_schedule
 
 BATCH = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.IMS_PER_BATCH_UNLABELED": 4}
+BASE = BATCH | {"SOLVER.WARMUP_ITERS": 1000, "SEMI.EMA_KEEP_RATE": 0.9996}
 
 
 def suggest(labeled, unlabeled, given):
     """The suggested schedule with the user's keys, as they are written to the config."""
-    schedule = suggest_schedule(labeled, unlabeled, BATCH | given, given) | given
+    schedule = suggest_schedule(labeled, unlabeled, BASE | given, given) | given
     options = [str(word) for pair in schedule.items() for word in pair]
     check_schedule(load_config("", options))
     return schedule
@@ -46,3 +47,22 @@ def test_few_images(given, burn_in, iterations, steps, period):
 def test_number_of_iterations_follows_from_images_and_batch_sizes(batch, burn_in, iterations):
     schedule = suggest(100, 1000, dict(zip(BATCH, batch, strict=True)))
     assert (schedule["SEMI.BURN_IN_ITERS"], schedule["SOLVER.MAX_ITER"]) == (burn_in, iterations)
+
+
+@pytest.mark.parametrize(
+    ("unlabeled", "given", "warmup", "keep_rate"),
+    [
+        (185, {}, 100, 0.99),
+        (1000, {}, 100, 0.999),
+        (3000, {}, 100, 0.9996),
+        (1000, {"SEMI.EMA_KEEP_RATE": 0.9}, 100, 0.9),
+        (1000, {"SEMI.EMA_KEEP_RATE": 0.9999, "SOLVER.WARMUP_ITERS": 500}, 500, 0.9999),
+        (1000, {"SEMI.BURN_IN_ITERS": 9000}, 1000, 0.999),
+        (1000, {"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": 900}, 300, 0.99),
+        (1000, {"SEMI.BURN_IN_ITERS": 10**9, "SOLVER.MAX_ITER": 900}, 300, 0.99),
+    ],
+)
+def test_warmup_and_keep_rate_fit_the_number_of_iterations(unlabeled, given, warmup, keep_rate):
+    schedule = suggest(20, unlabeled, given)
+    assert schedule["SOLVER.WARMUP_ITERS"] == warmup
+    assert schedule["SEMI.EMA_KEEP_RATE"] == keep_rate

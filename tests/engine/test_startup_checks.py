@@ -91,10 +91,13 @@ def test_effective_values_are_logged(log_of):
         assert part in log
 
 
-@pytest.mark.parametrize("burn_in", [3, 4])
-def test_burn_in_without_end_is_said(log_of, burn_in):
-    log = log_of({"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 4})
-    assert ("unlabeled images are not used" in log) == (burn_in == 4)
+@pytest.mark.parametrize(
+    ("burn_in", "level"), [(3, None), (4, logging.WARNING), (10**9, logging.INFO)]
+)
+def test_burn_in_without_end_is_a_warning_unless_intended(log_of, caplog, burn_in, level):
+    log_of({"SEMI.BURN_IN_ITERS": burn_in, "SOLVER.MAX_ITER": 4})
+    levels = [r.levelno for r in caplog.records if "images are not used" in r.getMessage()]
+    assert levels == ([level] if level else [])
 
 
 @pytest.mark.parametrize(

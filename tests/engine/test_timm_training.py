@@ -9,8 +9,10 @@ import torch
 from locreweight.checkpoint.safe_loading import write_safetensors
 from locreweight.checkpoint.timm_weights import timm_backbone
 from locreweight.config import load_config
+from locreweight.config_checks import check_supported
 from locreweight.engine import config_suggestion
 from locreweight.engine.predictor import Predictor
+from locreweight.engine.startup_checks import config_findings, untrained_random_layers
 from locreweight.errors import UsageError
 from locreweight.modeling.committee import members_of
 from tests.engine.tiny_training import build_trainer, copy_of, same, training_config
@@ -104,11 +106,46 @@ def test_base_of_a_written_config_without_weights(monkeypatch):
     monkeypatch.setattr(config_suggestion, "find_pretrained", fail)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     base, reason = config_suggestion.choose_base("")
-    assert base == "bccd-small.yaml"
-    assert "cpu-mobilenetv2.yaml: no network" in reason
+    assert (base, reason) == ("bccd-small.yaml", "no network")
     # Nothing of the data of this example may get into the user's config.
     file, options = config_suggestion.base_and_options(["DATASETS.TRAIN", "('voc:mine:train',)"])
     assert file.name == base
     default = load_config("", []).DATASETS
     default.TRAIN = ("voc:mine:train",)
     assert load_config(str(file), options).DATASETS == default
+
+
+@pytest.mark.parametrize(
+    ("has_detectron2_weights", "expected"),
+    [(True, "gpu-resnet50-detectron2.yaml"), (False, "gpu-random-weights.yaml")],
+)
+def test_base_of_a_written_config_on_a_gpu_without_weights(
+    monkeypatch, has_detectron2_weights, expected
+):
+    def find_pretrained(cfg):
+        if cfg.MODEL.TIMM.PRETRAINED:
+            raise UsageError("no network")
+
+    def check_weights_exist(path):
+        assert path.endswith("R-50.pkl")
+        if not has_detectron2_weights:
+            raise UsageError("no network either")
+
+    monkeypatch.setattr(config_suggestion, "find_pretrained", find_pretrained)
+    monkeypatch.setattr(config_suggestion, "check_weights_exist", check_weights_exist)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    base, reason = config_suggestion.choose_base("")
+    assert (base, reason) == (f"detectors/{expected}", "no network")
+    cfg = load_config(str(config_suggestion.CONFIGS_FOLDER / base), [])
+    check_supported(cfg)
+    assert untrained_random_layers(cfg) == {}
+    assert bool(cfg.MODEL.WEIGHTS) == has_detectron2_weights
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights"])
+def test_check_data_finds_a_damaged_file(config, weights, content):
+    assert config_findings(config(), 1) == []
+    weights[0].write_bytes(content)
+    (error,) = config_findings(config(), 1)
+    assert "start.safetensors is not a checkpoint" in error.text

@@ -145,8 +145,35 @@ def test_write_config(project, tmp_path, capsys):
     assert list(cfg.DATASETS.UNLABELED) == project.settings["DATASETS.UNLABELED"]
     assert cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
     assert list(cfg.SOLVER.STEPS) == sorted(cfg.SOLVER.STEPS)
+    assert cfg.SEMI.EMA_KEEP_RATE == 0.99
+
+
+def test_existing_config_is_an_error_before_images_are_read(project, tmp_path, monkeypatch):
+    (tmp_path / "my.yaml").touch()
+    monkeypatch.setattr(check_data, "check_data", lambda *_: pytest.fail("images were read"))
     with pytest.raises(SystemExit, match="already exists"):
-        check_data.main(["--write-config", str(file), *project.arguments])
+        check_data.main(["--write-config", str(tmp_path / "my.yaml"), *project.arguments])
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_other_weights_than_usual_are_a_note(project, tmp_path, capsys, monkeypatch, has_weights):
+    base = ("bccd-small.yaml", "no network")
+    monkeypatch.setattr("locreweight.engine.config_suggestion.choose_base", lambda weights: base)
+    data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
+    if has_weights:
+        data["MODEL.WEIGHTS"] = str(tmp_path / "weights.pth")
+        (tmp_path / "weights.pth").touch()
+    file = tmp_path / "my.yaml"
+    with pytest.raises(SystemExit):
+        check_data.main(["--write-config", str(file), *as_options(data)])
+    start = "is based on configs/bccd-small.yaml" if has_weights else "trains from random weights"
+    note = (
+        f"{start}: no network. To do so, remove {file} and repeat the command with "
+        "MODEL.TIMM.PRETRAINED <file>"
+    )
+    assert f"\nnote: {note}\n" in capsys.readouterr().out
+    comment = " ".join(x[2:] for x in file.read_text().splitlines() if x.startswith("# "))
+    assert f"It {note}." in comment
 
 
 def test_only_the_command_of_the_written_config_is_printed(project, tmp_path, capsys, monkeypatch):
@@ -207,7 +234,7 @@ def write_with(project, tmp_path, monkeypatch, capsys):
     """Write a config with further settings; returns exit code or message, config and output."""
     base = ("detectors/cpu-mobilenetv2.yaml", "")  # whose STEPS are [1000, 1300]
     monkeypatch.setattr("locreweight.engine.config_suggestion.choose_base", lambda weights: base)
-    monkeypatch.setattr("locreweight.engine.startup_checks.find_pretrained", lambda cfg: "")
+    monkeypatch.setattr("locreweight.engine.startup_checks.load_pretrained", lambda *_: None)
     data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
 
     def write(settings, *arguments):
@@ -235,7 +262,7 @@ def test_written_schedule_follows_from_the_settings(
     write_with, settings, burn_in, iterations, steps
 ):
     code, cfg, printed = write_with(settings)
-    assert code == 0 and "unlabeled images are not used" not in printed
+    assert code == 0 and "warning:" not in printed
     assert (cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER) == (burn_in, iterations)
     assert list(cfg.SOLVER.STEPS) == steps
     scale_to_world_size(cfg, 1)
@@ -253,7 +280,7 @@ def test_batch_sizes_of_the_user_decide_on_the_number_of_iterations(write_with, 
 def test_burn_in_that_uses_no_unlabeled_images_is_named(write_with):
     code, cfg, printed = write_with({"SEMI.BURN_IN_ITERS": 90, "SOLVER.MAX_ITER": 90})
     assert code == 0 and cfg.SEMI.BURN_IN_ITERS == 90
-    assert "SEMI.BURN_IN_ITERS 90 is not below SOLVER.MAX_ITER 90" in printed
+    assert "warning: unlabeled images are not used: SEMI.BURN_IN_ITERS 90 is not" in printed
 
 
 def test_config_with_which_training_would_not_start_is_not_written(write_with, tmp_path):

@@ -83,7 +83,10 @@ def check_weights_exist(path: str) -> None:
     try:
         exists = os.path.isfile(PathManager.get_local_path(path))
     except Exception as error:
-        raise UsageError(f"MODEL.WEIGHTS {path!r} cannot be downloaded: {error}") from error
+        raise UsageError(
+            f"MODEL.WEIGHTS {path!r} cannot be downloaded: {error}. Download it on a machine with "
+            "network, copy it here, and set MODEL.WEIGHTS to it"
+        ) from error
     if not exists:
         raise UsageError(
             f"MODEL.WEIGHTS {path!r} does not exist; set it to a checkpoint, to an address of "

@@ -12,20 +12,22 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
-from ..checkpoint.timm_weights import find_pretrained
+from ..checkpoint.loading import check_weights_exist
+from ..checkpoint.timm_weights import find_pretrained, starts_from_timm_weights
 from ..config import CONFIGS_FOLDER, load_config
 from ..config_scaling import scale_to_world_size
 from ..data.training_sets import TrainingSets
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
 from .run_folder import flatten_config
+from .startup_checks import highest_keep_rate
 
 CPU_BASE = "detectors/cpu-mobilenetv2.yaml"
 GPU_BASE = "detectors/gpu-resnet50.yaml"
 EIGHT_GPUS_BASE = "detectors/eight-gpus-convnext-small.yaml"
-# Where the pretrained weights of these cannot be downloaded: random weights on a CPU, and
-# Detectron2's ResNet-50, which training reports if it is missing as well.
-CPU_FALLBACK, GPU_FALLBACK = "bccd-small.yaml", "Base-LocReweight.yaml"
+# For machines that cannot download their weights. The last one starts from random weights.
+CPU_FALLBACKS: tuple[str, ...] = ("bccd-small.yaml",)
+GPU_FALLBACKS = ("detectors/gpu-resnet50-detectron2.yaml", "detectors/gpu-random-weights.yaml")
 
 # Epochs of the labeled images in burn-in and of the unlabeled images after it, and the limits of
 # the numbers of iterations that follow. The upper ones are the paper's for COCO.
@@ -42,7 +44,7 @@ def write_config(
     *,
     method: str = "",
     num_gpus: int = 1,
-) -> CfgNode:
+) -> tuple[CfgNode, str]:
     """Write a config with data, classes, a detector that fits the machine, and a schedule.
 
     Args:
@@ -55,14 +57,14 @@ def write_config(
         num_gpus: number of GPUs that training will use.
 
     Returns:
-        the written config with that of the method, as training loads them.
+        the written config with that of the method, as training loads them; and, if it does not
+        start from the usual weights, from which it starts and why.
 
     Raises:
         UsageError: if the file exists or cannot be written, or if training would stop at its
             schedule.
     """
-    if file.exists():
-        raise UsageError(f"{file} already exists: remove it, or write to another file")
+    check_is_new(file)
     weights = cfg.MODEL.TIMM.PRETRAINED
     base, reason = choose_base(weights)
     values = flatten_config(cfg)
@@ -72,26 +74,45 @@ def write_config(
         content["MODEL"]["TIMM"] = {"PRETRAINED": weights}
     for key, value in given.items():
         _set(content, key, value)
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
+    try:
+        written = _load_for_training(text, method, num_gpus)
+    except UsageError as error:
+        raise UsageError(f"{file} was not written: {error}") from error
+    if reason:
+        has_weights = written.MODEL.WEIGHTS or starts_from_timm_weights(written)
+        start = f"is based on configs/{base}" if has_weights else "trains from random weights"
+        reason = (
+            f"{start}: {reason}. To do so, remove {file} and repeat the command with "
+            "MODEL.TIMM.PRETRAINED <file>"
+        )
     machine = "GPUs" if torch.cuda.is_available() else "a CPU"
     settings = " and your settings" if given else ""
     comments = [
         f"Written by tools/check_data.py for {len(sets.labeled)} labeled and "
         f"{len(sets.unlabeled)} unlabeled images.",
         f"For {machine}. Iterations follow from the number of images{settings}.",
-        *textwrap.wrap(reason, 96),
+        *textwrap.wrap(
+            reason and f"It {reason}.", 96, break_long_words=False, break_on_hyphens=False
+        ),
     ]
-    text = "".join(f"# {comment}\n" for comment in comments)
-    text += yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
-    try:
-        written = _load_for_training(text, method, num_gpus)
-    except UsageError as error:
-        raise UsageError(f"{file} was not written: {error}") from error
+    text = "".join(f"# {comment}\n" for comment in comments) + text
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(file, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
-    return written
+    return written, reason
+
+
+def check_is_new(file: Path) -> None:
+    """Check that the file of a config does not exist yet.
+
+    Raises:
+        UsageError: if it does.
+    """
+    if file.exists():
+        raise UsageError(f"{file} already exists: remove it, or write to another file")
 
 
 def _load_for_training(text: str, method: str, num_gpus: int) -> CfgNode:
@@ -111,21 +132,29 @@ def choose_base(weights: str) -> tuple[str, str]:
         weights: ``MODEL.TIMM.PRETRAINED`` of the user; empty for that of the config.
 
     Returns:
-        file in ``configs/``; and why it is not one with pretrained weights of timm, if so.
+        file in ``configs/``; and why the usual one cannot be used, if so.
 
     Raises:
         UsageError: if the user's weights do not exist.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    base = EIGHT_GPUS_BASE if gpus >= 8 else GPU_BASE if gpus else CPU_BASE
-    options = ["MODEL.TIMM.PRETRAINED", weights] if weights else []
-    try:
-        find_pretrained(load_config(str(CONFIGS_FOLDER / base), options))
-    except UsageError as error:
-        if weights:
-            raise
-        return (GPU_FALLBACK if gpus else CPU_FALLBACK), f"Not from configs/{base}: {error}."
-    return base, ""
+    usual = EIGHT_GPUS_BASE if gpus >= 8 else GPU_BASE if gpus else CPU_BASE
+    if weights:
+        options = ["MODEL.TIMM.PRETRAINED", weights]
+        find_pretrained(load_config(str(CONFIGS_FOLDER / usual), options))
+        return usual, ""
+    fallbacks = GPU_FALLBACKS if gpus else CPU_FALLBACKS
+    reason = ""
+    for base in (usual, *fallbacks[:-1]):
+        cfg = load_config(str(CONFIGS_FOLDER / base), [])
+        try:
+            find_pretrained(cfg)
+            check_weights_exist(cfg.MODEL.WEIGHTS)
+        except UsageError as error:
+            reason = reason or str(error)
+        else:
+            return base, reason
+    return fallbacks[-1], reason
 
 
 def base_and_options(options: list[str]) -> tuple[Path, list[str]]:
@@ -192,7 +221,7 @@ def suggest_schedule(
     Args:
         labeled: number of labeled images.
         unlabeled: number of unlabeled images.
-        values: the batch sizes, and the values of the given keys.
+        values: batch sizes, warmup and EMA keep rate of the base config, and the given keys.
         given: keys that the user has set.
     """
     batch, unlabeled_batch = (
@@ -206,9 +235,14 @@ def suggest_schedule(
         burn_in = min(burn_in, burn_in * values["SOLVER.MAX_ITER"] // (burn_in + mutual))
     iterations = values["SOLVER.MAX_ITER"] if "SOLVER.MAX_ITER" in given else burn_in + mutual
     period = max(1, iterations // EVALUATIONS)
+    labeled_only = min(burn_in, iterations) or iterations
     return {
         "SEMI.BURN_IN_ITERS": burn_in,
+        "SEMI.EMA_KEEP_RATE": min(
+            values["SEMI.EMA_KEEP_RATE"], highest_keep_rate(iterations - burn_in)
+        ),
         "SOLVER.MAX_ITER": iterations,
+        "SOLVER.WARMUP_ITERS": min(values["SOLVER.WARMUP_ITERS"], labeled_only // 3),
         # Without 0 and repeated steps, which very short trainings would have.
         "SOLVER.STEPS": sorted({iterations * 2 // 3, iterations * 8 // 9} - {0}),
         "SOLVER.CHECKPOINT_PERIOD": period,

@@ -34,6 +34,7 @@ from .memory_estimate import GIB, estimate_memory
 from .startup_checks import (
     config_findings,
     read_for_training,
+    schedule_findings,
     unreadable_findings,
     untrained_random_layers,
 )
@@ -64,6 +65,10 @@ class DataReport:
     @property
     def has_errors(self) -> bool:
         return any(finding.severity is Severity.ERROR for finding in self.findings)
+
+    @property
+    def has_errors_without_fix(self) -> bool:
+        return any(f.severity is Severity.ERROR and not f.fixes for f in self.findings)
 
     @property
     def has_fixes(self) -> bool:
@@ -104,7 +109,7 @@ def check_data(
     findings += _device_findings(cfg, num_gpus) + _random_weight_findings(cfg)
     fixed_options = _apply_fixes(options, findings)
     fixed = load(fixed_options)
-    findings += config_findings(fixed, num_gpus)
+    findings += schedule_findings(fixed) + config_findings(fixed, num_gpus)
     training = None
     # Otherwise training would only repeat the errors above. Class names are registered only once.
     if can_be_fixed and fixed.DATASETS.CLASS_NAMES == cfg.DATASETS.CLASS_NAMES:

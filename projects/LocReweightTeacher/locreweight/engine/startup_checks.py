@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import distributed
 
 from ..checkpoint.loading import check_weights_exist
-from ..checkpoint.timm_weights import find_pretrained, starts_from_timm_weights
+from ..checkpoint.timm_weights import load_pretrained, starts_from_timm_weights
 from ..config_scaling import scale_to_world_size
 from ..data.datasets.shards import ShardedImages
 from ..data.inspection.annotations import collected_warnings
@@ -21,6 +21,7 @@ from ..data.inspection.images import ImageFacts
 from ..data.mapper import ViewMapper
 from ..data.training_sets import TrainingSets, load_training_sets, register_datasets
 from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
+from ..ema import keep_rate
 from ..errors import UsageError
 from ..modeling import build_detector
 from ..modeling.backbones import uses_timm
@@ -32,6 +33,8 @@ from .training_step import StepSettings
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED_CLASSES = 8  # more are counted only
+# A burn-in of this many times SOLVER.MAX_ITER is meant to last, as in methods/supervised.yaml.
+_ENDLESS_BURN_IN = 100
 
 
 def check_device(
@@ -111,9 +114,10 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
         len(sets.unlabeled),
     )
     if sets.unlabeled and not mutual:
-        CONSOLE.info(  # no warning: supervised baselines do so on purpose
-            "unlabeled images are not used: SEMI.BURN_IN_ITERS is not below SOLVER.MAX_ITER"
-        )
+        if text := unused_unlabeled_images(cfg):
+            logger.warning(text)
+        else:
+            CONSOLE.info("unlabeled images are not used")
     if fixes := untrained_random_layers(cfg):
         logger.warning(
             "MODEL.WEIGHTS is empty, and a part of the backbone keeps its random weights because "
@@ -121,6 +125,46 @@ def log_effective_values(cfg: CfgNode, sets: TrainingSets) -> None:
             "from random weights",
             " ".join(word for pair in fixes.items() for word in pair),
         )
+
+
+def unused_unlabeled_images(cfg: CfgNode) -> str:
+    """Say that burn-in never ends; empty if it does, or if it is meant to last."""
+    burn_in, iterations = cfg.SEMI.BURN_IN_ITERS, cfg.SOLVER.MAX_ITER
+    if not iterations <= burn_in < _ENDLESS_BURN_IN * iterations:
+        return ""
+    return (
+        f"unlabeled images are not used: SEMI.BURN_IN_ITERS {burn_in} is not below SOLVER.MAX_ITER "
+        f"{iterations}. Lower it, or use --method supervised if this is intended"
+    )
+
+
+def highest_keep_rate(iterations: int) -> float:
+    """Highest suitable ``SEMI.EMA_KEEP_RATE`` for a number of iterations after burn-in."""
+    return 0.99 if iterations < 2000 else 0.999 if iterations < 20_000 else 1.0
+
+
+def schedule_findings(cfg: CfgNode) -> list[Finding]:
+    """Find settings that do not fit the number of iterations.
+
+    The number of GPUs does not matter: it scales all of these settings.
+    """
+    texts = []
+    rate, iterations = cfg.SEMI.EMA_KEEP_RATE, cfg.SOLVER.MAX_ITER
+    if cfg.SOLVER.WARMUP_ITERS >= iterations:
+        texts.append(
+            f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is not below SOLVER.MAX_ITER "
+            f"{iterations}: the learning rate never reaches SOLVER.BASE_LR. Lower it"
+        )
+    if cfg.DATASETS.UNLABELED or cfg.DATASETS.LABELED_PERCENT < 100:
+        texts.append(unused_unlabeled_images(cfg))
+    mutual = iterations - cfg.SEMI.BURN_IN_ITERS
+    if mutual > 0 and keep_rate(mutual, rate) < rate > highest_keep_rate(mutual):
+        texts.append(
+            f"SEMI.EMA_KEEP_RATE {rate:g} is too high for {mutual} iterations after burn-in: it is "
+            "never reached, and the teacher is the mean of all students since burn-in. Set it to "
+            f"at most {highest_keep_rate(mutual):g}"
+        )
+    return [Finding(Severity.WARNING, text) for text in texts if text]
 
 
 def untrained_random_layers(cfg: CfgNode) -> dict[str, str]:
@@ -150,8 +194,7 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
     checks: list[Callable[[], object]] = [
         partial(scale_to_world_size, cfg, num_gpus),
         partial(check_weights_exist, cfg.MODEL.WEIGHTS),
-        partial(find_pretrained, cfg),
-        partial(_build_on_cpu, cfg),
+        partial(_build_and_load_on_cpu, cfg),
         partial(StepSettings.from_config, cfg),
         partial(amp_dtype, cfg),
         partial(ViewMapper, cfg),
@@ -160,11 +203,11 @@ def config_findings(cfg: CfgNode, num_gpus: int) -> list[Finding]:
     return [finding for check in checks for finding in _errors_of(check)]
 
 
-def _build_on_cpu(cfg: CfgNode) -> None:
+def _build_and_load_on_cpu(cfg: CfgNode) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    build_detector(cfg)
+    load_pretrained(cfg, build_detector(cfg))
 
 
 def read_for_training(cfg: CfgNode) -> tuple[TrainingSets | None, list[Finding]]:

@@ -108,13 +108,13 @@ def image_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding
             faulty = [r["file_name"] for r in records if facts[r["file_name"]].fault]
             if faulty:
                 reason = facts[faulty[0]].fault
-                text = f"{name}: {len(faulty)} images cannot be read ({reason})"
+                text = f"{name}: {len(faulty)} of {len(records)} images cannot be read ({reason})"
                 findings.append(Finding(severity, text, faulty))
             rotated = [r["file_name"] for r in records if facts[r["file_name"]].rotated]
             if rotated:
                 text = (
-                    f"{name}: {len(rotated)} images are rotated by their EXIF orientation, as in "
-                    "training; their annotations must refer to the upright image"
+                    f"{name}: {len(rotated)} of {len(records)} images are rotated by their EXIF "
+                    "orientation, as in training; their annotations must refer to the upright image"
                 )
                 findings.append(Finding(Severity.NOTE, text, rotated))
             mismatched = [
@@ -122,8 +122,8 @@ def image_findings(sets: DataSets, facts: dict[str, ImageFacts]) -> list[Finding
             ]
             if mismatched:
                 text = (
-                    f"{name}: {len(mismatched)} images have another width and height than their "
-                    "annotations say (after EXIF rotation)"
+                    f"{name}: {len(mismatched)} of {len(records)} images have another width and "
+                    "height than their annotations say (after EXIF rotation)"
                 )
                 findings.append(Finding(Severity.ERROR, text, mismatched))
     return findings
