@@ -191,6 +191,11 @@ def test_config_files_with_the_same_name_are_an_error(tmp_path):
         plan("--config-file", QUICKSTART, other, "--output", tmp_path)
 
 
+def test_options_after_the_config_files_are_not_taken_for_config_files(tmp_path):
+    with pytest.raises(UsageError, match=r"config file 'SEED' does not exist.* KEY or VALUE"):
+        plan("--output", tmp_path, "--config-file", QUICKSTART, "SEED", "192", "KEY", "192")
+
+
 def test_several_test_sets_are_an_error(tmp_path):
     tests = "['coco:a.json:a', 'coco:b.json:b']"
     words = ["--config-file", QUICKSTART, "--output", tmp_path, "DATASETS.TEST", tests]
