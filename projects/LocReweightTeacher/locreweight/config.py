@@ -317,8 +317,8 @@ def load_config(config_file: str, options: Sequence[str], method: str = "") -> C
             cfg.OUTPUT_DIR += f"-{Path(method_file).stem}"
             if former_method not in (usual_method, cfg.SEMI.METHOD):
                 logger.warning(
-                    "%s is a config of the method %s: its keys that %s does not set keep their "
-                    "values, such as SEMI.EMA_KEEP_RATE %g. Better use a config without a method",
+                    "%s is a config of the method %s. Keys that %s does not set keep their values, "
+                    "such as SEMI.EMA_KEEP_RATE %g. Use a config without a method instead",
                     base_file,
                     former_method,
                     method_file,
@@ -356,7 +356,7 @@ def find_method_file(method: str) -> Path:
             ``configs/methods/<name>.yaml`` of this repository, or the path of a file.
 
     Raises:
-        UsageError: if there is neither; lists the short names, similar ones first.
+        UsageError: if there is neither; suggests similar names and lists all short names.
     """
     files = sorted(METHODS_FOLDER.rglob("*.yaml"))
     names = {file.relative_to(METHODS_FOLDER).with_suffix("").as_posix(): file for file in files}

@@ -28,6 +28,15 @@ def keep_rate(step: int, final: float) -> float:
     return min(final, 1.0 - 1.0 / (step + 1))
 
 
+def highest_keep_rate(iterations: int) -> float:
+    """Highest suitable final keep rate for a number of iterations after burn-in.
+
+    A teacher with the rate ``r`` averages about ``1 / (1 - r)`` students. These should be much
+    fewer than all students after burn-in.
+    """
+    return 0.99 if iterations < 2000 else 0.999 if iterations < 20_000 else 1.0
+
+
 class MovingAverage:
     """EMA of a student that is updated many times.
 

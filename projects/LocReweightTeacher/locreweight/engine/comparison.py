@@ -50,6 +50,12 @@ def plan_runs(
         UsageError: if a run is invalid, was started before with other settings, or is not
             comparable with the others.
     """
+    for config in configs:
+        if not config.is_file():
+            raise UsageError(
+                f"config file {str(config)!r} does not exist. If it is a KEY or VALUE, put another "
+                "argument, such as --output, between --config-file and the options"
+            )
     method_files = [find_method_file(method) for method in methods]
     rows: list[Path | None] = [*method_files] or [None]
     runs = [
@@ -67,12 +73,6 @@ def plan_runs(
         for config in configs
         for method in rows
     ]
-    for config in configs:
-        if not config.is_file():
-            raise UsageError(
-                f"config file {str(config)!r} does not exist. If it is a KEY or VALUE, put another "
-                "argument, such as --output, between --config-file and the options"
-            )
     if len({run.output for run in runs}) < len(runs):
         raise UsageError("two config files or methods have the same name: rename one of them")
     check_not_set(options, {"SEED": "--seeds", "OUTPUT_DIR": "--output"})

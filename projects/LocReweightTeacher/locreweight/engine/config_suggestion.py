@@ -17,10 +17,10 @@ from ..checkpoint.timm_weights import find_pretrained, starts_from_timm_weights
 from ..config import CONFIGS_FOLDER, load_config
 from ..config_scaling import scale_to_world_size
 from ..data.training_sets import TrainingSets
+from ..ema import highest_keep_rate
 from ..errors import UsageError
 from ..file_io import atomic_write_bytes
 from .run_folder import flatten_config
-from .startup_checks import highest_keep_rate
 
 CPU_BASE = "detectors/cpu-mobilenetv2.yaml"
 GPU_BASE = "detectors/gpu-resnet50.yaml"
@@ -79,13 +79,7 @@ def write_config(
         written = _load_for_training(text, method, num_gpus)
     except UsageError as error:
         raise UsageError(f"{file} was not written: {error}") from error
-    if reason:
-        has_weights = written.MODEL.WEIGHTS or starts_from_timm_weights(written)
-        start = f"is based on configs/{base}" if has_weights else "trains from random weights"
-        reason = (
-            f"{start}: {reason}. To do so, remove {file} and repeat the command with "
-            "MODEL.TIMM.PRETRAINED <file>"
-        )
+    start = _describe_start(written, base, reason, file) if reason else ""
     machine = "GPUs" if torch.cuda.is_available() else "a CPU"
     settings = " and your settings" if given else ""
     comments = [
@@ -93,7 +87,7 @@ def write_config(
         f"{len(sets.unlabeled)} unlabeled images.",
         f"For {machine}. Iterations follow from the number of images{settings}.",
         *textwrap.wrap(
-            reason and f"It {reason}.", 96, break_long_words=False, break_on_hyphens=False
+            f"It {start}." if start else "", 96, break_long_words=False, break_on_hyphens=False
         ),
     ]
     text = "".join(f"# {comment}\n" for comment in comments) + text
@@ -102,7 +96,17 @@ def write_config(
         atomic_write_bytes(file, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
-    return written, reason
+    return written, start
+
+
+def _describe_start(written: CfgNode, base: str, reason: str, file: Path) -> str:
+    """Say from which weights a written config starts, and why not from the usual ones."""
+    has_weights = written.MODEL.WEIGHTS or starts_from_timm_weights(written)
+    start = f"is based on configs/{base}" if has_weights else "trains from random weights"
+    return (
+        f"{start}: {reason}. To do so, remove {file} and repeat the command with "
+        "MODEL.TIMM.PRETRAINED <file>"
+    )
 
 
 def check_is_new(file: Path) -> None:

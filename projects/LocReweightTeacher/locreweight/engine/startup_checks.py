@@ -21,7 +21,7 @@ from ..data.inspection.images import ImageFacts
 from ..data.mapper import ViewMapper
 from ..data.training_sets import TrainingSets, load_training_sets, register_datasets
 from ..data.unreadable import UnreadableImageCounter, is_unreadable_share_tolerated
-from ..ema import keep_rate
+from ..ema import highest_keep_rate, keep_rate
 from ..errors import UsageError
 from ..modeling import build_detector
 from ..modeling.backbones import uses_timm
@@ -138,15 +138,12 @@ def unused_unlabeled_images(cfg: CfgNode) -> str:
     )
 
 
-def highest_keep_rate(iterations: int) -> float:
-    """Highest suitable ``SEMI.EMA_KEEP_RATE`` for a number of iterations after burn-in."""
-    return 0.99 if iterations < 2000 else 0.999 if iterations < 20_000 else 1.0
-
-
 def schedule_findings(cfg: CfgNode) -> list[Finding]:
     """Find settings that do not fit the number of iterations.
 
-    The number of GPUs does not matter: it scales all of these settings.
+    Args:
+        cfg: not scaled to the number of GPUs, which changes iterations, warmup, burn-in and keep
+            rate alike.
     """
     texts = []
     rate, iterations = cfg.SEMI.EMA_KEEP_RATE, cfg.SOLVER.MAX_ITER
@@ -158,7 +155,8 @@ def schedule_findings(cfg: CfgNode) -> list[Finding]:
     if cfg.DATASETS.UNLABELED or cfg.DATASETS.LABELED_PERCENT < 100:
         texts.append(unused_unlabeled_images(cfg))
     mutual = iterations - cfg.SEMI.BURN_IN_ITERS
-    if mutual > 0 and keep_rate(mutual, rate) < rate > highest_keep_rate(mutual):
+    is_too_high = rate > highest_keep_rate(mutual)
+    if mutual > 0 and is_too_high and keep_rate(mutual, rate) < rate:
         texts.append(
             f"SEMI.EMA_KEEP_RATE {rate:g} is too high for {mutual} iterations after burn-in: it is "
             "never reached, and the teacher is the mean of all students since burn-in. Set it to "

@@ -92,14 +92,15 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     Each folder is yielded once, by its own path if that is below ``folder``, not by that of a link.
     Links to folders that contain ``folder`` are not followed.
     """
-    own = os.path.join(os.path.realpath(folder), "")
+    own = os.path.realpath(folder)
     visited: set[str] = set()  # links can form cycles
     starts = [folder]
     while starts:
         links: list[str] = []
         for parent, folders, files in chain(*map(os.walk, starts)):
             real = os.path.realpath(parent)
-            if real in visited or (own.startswith(os.path.join(real, "")) and visited):
+            contains_own = real != own and own.startswith(os.path.join(real, ""))
+            if real in visited or contains_own:
                 folders.clear()
                 continue
             visited.add(real)
