@@ -120,6 +120,10 @@ def main() -> None:
     parser.add_argument(
         "--short-side", type=int, default=Workload().short_side, help="of the images, in pixels"
     )
+    parser.add_argument("--labeled", type=int, default=Workload().labeled, help="labeled images")
+    parser.add_argument(
+        "--unlabeled", type=int, default=Workload().unlabeled, help="unlabeled images"
+    )
     parser.add_argument("--config-file", default=BASE, help="config of the detector")
     parser.add_argument(
         "--paper", action="store_true", help="2 + 8 images of 800 x 1333 pixels' area; for a GPU"
@@ -130,8 +134,10 @@ def main() -> None:
         workload, *settings = json.loads(args.measure)
         print(json.dumps(asdict(measure(Workload(**workload), *settings))))
         return
-    sizes = {"short_side": 894, "labeled": 2, "unlabeled": 8} if args.paper else {}
-    workload = Workload.of_config(args.config_file, **{"short_side": args.short_side} | sizes)
+    sizes = {name: getattr(args, name) for name in ("short_side", "labeled", "unlabeled")}
+    if args.paper:
+        sizes = {"short_side": 894, "labeled": 2, "unlabeled": 8}
+    workload = Workload.of_config(args.config_file, **sizes)
     costs = {
         name: measure_in_subprocess(
             workload, baseline=baseline, updates=updates, repeats=2, options=options

@@ -72,14 +72,14 @@ def compare(workload: Workload, args: argparse.Namespace) -> None:
     rows = [
         [
             name,
-            f"{cost.seconds:.2f}",
+            f"{1000 * cost.seconds:.0f}",
             f"{cost.seconds / reference.seconds:.2f}",
             f"{cost.peak_mib:.0f}",
             f"{cost.peak_mib / reference.peak_mib:.2f}",
         ]
         for name, cost in costs.items()
     ]
-    headers = ["method", "seconds: median", "relative", "peak MiB", "relative"]
+    headers = ["method", "ms: median", "relative", "peak MiB", "relative"]
     print_table(f"methods: {workload}", headers, rows)
 
 

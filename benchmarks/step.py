@@ -60,7 +60,7 @@ def compare(workload: Workload, repeats: int, options: list[str]) -> None:
     rows = [
         [
             name,
-            format_range(times),
+            format_range(times, digits=3),
             *(f"{median_ratio(seconds, name, x):.3f}" for x in (BASELINE, WITH_UPDATES)),
         ]
         for name, times in seconds.items()

@@ -481,6 +481,14 @@ def test_gpu_slots_divide_the_visible_gpus(monkeypatch, num_gpus, parallel, expe
     assert gpu_slots(num_gpus, parallel, on_gpus=False) == [None] * (parallel or 1)
 
 
+def test_gpu_slots_of_shared_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert gpu_slots(1, None, on_gpus=True, runs_per_gpu=2) == ["4", "5", "4", "5"]
+    assert gpu_slots(1, 3, on_gpus=True, runs_per_gpu=2) == ["4", "5", "4"]
+    with pytest.raises(UsageError, match="5 x 1 GPUs, but 2 are visible"):
+        gpu_slots(1, 5, on_gpus=True, runs_per_gpu=2)
+
+
 def test_gpu_slots_with_too_few_gpus_is_an_error(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(UsageError, match="2 x 2 GPUs, but 2 are visible"):

@@ -63,6 +63,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="number of runs at a time. Default: as many as the GPUs allow, or 1 without GPUs",
     )
     parser.add_argument(
+        "--runs-per-gpu",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="number of runs that share a GPU. Small detectors use little of a large one. "
+        "Default: 1",
+    )
+    parser.add_argument(
         "--share-burn-in",
         action="store_true",
         help="train the burn-in that several runs have in common only once: the others continue "
@@ -88,6 +96,7 @@ def main() -> None:
             args.parallel,
             lambda: write_report(runs, args.output),
             share_burn_in=args.share_burn_in,
+            runs_per_gpu=args.runs_per_gpu,
         )
     except KeyboardInterrupt:
         print("stopped; to resume, repeat the command", file=sys.stderr)

@@ -88,6 +88,7 @@ def run_all(
     write_report: Callable[[], None],
     *,
     share_burn_in: bool = False,
+    runs_per_gpu: int = 1,
 ) -> list[str]:
     """Run what is not finished, with progress on the console.
 
@@ -96,6 +97,7 @@ def run_all(
         parallel: number of runs at a time; None for as many as the GPUs allow, or 1 without GPUs.
         write_report: called after each run and at the end.
         share_burn_in: train the burn-in that several runs have in common only once.
+        runs_per_gpu: number of runs that use a GPU at the same time.
 
     Returns:
         a description of each failed run.
@@ -105,7 +107,8 @@ def run_all(
             burn-in would not be saved.
         KeyboardInterrupt: as :meth:`RunQueue.work`.
     """
-    slots = gpu_slots(runs[0].num_gpus, parallel, runs[0].cfg.MODEL.DEVICE.startswith("cuda"))
+    on_gpus = runs[0].cfg.MODEL.DEVICE.startswith("cuda")
+    slots = gpu_slots(runs[0].num_gpus, parallel, on_gpus, runs_per_gpu)
     output = runs[0].output.parent.parent
     try:
         output.mkdir(parents=True, exist_ok=True)

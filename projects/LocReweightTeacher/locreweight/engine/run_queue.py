@@ -267,13 +267,16 @@ class RunQueue:
                 send_signal(process)
 
 
-def gpu_slots(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | None]:
+def gpu_slots(
+    num_gpus: int, parallel: int | None, on_gpus: bool, runs_per_gpu: int = 1
+) -> list[str | None]:
     """Divide the visible GPUs among runs that train at the same time.
 
     Args:
         num_gpus: number of GPUs per run.
         parallel: number of runs at a time; None for as many as the GPUs allow, or 1 without GPUs.
         on_gpus: whether the runs use GPUs.
+        runs_per_gpu: number of runs that use a GPU at the same time.
 
     Returns:
         a value of ``CUDA_VISIBLE_DEVICES`` for each run at a time; None to leave it unchanged.
@@ -290,6 +293,7 @@ def gpu_slots(num_gpus: int, parallel: int | None, on_gpus: bool) -> list[str | 
     groups = [
         ",".join(gpus[i : i + num_gpus]) for i in range(0, len(gpus) - num_gpus + 1, num_gpus)
     ]
+    groups *= runs_per_gpu
     if len(groups) < (parallel or 1):
         raise UsageError(
             f"{parallel or 1} run(s) at a time need {parallel or 1} x {num_gpus} GPUs, but "
