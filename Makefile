@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export DETECTRON2 TORCH VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-all lint bench
+.PHONY: help setup setup-dev quickstart test test-all test-gpu lint bench
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: setup-dev  ## run all but the slow tests (a few minutes)
 
 test-all: setup-dev  ## run all tests, including slow ones
 	$(PY) -m pytest -q -n 2
+
+test-gpu: setup-dev  ## run the tests that train on a GPU
+	TEST_ON_GPU=1 $(PY) -m pytest -q tests/engine/test_gpu.py
 
 lint: setup-dev  ## check style, format and types
 	$(PY) -m ruff check

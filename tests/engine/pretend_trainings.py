@@ -24,35 +24,17 @@ from torch import Tensor
 from locreweight.engine import SemiSupervisedTrainer
 from locreweight.engine import writers as metrics_module
 from tests.engine.pretend_device import DEVICE, NAME, PretendDevice
-from tests.engine.tiny_training import build_trainer, copy_of, make_datasets, training_config
+from tests.engine.tiny_training import (
+    METHODS,
+    build_trainer,
+    copy_of,
+    make_datasets,
+    training_config,
+)
 
 BURN_IN, ITERATIONS, PERIOD = 1, 2, 2  # one step of each phase, and then a line of the log
 ON_THE_DEVICE = {"MODEL.DEVICE": NAME}
 SCHEDULE = {"SEMI.BURN_IN_ITERS": BURN_IN, "SOLVER.MAX_ITER": ITERATIONS}
-METHODS: dict[str, dict] = {
-    name: {}
-    for name in (
-        *(
-            "LocReweight",
-            "ShuffledLocReweight",
-            "MeanLocReweight",
-            "SoftTeacher",
-            "UnbiasedTeacher",
-            "STAC",
-        ),
-        *("UnbiasedTeacherV2", "RPL", "CST", "ISMT"),
-    )
-} | {
-    # Enough images to mix. MixPL mixes once its cache is full, after the first step.
-    "MUM": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
-    "InstantTeaching": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
-    "InstantTeachingStar": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
-    # The thresholds of LabelMatch change after the first step.
-    "LabelMatch": {"SEMI.LABEL_MATCH.IMAGES": 2, "SOLVER.MAX_ITER": ITERATIONS + 1},
-    "MixPL": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": ITERATIONS + 1},
-    "LocReweightMix": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": ITERATIONS + 1},
-}
-
 OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "with the host's": lambda far: far + torch.ones(2),
     "stacked with the host's": lambda far: torch.stack([far.sum(), torch.ones(())]),

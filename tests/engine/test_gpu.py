@@ -1,16 +1,15 @@
-"""Training on a real GPU. Without one, the pretend device stands in: test_on_a_device.py."""
+"""Training on a real GPU: ``make test-gpu``. For all machines: test_on_a_device.py."""
 
 import json
 import math
-import warnings
 
 import pytest
 import torch
 
-from tests.engine.pretend_trainings import METHODS
-from tests.engine.tiny_training import build_trainer, copy_of, training_config
+from tests.engine.tiny_training import METHODS, build_trainer, copy_of, training_config
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU and TEST_ON_GPU=1", allow_module_level=True)
 
 GPU = {"MODEL.DEVICE": "cuda"}
 # Sampling of all anchors and proposals, whose order on a GPU differs.
@@ -86,31 +85,3 @@ def test_results_are_those_of_the_cpu(datasets, tmp_path):
     assert len(on_cpu)
     torch.testing.assert_close(on_gpu.pred_boxes.tensor, on_cpu.pred_boxes.tensor, atol=0.1, rtol=0)
     torch.testing.assert_close(on_gpu.scores, on_cpu.scores, atol=1e-3, rtol=0)
-
-
-def waits_of(step):
-    """The lines of this package in which the host waits for the GPU during a step."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode(mode)
-    waits = [x for x in caught if "synchronizing" in str(x.message)]
-    return [f"{x.filename}:{x.lineno}" for x in waits if "/locreweight/" in x.filename], len(waits)
-
-
-def test_step_waits_for_the_gpu_no_more_often_than_for_the_pretend_device(datasets, tmp_path):
-    cfg = training_config(datasets, tmp_path, {"SEMI.BURN_IN_ITERS": 0, "SOLVER.MAX_ITER": 9} | GPU)
-    trainer = build_trainer(cfg)
-    run_step, waits = trainer.run_step, []
-
-    def counted():
-        waits.append(waits_of(run_step))
-
-    trainer.run_step = counted
-    trainer.train()
-    for own, total in waits[2:]:
-        # Two unlabeled images, and the log: see tests/engine/test_waiting.py.
-        assert len(own) <= 9, own
-        assert total > len(own)

@@ -40,6 +40,32 @@ TRAINING = {
     "VIS_PERIOD": 0,
 }
 
+# All methods, with what they need for two iterations, the first of which is burn-in.
+METHODS: dict[str, dict] = {
+    name: {}
+    for name in (
+        "LocReweight",
+        "ShuffledLocReweight",
+        "MeanLocReweight",
+        "SoftTeacher",
+        "UnbiasedTeacher",
+        "STAC",
+        "UnbiasedTeacherV2",
+        "RPL",
+        "CST",
+        "ISMT",
+    )
+} | {
+    # Enough images to mix. MixPL mixes once its cache is full, after the first step.
+    "MUM": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    "InstantTeaching": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    "InstantTeachingStar": {"SOLVER.IMS_PER_BATCH_UNLABELED": 4},
+    # The thresholds of LabelMatch change after the first step.
+    "LabelMatch": {"SEMI.LABEL_MATCH.IMAGES": 2, "SOLVER.MAX_ITER": 3},
+    "MixPL": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": 3},
+    "LocReweightMix": {"SOLVER.IMS_PER_BATCH_UNLABELED": 8, "SOLVER.MAX_ITER": 3},
+}
+
 
 def make_datasets(folder: Path) -> dict[str, list[str]]:
     """Write labeled, unlabeled and test images; returns the config keys that name them."""
