@@ -21,17 +21,18 @@ def suggest(labeled, unlabeled, given):
 @pytest.mark.parametrize(
     ("given", "burn_in", "iterations", "steps", "period"),
     [
-        ({}, 300, 900, [600, 800], 90),
-        ({"SOLVER.MAX_ITER": 200}, 66, 200, [133, 177], 20),
-        ({"SOLVER.MAX_ITER": 600}, 200, 600, [400, 533], 60),
-        ({"SOLVER.MAX_ITER": 9000}, 300, 9000, [6000, 8000], 900),
-        ({"SOLVER.MAX_ITER": 2}, 0, 2, [1], 1),
+        ({}, 300, 900, [], 90),
+        ({"SOLVER.MAX_ITER": 200}, 66, 200, [], 20),
+        ({"SOLVER.MAX_ITER": 600}, 200, 600, [], 60),
+        ({"SOLVER.MAX_ITER": 10_000}, 300, 10_000, [], 1000),
+        ({"SOLVER.MAX_ITER": 90_000}, 300, 90_000, [60_000, 80_000], 9000),
+        ({"SOLVER.MAX_ITER": 2}, 0, 2, [], 1),
         ({"SOLVER.MAX_ITER": 1}, 0, 1, [], 1),
-        ({"SEMI.BURN_IN_ITERS": 1000}, 1000, 1600, [1066, 1422], 160),
-        ({"SEMI.BURN_IN_ITERS": 0}, 0, 600, [400, 533], 60),
-        ({"SEMI.BURN_IN_ITERS": 20, "SOLVER.MAX_ITER": 90}, 20, 90, [60, 80], 9),
-        ({"SEMI.BURN_IN_ITERS": 90, "SOLVER.MAX_ITER": 90}, 90, 90, [60, 80], 9),
-        ({"SOLVER.MAX_ITER": 200, "TEST.EVAL_PERIOD": 50}, 66, 200, [133, 177], 50),
+        ({"SEMI.BURN_IN_ITERS": 1000}, 1000, 1600, [], 160),
+        ({"SEMI.BURN_IN_ITERS": 0}, 0, 600, [], 60),
+        ({"SEMI.BURN_IN_ITERS": 20, "SOLVER.MAX_ITER": 90}, 20, 90, [], 9),
+        ({"SEMI.BURN_IN_ITERS": 90, "SOLVER.MAX_ITER": 90}, 90, 90, [], 9),
+        ({"SOLVER.MAX_ITER": 200, "TEST.EVAL_PERIOD": 50}, 66, 200, [], 50),
     ],
 )
 def test_few_images(given, burn_in, iterations, steps, period):

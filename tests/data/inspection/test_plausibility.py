@@ -144,7 +144,7 @@ def test_write_config(project, tmp_path, capsys):
     assert list(cfg.DATASETS.CLASS_NAMES) == ["cat", "dog", "owl"]
     assert list(cfg.DATASETS.UNLABELED) == project.settings["DATASETS.UNLABELED"]
     assert cfg.SEMI.BURN_IN_ITERS < cfg.SOLVER.MAX_ITER
-    assert list(cfg.SOLVER.STEPS) == sorted(cfg.SOLVER.STEPS)
+    assert list(cfg.SOLVER.STEPS) == []
     assert cfg.SEMI.EMA_KEEP_RATE == 0.99
 
 
@@ -232,7 +232,7 @@ def test_keys_that_the_written_config_does_not_contain_are_named(project, tmp_pa
 @pytest.fixture
 def write_with(project, tmp_path, monkeypatch, capsys):
     """Write a config with further settings; returns exit code or message, config and output."""
-    base = ("detectors/cpu-mobilenetv2.yaml", "")  # whose STEPS are [1000, 1300]
+    base = ("detectors/cpu-mobilenetv2.yaml", "")
     monkeypatch.setattr("locreweight.engine.config_suggestion.choose_base", lambda weights: base)
     monkeypatch.setattr("locreweight.engine.startup_checks.load_pretrained", lambda *_: None)
     data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
@@ -252,9 +252,9 @@ def write_with(project, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("settings", "burn_in", "iterations", "steps"),
     [
-        ({"SOLVER.MAX_ITER": 200}, 66, 200, [133, 177]),
-        ({"SOLVER.MAX_ITER": 1000}, 300, 1000, [666, 888]),
-        ({"SEMI.BURN_IN_ITERS": 1000}, 1000, 1600, [1066, 1422]),
+        ({"SOLVER.MAX_ITER": 200}, 66, 200, []),
+        ({"SOLVER.MAX_ITER": 1000}, 300, 1000, []),
+        ({"SEMI.BURN_IN_ITERS": 1000}, 1000, 1600, []),
         ({"SOLVER.MAX_ITER": 800, "SOLVER.STEPS": [50]}, 266, 800, [50]),
     ],
 )
