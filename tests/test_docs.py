@@ -291,6 +291,7 @@ def test_overview_of_the_results_has_the_means_of_the_rows():
         ("Unbiased Teacher v2", "unbiased_teacher_v2", ""),
         ("Unbiased Teacher", "unbiased_teacher", ""),
         ("MixPL", "mixpl", ""),
+        ("Soft Teacher", "soft_teacher", ""),
         ("LER + PRC", "loc_reweight", ""),
         ("neither (unweighted losses)", "teacher_student", ""),
     ):
