@@ -258,10 +258,7 @@ def test_means_in_the_results_are_those_of_the_rows():
         ("bccd-mobilenetv2", "20", "700", ("300", ""), "## Ten percent of the labels, one seed", 3),
         ("bccd-mobilenetv2", "20", "1000", ("500",), "### Ten percent of the labels", 4),
         ("neu-mobilenetv2", "62", "2250", ("1500",), "### Steel defects (NEU)", 4),
-        (
-            *("neu-mobilenetv2", "123", "2250", ("1500",)),
-            *("### Steel defects, ten percent of the labels", 4),
-        ),
+        ("neu-mobilenetv2", "123", "2250", ("1500",), "### NEU, ten percent of the labels", 4),
     ):
         section = text.split(f"\n{heading}\n")[1]
         wanted = (config, labeled, iterations, "")
