@@ -67,8 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=positive,
         default=1,
         metavar="N",
-        help="number of runs that share a GPU. Small detectors use little of a large one. "
-        "Default: 1",
+        help="number of runs that share a GPU. Small detectors use little of a large one",
     )
     parser.add_argument(
         "--share-burn-in",

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU and TEST_ON_GPU=1", allow_module_level=True)
 
 GPU = {"MODEL.DEVICE": "cuda"}
-# Sampling of all anchors and proposals, whose order on a GPU differs.
+# All anchors and proposals are used: from fewer, a GPU would draw other random samples.
 NO_SAMPLING = {
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 100000,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1000,

@@ -5,27 +5,9 @@ import json
 import pytest
 
 from locreweight.methods import METHOD_REGISTRY
+from tests.engine.tiny_training import METHODS
 
-TRAININGS = [
-    "LocReweight",
-    "ShuffledLocReweight",
-    "MeanLocReweight",
-    "SoftTeacher",
-    "UnbiasedTeacher",
-    "STAC",
-    "MUM",
-    "InstantTeaching",
-    "MixPL",
-    "LocReweightMix",
-    "InstantTeachingStar",
-    "UnbiasedTeacherV2",
-    "LabelMatch",
-    "RPL",
-    "CST",
-    "ISMT",
-    "float16",
-    "everything",
-]
+TRAININGS = [*METHODS, "float16", "everything"]
 
 
 @pytest.mark.parametrize("name", TRAININGS)

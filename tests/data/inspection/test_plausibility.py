@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+import yaml
 from PIL import Image
 
 import check_data
@@ -232,7 +233,11 @@ def test_keys_that_the_written_config_does_not_contain_are_named(project, tmp_pa
 @pytest.fixture
 def write_with(project, tmp_path, monkeypatch, capsys):
     """Write a config with further settings; returns exit code or message, config and output."""
-    base = ("detectors/cpu-mobilenetv2.yaml", "")
+    # Steps that do not fit the written schedules.
+    steps = {"_BASE_": str(CONFIGS_FOLDER / "detectors/cpu-mobilenetv2.yaml")}
+    steps |= {"SOLVER": {"STEPS": [1000, 1300]}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(steps))
+    base = (str(tmp_path / "base.yaml"), "")
     monkeypatch.setattr("locreweight.engine.config_suggestion.choose_base", lambda weights: base)
     monkeypatch.setattr("locreweight.engine.startup_checks.load_pretrained", lambda *_: None)
     data = {key: x for key, x in project.settings.items() if key.startswith("DATASETS.")}
