@@ -1,5 +1,6 @@
 """Start of processes."""
 
+import os
 import sys
 from socket import gethostname
 
@@ -9,6 +10,7 @@ from torch import distributed
 from torch.multiprocessing import ProcessRaisedException
 
 from locreweight.engine import argument_parser, launch
+from locreweight.errors import UsageError
 from tests.engine.tiny_training import restored_loggers_and_signals
 
 
@@ -108,3 +110,24 @@ def test_other_errors_keep_their_traceback(error):
     with restored_loggers_and_signals(), pytest.raises(type(error)) as raised:
         launch(raises(error), argument_parser().parse_args([]))
     assert raised.value is error
+
+
+class Exited(BaseException):
+    """Raised by ``os._exit``, which would end the tests."""
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("error: no images"), RuntimeError(f"{GLOO}pair.cc:545] Read error")]
+)
+def test_process_of_a_group_exits_without_teardown(monkeypatch, capsys, error):
+    def end(code):
+        raise Exited(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with restored_loggers_and_signals(), pytest.raises(Exited, match="1"):
+            launch(raises(error), argument_parser().parse_args([]))
+    finally:
+        distributed.destroy_process_group()
+    assert capsys.readouterr().err.startswith("error: ")

@@ -130,7 +130,7 @@ def test_cut_network_ends_both_hosts_and_the_run_is_resumed(
         line = text.splitlines()[-1]
         assert line.startswith(
             f"error: process {number} on host-{number + 1}: lost another process"
-        )
+        ), text
     hosts[1].set_link("up")
     runs = [start(n, detectron2_launcher(hosts, n)) for n in (0, 1)]
     assert [run.wait(timeout=300) for run in runs] == [0, 0], outputs(tmp_path)

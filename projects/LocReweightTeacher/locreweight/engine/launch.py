@@ -171,7 +171,7 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
     except Exception as error:
         if not STOP_REQUEST.received:
             if problem := _connection_problem(error):
-                sys.exit(f"error: {describe_process()}: {problem}")
+                _exit(f"error: {describe_process()}: {problem}")
             raise
         # The signal has also ended a worker or another process that this one depends on.
         logger.warning("stopped by a signal before a checkpoint could be saved: %s", error)
@@ -184,6 +184,7 @@ def _exit(message: str) -> NoReturn:
         sys.exit(message)
     # PyTorch can abort at a normal exit, if the other processes close their connections meanwhile.
     print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
     logging.shutdown()
     os._exit(1)
 
