@@ -8,10 +8,12 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
+from scipy.stats import ttest_1samp
 
 from locreweight.config import METHODS_FOLDER, load_config
 
@@ -283,6 +285,7 @@ def test_overview_of_the_results_has_the_means_of_the_rows():
         ("bccd-mobilenetv2", "10", "700", "300"),
         ("bccd-mobilenetv2", "20", "1000", "500"),
         ("neu-mobilenetv2", "62", "2250", "1500"),
+        ("neu-mobilenetv2", "123", "2250", "1500"),
     )
     no_voting = "MODEL.ROI_BOX_HEAD.VOTING_SIGMA 0.0"
     keys = ("config", "labeled images", "iterations", "burn-in", "method", "changes")
@@ -305,3 +308,56 @@ def test_overview_of_the_results_has_the_means_of_the_rows():
                 assert mean == pytest.approx(sum(values) / len(values), abs=0.011)
             else:
                 assert not cell.strip()
+
+
+def test_pooled_differences_are_those_of_the_rows():
+    """One difference per data set and seed: the mean over both numbers of labels."""
+    settings = {
+        "BCCD": [
+            ("bccd-mobilenetv2", "10", "700", "300"),
+            ("bccd-mobilenetv2", "20", "1000", "500"),
+        ],
+        "NEU": [
+            ("neu-mobilenetv2", "62", "2250", "1500"),
+            ("neu-mobilenetv2", "123", "2250", "1500"),
+        ],
+    }
+    methods = {
+        "LER + PRC": "loc_reweight",
+        "LER": "ablation/ler",
+        "PRC": "ablation/prc",
+        "mean weights": "ablation/mean",
+        "shuffled weights": "ablation/shuffled",
+        "EMA without pseudo-labels": "ablation/ema",
+        "unweighted losses": "teacher_student",
+        "Soft Teacher": "soft_teacher",
+        "Unbiased Teacher": "unbiased_teacher",
+        "Unbiased Teacher v2": "unbiased_teacher_v2",
+        "MixPL": "mixpl",
+        "LER mix": "loc_reweight_mix",
+    }
+    keys = ("config", "labeled images", "iterations", "burn-in", "seed", "method", "changes")
+    results = {tuple(row[key] for key in keys): float(row["AP"]) for row in result_rows()}
+    section = (ROOT / "docs/results.md").read_text().split("\n### All pretrained comparisons")[1]
+    table = section.split("| difference |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 15
+    for line in table:
+        name, mean, interval, p, *_ = (cell.strip() for cell in line.split("|")[1:])
+        first, second = (methods[x.removesuffix(", no voting")] for x in name.split(" - "))
+        changes = "MODEL.ROI_BOX_HEAD.VOTING_SIGMA 0.0" if "no voting" in name else ""
+        values = [
+            np.mean(
+                [
+                    results[(*setting, seed, first, changes)]
+                    - results[(*setting, seed, second, "")]
+                    for setting in pair
+                ]
+            )
+            for pair in settings.values()
+            for seed in "123"
+        ]
+        expected = ttest_1samp(values, 0)
+        assert float(mean) == pytest.approx(np.mean(values), abs=0.006)
+        low, high = (float(x) for x in interval.split(" to "))
+        assert (low, high) == pytest.approx(tuple(expected.confidence_interval()), abs=0.051)
+        assert float(p.removeprefix("< ")) == pytest.approx(expected.pvalue, abs=0.0051)
