@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.util import _run_finalizers  # type: ignore[attr-defined]
 from types import FrameType
 from typing import NoReturn
 
@@ -183,6 +184,8 @@ def _exit(message: str) -> NoReturn:
     if not distributed.is_initialized():
         sys.exit(message)
     # PyTorch can abort at a normal exit, if the other processes close their connections meanwhile.
+    # Semaphores that are left behind, such as that of the progress bar, would cause a warning.
+    _run_finalizers(0)
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     logging.shutdown()
