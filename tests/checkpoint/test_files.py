@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import launch
 from detectron2.utils import comm
 
 from locreweight.checkpoint import files
 from locreweight.checkpoint.checkpointer import SafeCheckpointer
 from locreweight.errors import UsageError
+from tests.in_two_processes import run_in_two_processes
 
 
 class Counter:
@@ -417,12 +417,9 @@ def resume_twice(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_from_the_same_file_or_raise_the_same_error(
-    three, tmp_path, monkeypatch
-):
+def test_two_processes_resume_from_the_same_file_or_raise_the_same_error(three, tmp_path):
     truncate_to(0.5)(tmp_path / "model_0000003.pth")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    launch(resume_twice, 2, dist_url="auto", args=(str(tmp_path),))
+    run_in_two_processes(resume_twice, str(tmp_path))
     first, second = ((tmp_path / f"process_{rank}").read_text() for rank in range(2))
     assert first == second
     assert first.startswith("2, then cannot resume in")

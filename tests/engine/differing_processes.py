@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from detectron2.utils import comm
-from torch import distributed
 
 from locreweight.data.training_sets import load_training_sets, register_datasets
 from locreweight.engine import agreement
@@ -91,6 +90,3 @@ def run(datasets: dict, other_datasets: dict, folder: Path) -> None:
 
     left = sorted(path.name for path in shared.iterdir())
     (folder / f"errors{rank}.txt").write_text(repr({"errors": cases.errors, "left": left}))
-    # PyTorch can abort at the exit of a process that has not left its group.
-    comm.synchronize()
-    distributed.destroy_process_group()

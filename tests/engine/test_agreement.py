@@ -4,13 +4,12 @@ import ast
 import json
 import shutil
 import socket
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from detectron2.engine import launch
 
 from tests.engine import differing_processes
+from tests.in_two_processes import run_in_two_processes
 
 HOST = socket.gethostname()
 
@@ -27,15 +26,7 @@ def results(datasets, tmp_path_factory):
     other.write_text(json.dumps(content))
     shutil.copytree(images, folder / "images")
     changed = {"DATASETS.TRAIN": [f"coco:{other}:{folder / 'images'}"]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        launch(
-            differing_processes.run,
-            2,
-            dist_url="auto",
-            args=(datasets, changed, folder),
-            timeout=timedelta(minutes=5),
-        )
+    run_in_two_processes(differing_processes.run, datasets, changed, folder)
     return [ast.literal_eval((folder / f"errors{rank}.txt").read_text()) for rank in range(2)]
 
 

@@ -10,6 +10,7 @@ from torch import distributed
 from torch.multiprocessing import ProcessRaisedException
 
 from locreweight.engine import argument_parser, launch
+from locreweight.engine.preemption import EXIT_CODE, Stopped
 from locreweight.errors import UsageError
 from tests.engine.tiny_training import restored_loggers_and_signals
 
@@ -116,18 +117,28 @@ class Exited(BaseException):
     """Raised by ``os._exit``, which would end the tests."""
 
 
+def succeeds(args):
+    pass
+
+
 @pytest.mark.parametrize(
-    "error", [UsageError("error: no images"), RuntimeError(f"{GLOO}pair.cc:545] Read error")]
+    ("main", "code", "words"),
+    [
+        (succeeds, 0, ""),
+        (raises(Stopped()), EXIT_CODE, ""),
+        (raises(UsageError("no images")), 1, "error: no images"),
+        (raises(RuntimeError(f"{GLOO}pair.cc:545] Read error")), 1, "error: process 0 on"),
+    ],
 )
-def test_process_of_a_group_exits_without_teardown(monkeypatch, capsys, error):
+def test_process_of_a_group_exits_without_teardown(monkeypatch, capsys, main, code, words):
     def end(code):
         raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", end)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        with restored_loggers_and_signals(), pytest.raises(Exited, match="1"):
-            launch(raises(error), argument_parser().parse_args([]))
+        with restored_loggers_and_signals(), pytest.raises(Exited, match=f"^{code}$"):
+            launch(main, argument_parser().parse_args([]))
     finally:
         distributed.destroy_process_group()
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith(words)

@@ -3,15 +3,14 @@
 import json
 import math
 import shutil
-from datetime import timedelta
 
 import pytest
 import torch
-from detectron2.engine import launch
 
 from locreweight.engine import evaluate
 from tests.engine import two_processes
 from tests.engine.tiny_training import build_trainer, recorded_training, same, training_config
+from tests.in_two_processes import run_in_two_processes
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +21,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(datasets, folder):
     """The final state of both processes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        launch(
-            two_processes.train,
-            2,
-            dist_url="auto",
-            args=(datasets, folder),
-            timeout=timedelta(minutes=10),
-        )
+    run_in_two_processes(two_processes.train, datasets, folder)
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
 
 

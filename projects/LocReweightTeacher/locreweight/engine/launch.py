@@ -168,6 +168,7 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
         _exit("error: " + message.removeprefix("locreweight.data.image_io.UnreadableImage: "))
     except Stopped:
         logger.warning("stopped by a signal, exit code %d: continue with --resume", EXIT_CODE)
+        _end_process(EXIT_CODE)
         raise
     except Exception as error:
         if not STOP_REQUEST.received:
@@ -177,19 +178,31 @@ def _run(main: Callable[..., object], arguments: tuple) -> None:
         # The signal has also ended a worker or another process that this one depends on.
         logger.warning("stopped by a signal before a checkpoint could be saved: %s", error)
         raise Stopped from error
+    _end_process(0)
 
 
 def _exit(message: str) -> NoReturn:
     """Print a message and exit with code 1."""
+    if distributed.is_initialized():
+        print(message, file=sys.stderr)
+        _end_process(1)
+    sys.exit(message)
+
+
+def _end_process(code: int) -> None:
+    """Exit at once if this process communicates with others; otherwise do nothing.
+
+    At a normal exit, PyTorch can abort the process: a thread of Gloo may not have released the
+    tensors of the last exchange yet, and needs the Python interpreter for it.
+    """
     if not distributed.is_initialized():
-        sys.exit(message)
-    # PyTorch can abort at a normal exit, if the other processes close their connections meanwhile.
+        return
     # Semaphores that are left behind, such as that of the progress bar, would cause a warning.
     _run_finalizers(0)
-    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    sys.stderr.flush()
     logging.shutdown()
-    os._exit(1)
+    os._exit(code)
 
 
 def _run_under_torchrun(main: Main, args: argparse.Namespace, timeout: timedelta) -> None:
