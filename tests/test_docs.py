@@ -248,11 +248,19 @@ def test_results_have_one_row_per_run():
         assert (METHODS_FOLDER / f"{row['method']}.yaml").is_file()
 
 
+LARGER_IMAGES = (
+    "INPUT.MIN_SIZE_TRAIN (192, 256) INPUT.MAX_SIZE_TRAIN 384 "
+    "INPUT.MIN_SIZE_TEST 224 INPUT.MAX_SIZE_TEST 384"
+)
+
+
 def test_means_in_the_results_are_those_of_the_rows():
     rows = result_rows()
     text = "\n".join((ROOT / f"docs/{page}.md").read_text() for page in ("results", "ablations"))
     # Supervised runs have an empty burn-in.
+    larger = ("bccd-mobilenetv2", "20", "1000", ("500",), "### Larger images", 4)
     for config, labeled, iterations, burn_in, heading, column in (
+        larger,
         ("quickstart", "40", "800", ("300", ""), "## Synthetic data set", 4),
         ("bccd-small", "20", "600", ("300", ""), "## Blood cells (BCCD)", 4),
         ("bccd-mobilenetv2", "10", "700", ("300",), "### Five percent of the labels", 4),
@@ -263,7 +271,8 @@ def test_means_in_the_results_are_those_of_the_rows():
         ("neu-mobilenetv2", "123", "2250", ("1500",), "### NEU, ten percent of the labels", 4),
     ):
         section = text.split(f"\n{heading}\n")[1]
-        wanted = (config, labeled, iterations, "")
+        changes = LARGER_IMAGES if heading == "### Larger images" else ""
+        wanted = (config, labeled, iterations, changes)
         keys = ("config", "labeled images", "iterations", "changes")
         group = [row for row in rows if tuple(row[key] for key in keys) == wanted]
         group = [row for row in group if row["burn-in"] in burn_in]
@@ -280,16 +289,17 @@ def test_overview_of_the_results_has_the_means_of_the_rows():
     text = (ROOT / "docs/results.md").read_text()
     table = text.split("| labeled images |")[1].split("\n\n")[0]
     columns = (
-        ("quickstart", "40", "800", "300"),
-        ("bccd-small", "20", "600", "300"),
-        ("bccd-mobilenetv2", "10", "700", "300"),
-        ("bccd-mobilenetv2", "20", "1000", "500"),
-        ("neu-mobilenetv2", "62", "2250", "1500"),
-        ("neu-mobilenetv2", "123", "2250", "1500"),
+        ("quickstart", "40", "800", "300", ""),
+        ("bccd-small", "20", "600", "300", ""),
+        ("bccd-mobilenetv2", "10", "700", "300", ""),
+        ("bccd-mobilenetv2", "20", "1000", "500", ""),
+        ("bccd-mobilenetv2", "20", "1000", "500", LARGER_IMAGES),
+        ("neu-mobilenetv2", "62", "2250", "1500", ""),
+        ("neu-mobilenetv2", "123", "2250", "1500", ""),
     )
     no_voting = "MODEL.ROI_BOX_HEAD.VOTING_SIGMA 0.0"
-    keys = ("config", "labeled images", "iterations", "burn-in", "method", "changes")
-    for name, method, changes in (
+    keys = ("config", "labeled images", "iterations", "burn-in", "changes", "method")
+    for name, method, voting in (
         ("**LER mix**", "loc_reweight_mix", ""),
         ("LER mix, no voting", "loc_reweight_mix", no_voting),
         ("Unbiased Teacher v2", "unbiased_teacher_v2", ""),
@@ -301,7 +311,7 @@ def test_overview_of_the_results_has_the_means_of_the_rows():
     ):
         line = next(x for x in table.splitlines() if x.startswith(f"| {name} |"))
         for column, cell in zip(columns, line.split("|")[2:-1], strict=True):
-            wanted = (*column, method, changes)
+            wanted = (*column[:4], f"{column[4]} {voting}".strip(), method)
             values = [float(r["AP"]) for r in rows if tuple(r[key] for key in keys) == wanted]
             if values:
                 mean = float(cell.replace("*", " ").replace("(", " ").split()[0])
