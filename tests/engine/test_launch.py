@@ -1,6 +1,8 @@
 """Start of processes."""
 
+import atexit
 import os
+import subprocess
 import sys
 from socket import gethostname
 
@@ -142,3 +144,26 @@ def test_process_of_a_group_exits_without_teardown(monkeypatch, capsys, main, co
     finally:
         distributed.destroy_process_group()
     assert capsys.readouterr().err.startswith(words)
+
+
+def register_teardown(args):
+    atexit.register(print, "teardown")
+    print("finished")
+
+
+@pytest.mark.slow
+def test_process_of_torchrun_exits_without_teardown(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from locreweight.engine import argument_parser, launch\n"
+        "from tests.engine.test_launch import register_teardown\n"
+        "launch(register_teardown, argument_parser().parse_args([]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr

@@ -87,7 +87,8 @@ def launch(main: Main, args: argparse.Namespace) -> None:
     """Run ``main(args)`` in this process, in ``--num-gpus`` new processes, or under torchrun.
 
     A :class:`UsageError` exits with its message and code 1. A stop by SIGTERM or SIGUSR1 exits with
-    :data:`.preemption.EXIT_CODE`.
+    :data:`.preemption.EXIT_CODE`. Under torchrun, the process also ends when ``main`` returns: code
+    after this call does not run.
 
     Args:
         main: a function that can be imported by its name, for the new processes.
@@ -224,7 +225,6 @@ def _run_under_torchrun(main: Main, args: argparse.Namespace, timeout: timedelta
     distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     main(args)
-    distributed.destroy_process_group()
 
 
 def _forward_signal(number: int, frame: FrameType | None) -> None:
